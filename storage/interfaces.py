@@ -1,0 +1,583 @@
+"""The architecture in one file: every interface of `storage`, what is durable when it returns, what it raises.
+
+    Files, Namespace          names, inodes, file map; append-only content by path or by inode
+        Values                tails, extents, packing, merging, reclaim
+            SectorManager     ids, redundancy, placement, cache
+                HostIO        seals, opens, verifies        Contractor   contracts      HostDB
+                    Host      a flat store of named bytes nobody needs to trust
+    MetadataStore             memtable, journal, LMDB: under all of them
+
+A layer imports only what stands below it. All raise kinds of `storage.errors` and nothing else. Methods that are not
+`async` never block for longer than a metadata read (microseconds) and are atomic towards other tasks; callers rely on
+that, and mark where they do.
+
+Values of identifiers: a *value id*, an *inode number* and a *sector id* are integers of 64 bits, from 1, never reused in a
+volume's history. A *contract id* is 32 hexadecimal digits. A *sector root* is 64 hexadecimal digits (BLAKE3-256 of the
+sealed bytes). Times are nanoseconds since the Unix epoch unless a name says otherwise; durations are seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Metadata
+
+
+@dataclass(slots=True)
+class Batch:
+    """Metadata changes that become visible together and durable together. Later operations on a key win.
+
+    `ops` holds (key, value) pairs, value None for a deletion. Keys are 1 to 500 bytes (LMDB's limit is 511).
+    """
+
+    ops: list[tuple[bytes, bytes | None]] = field(default_factory=list)
+
+    def put(self, key: bytes, value: bytes) -> None:
+        self.ops.append((key, value))
+
+    def delete(self, key: bytes) -> None:
+        self.ops.append((key, None))
+
+
+@dataclass(frozen=True, slots=True)
+class TailPiece:
+    """Bytes of a value's tail for the journal: `data` (in pieces) stands at `offset` of value `value_id`."""
+
+    value_id: int
+    offset: int
+    data: tuple[Buffer, ...]
+
+    @property
+    def length(self) -> int:
+        return sum(len(part) for part in self.data)
+
+
+class MetadataReader(Protocol):
+    """Synchronous reads, in microseconds."""
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of `key`, or None."""
+        ...
+
+    def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
+        """At most `limit` pairs with start <= key < stop in key order (from the far end if `reverse`).
+
+        To go on, call again from the last key + b"\\0" (or with it as `stop` when reversed): no snapshot is held between calls.
+        """
+        ...
+
+
+class MetadataStore(MetadataReader, Protocol):
+    """Memtable over an LMDB snapshot, made durable by the journal."""
+
+    def apply(self, batch: Batch, tails: Sequence[TailPiece] = ()) -> None:
+        """Make the batch visible to every reader at once; it and the tail bytes become durable with the next commit.
+
+        Batches become durable in the order they were applied, each whole or not at all; `tails` no later than the batch.
+        Raises Fenced if the store has failed. No await happens inside.
+        """
+        ...
+
+    async def commit(self, urgent: bool = False) -> int:
+        """Everything applied before the call is durable when it returns; commits that arrive together share one flush.
+
+        Returns the commit's sequence number. Raises NoSpace where the journal cannot grow (nothing is lost: what was applied
+        stays pending and a later commit may succeed), Fenced after any failed flush, for good. `urgent` may use the part of
+        the journal that is kept back so that tails can always be moved out of it.
+        """
+        ...
+
+    def add_commit_hook(self, hook: Callable[[], None]) -> None:
+        """`hook()` runs, synchronously, right before the pending batches are taken into a commit; it may call `apply`."""
+        ...
+
+    @property
+    def durable_sequence(self) -> int:
+        """Sequence number of the last durable commit."""
+        ...
+
+    @property
+    def applied_sequence(self) -> int:
+        """The sequence number that the commit of everything applied so far will have."""
+        ...
+
+    def pinned_tails(self) -> list[tuple[int, int]]:
+        """(value id, end offset) of the tails that keep the oldest journal segment from being reused; empty if none do."""
+        ...
+
+    @property
+    def journal_fill(self) -> float:
+        """Share of the journal's limit in use, 0.0 to 1.0. Above 0.5 tails should be moved into sectors (or applied again)."""
+        ...
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Hosts
+
+
+@dataclass(frozen=True, slots=True)
+class HostCapabilities:
+    """What a host can do, as probed."""
+
+    conditional_put: bool
+    ranges: bool
+    versions: bool = False
+    object_lock: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HostSpace:
+    """Bytes on the host: `free` for us, `total` in all."""
+
+    free: int
+    total: int
+
+
+class Host(Protocol):
+    """A flat store of named bytes. Nothing it answers is trusted.
+
+    Names are relative paths of `[A-Za-z0-9._-]` components joined by "/". Raises NotFound, NoSpace, Unavailable (does not answer, or
+    answers with an error), Busy (lost a conditional put), BadArgument (a name that is not one).
+    """
+
+    @property
+    def url(self) -> str:
+        """As the user gave it, without secrets."""
+        ...
+
+    @property
+    def capabilities(self) -> HostCapabilities: ...
+
+    async def get(self, name: str, limit: int) -> bytes:
+        """The whole object, as stored. An object longer than `limit` bytes raises Corrupt, and is not read."""
+        ...
+
+    async def get_range(self, name: str, offset: int, length: int) -> bytes:
+        """Bytes [offset, offset + length) of it, fewer where it ends before. NotFound if there is no such object."""
+        ...
+
+    async def put(self, name: str, data: Buffer) -> str:
+        """Store or replace, atomically: a reader sees the old or the new. Durable on the host when it returns. Returns its tag."""
+        ...
+
+    async def put_if(self, name: str, data: Buffer, expected: str | None) -> str:
+        """As `put`, only if the object's tag is `expected` (None: only if there is none); Busy otherwise."""
+        ...
+
+    async def tag(self, name: str) -> str | None:
+        """The tag of what is stored under the name now; None if nothing is."""
+        ...
+
+    async def delete(self, name: str) -> None:
+        """Gone when it returns, durably. What is not there is no error."""
+        ...
+
+    def list(self, prefix: str) -> AsyncIterator[tuple[str, int]]:
+        """(name, size) of every object below `prefix` (a path ending in "/", or ""), in no order."""
+        ...
+
+    async def space(self) -> HostSpace | None:
+        """None where the host does not tell."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """A time-limited agreement to keep this volume's shards on one host. In force from `start` to `end`."""
+
+    contract_id: str
+    host_number: int
+    start_ns: int
+    end_ns: int
+    #: Contracts made from one another by renewal share a lineage (the first one's id).
+    lineage: str
+
+    def active(self, now_ns: int) -> bool:
+        return self.start_ns <= now_ns < self.end_ns
+
+
+class Contractor(Protocol):
+    """Concludes and renews contracts, and writes them down here and on the host."""
+
+    def contracts(self) -> list[str]:
+        """Ids of the active ones."""
+        ...
+
+    def all_contracts(self) -> list[Contract]:
+        """Every contract on record, ended ones included, by host and end."""
+        ...
+
+    def contract(self, contract_id: str) -> Contract:
+        """NotFound if there never was one."""
+        ...
+
+    def contract_for(self, host_number: int) -> Contract | None:
+        """The one to use on a host: the active one that ends last, else (to read what is still there) the last to have ended."""
+        ...
+
+    async def conclude_contract(self, host: str, duration: float) -> str:
+        """`host`: a host id, URL or number of this volume. Durable on the host and here when it returns. NotFound, Unavailable, BadArgument."""
+        ...
+
+    async def renew_contract(self, contract_id: str, duration: float) -> str:
+        """A new contract, from now for `duration`, with the same data on the host; the old one runs on to its end.
+
+        An ended contract can be renewed as long as its host holds its record.
+        """
+        ...
+
+
+class HostIO(Protocol):
+    """Shards on hosts under contracts: sealed on the way out, verified on the way in. `sector_id` is the nonce (I1).
+
+    Raises NotFound (no such contract; no such shard on the host), Expired (write, replace under a contract not in force), Corrupt, NoSpace, Unavailable.
+    Every call records its latency and outcome in the HostDB.
+    """
+
+    async def read(self, contract_id: str, sector_root: str, sector_id: int) -> bytes:
+        """The shard's plaintext; root, header and every block verified."""
+        ...
+
+    async def insecure_read(
+        self, contract_id: str, sector_root: str, sector_id: int, offset: int, length: int, plaintext_length: int | None = None
+    ) -> bytes:
+        """Plaintext bytes [offset, offset + length), clipped to the shard's end. The blocks they stand in are verified, the root is not.
+
+        `plaintext_length`, where the caller knows it, saves fetching the header; what is returned verifies against it.
+        """
+        ...
+
+    async def write(self, contract_id: str, data: Buffer, sector_id: int) -> str:
+        """Seal and store; durable on the host when it returns the root. The caller never uses `sector_id` for other data (I1)."""
+        ...
+
+    async def replace(self, contract_id: str, data: Buffer, sector_id: int, old_sector_root: str) -> str:
+        """Write, then delete `old_sector_root`, which I3 has released. After a failure the old one is still there."""
+        ...
+
+    async def delete(self, contract_id: str, sector_root: str) -> None:
+        """The contract no longer holds the root; it is unlinked once no active contract on that host holds it. Unknown roots are no error."""
+        ...
+
+    def seal(self, data: Sequence[Buffer], sector_id: int) -> SealedShard:
+        """Blocking, for a thread: seal once what goes to several hosts. At most once per id in this process (I1): BadArgument on a second, different use."""
+        ...
+
+    async def write_sealed(self, contract_id: str, shard: SealedShard) -> None:
+        """Store a sealed shard under its root; durable on the host when it returns."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SealedShard:
+    """A shard as hosts hold it."""
+
+    root: str
+    sector_id: int
+    plaintext_length: int
+    sealed: Buffer
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sectors and values
+
+
+class SectorManager(Protocol):
+    """Sectors with redundancy. A sector is written at most once and never changes."""
+
+    async def read_sector(self, sector_id: int) -> bytes:
+        """The sector's bytes as they were written, integrity verified. NotFound, Corrupt (no good copy), Unavailable."""
+        ...
+
+    async def insecure_read_sector_at(self, sector_id: int, offset: int, length: int) -> bytes:
+        """A range, clipped to the sector's end; its blocks are verified, the whole sector's root is not. Served from the block cache where possible."""
+        ...
+
+    async def allocate_sector(self) -> int:
+        """An id unique within the volume's history; its reservation is durable when it returns (I1)."""
+        ...
+
+    async def write_sector(self, sector_id: int, data: Buffer | Sequence[Buffer], replication: str) -> None:
+        """Durable on its write quorum of distinct hosts when it returns (I2); the other copies go on in the background.
+
+        At most once per id: a second call raises Exists. NoSpace, Unavailable: nothing points to what was stored; the id is spent.
+        """
+        ...
+
+    async def delete(self, sector_id: int) -> None:
+        """Forget the sector; its shards are deleted on the hosts once I3 allows, in the background."""
+        ...
+
+
+@dataclass(slots=True)
+class FlushProgress:
+    """What a flush has done and has to do; updated in place while it runs."""
+
+    bytes_total: int = 0
+    bytes_done: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FlushReport:
+    """How a flush ended: sectors that are at write quorum, not at full replication, and why."""
+
+    degraded_sectors: int = 0
+    reasons: tuple[str, ...] = ()
+
+
+class Values(Protocol):
+    """Append-only values: the one place that knows tails, extents and sectors. Content by value id.
+
+    A value's bytes are, in order: committed extents | sectors in flight | tail in memory. `size_of` counts all of them.
+    """
+
+    def create(self, batch: Batch, owner: int, replication: str) -> int:
+        """A new, empty value that belongs to inode `owner`; exists once the batch is applied. Returns its id."""
+        ...
+
+    def size_of(self, value_id: int) -> int:
+        """Bytes appended so far. NotFound."""
+        ...
+
+    def replication_of(self, value_id: int) -> str: ...
+
+    async def reserve(self, value_id: int, length: int) -> None:
+        """Wait until `length` more bytes may be appended (memory budget). NoSpace or Unavailable when waiting would not help.
+
+        The permission holds until the next await of the caller: call `append_now` before it.
+        """
+        ...
+
+    def append_now(self, value_id: int, data: Buffer) -> int:
+        """Append; returns the offset the bytes now stand at. No await happens inside. `data` is kept, so must not change: pass bytes."""
+        ...
+
+    async def read(self, value_id: int, offset: int, size: int) -> bytes:
+        """Bytes [offset, offset + size), clipped to the size; tails included."""
+        ...
+
+    def free(self, batch: Batch, value_id: int) -> None:
+        """The value's bytes are garbage once the batch is applied; what it held is reclaimed in the background."""
+        ...
+
+    async def settle(self, value_id: int, upto: int) -> None:
+        """Wait until no sector in flight holds bytes below `upto` (they are in extents, or back in the tail because hosts failed)."""
+        ...
+
+    def uncommitted_tail(self, value_id: int) -> list[TailPiece]:
+        """For `MetadataStore.apply`: what the journal does not have yet, up to the first byte in flight; from then on it counts as handed over."""
+        ...
+
+    async def commit(self, value_id: int) -> None:
+        """fsync of one value: every byte appended before the call survives kill -9 and power cuts when it returns."""
+        ...
+
+    async def commit_all(self) -> None:
+        """As `commit`, for every value that has a tail; a value that is being appended to is committed up to some prefix of it."""
+        ...
+
+    def local_at(self, value_id: int, offset: int) -> bool:
+        """True if the byte at `offset` can be had without asking a host (tail, or block cache)."""
+        ...
+
+    def accepting(self) -> bool:
+        """False while hosts are full, away, or below the reserve of free space: handles opened now should be direct."""
+        ...
+
+    async def flush(self, progress: FlushProgress | None = None) -> FlushReport:
+        """Every tail in sectors, every sector at full replication where its hosts answer, all of it committed."""
+        ...
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What stat(2) shows of an inode."""
+
+    ino: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    #: Bytes stored (holes excluded), for st_blocks.
+    stored: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One directory entry. `cookie` is unique in its directory, grows with time and names the place after this entry."""
+
+    cookie: int
+    name: bytes
+    ino: int
+    mode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An operation the append-only rules refused, for the log and `status`."""
+
+    when_ns: int
+    program: str
+    path: str
+    offset: int
+    reason: str
+
+
+class Namespace(Protocol):
+    """Names, inodes, attributes and the file map: POSIX without a kernel. The root directory is inode 1.
+
+    Changes are visible at once and durable with the next commit, in order. Names are bytes, anything but "/" and NUL, at most 255.
+    Raises NotFound, Exists, NotPermitted (append-only rules, worm), NotEmpty, NotADirectory, IsADirectory, NameTooLong, TooManyLinks.
+    Who may do what is the kernel's business, not checked here.
+    """
+
+    # Names: synchronous, atomic towards other tasks.
+    def lookup(self, parent: int, name: bytes) -> int: ...
+    def attributes(self, ino: int) -> Attributes: ...
+    def set_attributes(
+        self,
+        ino: int,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        atime_ns: int | None = None,
+        mtime_ns: int | None = None,
+        ctime_ns: int | None = None,
+    ) -> None:
+        """Sets what is given (mode: permission bits only); ctime becomes now unless given."""
+        ...
+
+    def create(self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0, replication: str | None = None) -> int:
+        """A regular file, fifo, socket or device by the type bits of `mode` (none: regular). Setgid directories hand down their gid."""
+        ...
+
+    def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> int: ...
+    def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> int: ...
+    def readlink(self, ino: int) -> bytes: ...
+    def link(self, ino: int, parent: int, name: bytes) -> None: ...
+
+    def unlink(self, parent: int, name: bytes) -> int:
+        """Returns the inode. With the last name goes the content, once nothing pins the inode; until then an orphan entry (same commit) keeps it."""
+        ...
+
+    def rmdir(self, parent: int, name: bytes) -> int: ...
+
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, noreplace: bool = False, exchange: bool = False) -> None:
+        """Over an existing file: what was appended to the source before the call is in the same commit as the rename."""
+        ...
+
+    def entries(self, ino: int, after: int, limit: int) -> list[Entry]:
+        """Entries with a cookie above `after`, in cookie order; "." and ".." are not among them. Stable while others come and go."""
+        ...
+
+    def parent_of(self, ino: int) -> int:
+        """A directory's parent (the root's is itself)."""
+        ...
+
+    def path_of(self, ino: int) -> bytes | None:
+        """Some path of the inode from the root, without a leading "/"; None if it has no name any more."""
+        ...
+
+    # Lifetime of inodes without a name.
+    def pin(self, ino: int) -> None:
+        """The inode outlives its last name until as many `unpin`s."""
+        ...
+
+    def unpin(self, ino: int, count: int = 1) -> None: ...
+
+    # Content, by the append-only rules.
+    async def write(self, ino: int, offset: int, data: Buffer) -> None:
+        """All of `data` or nothing of it. At the end: appended. Beyond: a hole and the bytes. Into never-written bytes: filled. Over
+        identical bytes: accepted. Over others: NotPermitted. mtime and ctime become now. NoSpace, Unavailable."""
+        ...
+
+    async def append(self, ino: int, data: Buffer) -> int:
+        """At the end, wherever that is when it happens; returns the file offset."""
+        ...
+
+    async def read(self, ino: int, offset: int, size: int) -> bytes:
+        """Clipped to the file's size; holes read as zeros."""
+        ...
+
+    def truncate(self, ino: int, size: int) -> None:
+        """To 0: a new, empty value. Larger: a hole. To the size it has: nothing. To another smaller size: NotPermitted."""
+        ...
+
+    async def commit(self, ino: int) -> None:
+        """fsync: content, attributes and names as of the call are durable locally when it returns."""
+        ...
+
+    def last_page_local(self, ino: int) -> bool:
+        """True if appending needs nothing from a host: the page (4 KiB) the file ends in is in a tail, in the cache or empty."""
+        ...
+
+    # Attributes only fusefs knows.
+    def replication_of(self, ino: int) -> str: ...
+    def set_worm(self, ino: int) -> None:
+        """From now on nothing below this directory can be removed, replaced or renamed. Cannot be undone."""
+        ...
+
+    def getxattr(self, ino: int, name: bytes) -> bytes: ...
+    def setxattr(self, ino: int, name: bytes, value: bytes, *, create: bool = False, replace: bool = False) -> None: ...
+    def listxattr(self, ino: int) -> list[bytes]: ...
+    def removexattr(self, ino: int, name: bytes) -> None: ...
+
+
+class Files(Protocol):
+    """Key-value storage with append-only values. Names are paths in the same Namespace as the mount's ("logs/app/today")."""
+
+    async def open(
+        self, name: str, existing: bool | None = None, write: bool = False, read: bool = True, replication: str | None = None
+    ) -> int:
+        """existing=True: must exist. False: must not. None: either. Missing parent directories are made when a file is made.
+
+        replication "" or None: the file's own, or inherited from directory and volume; one that differs from an existing file's is BadArgument.
+        Returns a descriptor; one unused for `idle_timeout` may be closed by the collector, and using it then raises NotFound, saying so.
+        """
+        ...
+
+    async def close(self, fd: int) -> None: ...
+    async def size_of(self, fd: int) -> int: ...
+    async def append(self, fd: int, data: Buffer) -> None:
+        """Visible to every reader when it returns; durable as a write(2) without fsync is (see `commit`)."""
+        ...
+
+    async def read_at(self, fd: int, offset: int, size: int) -> bytes:
+        """Sees every byte appended so far."""
+        ...
+
+    async def commit(self, fd: int) -> None:
+        """As fsync(2)."""
+        ...
+
+    async def list(self) -> dict[str, int]:
+        """name -> size of every regular file."""
+        ...
+
+    def entries(self, prefix: str = "") -> AsyncIterator[tuple[str, int]]:
+        """(name, size) of the files whose name starts with `prefix`, for millions of them."""
+        ...
+
+    async def delete(self, name: str) -> None:
+        """NotFound if there is no such file. Directories left empty stay."""
+        ...
+
+

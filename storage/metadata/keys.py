@@ -1,0 +1,78 @@
+"""The key space of the metadata store: one prefix byte per kind of record, handed out here and nowhere else.
+
+| prefix | key after the prefix (big-endian, fixed width) | value | owner |
+|---|---|---|---|
+| `c` | counter name (ASCII) | u64: next unreserved number | metadata.counters |
+| `e` | epoch u32 | epoch record | epochs |
+| `h` | host number u32 | host record | hosts.registry |
+| `k` | contract id (32 ASCII hex digits) | contract record | contractor |
+| `r` | root 32 bytes, host number u32 | holders of a shard | host_io |
+| `q` | host number u32 | host statistics | hosts.hostdb |
+| `s` | sector id u64 | sector record | sectors |
+| `f` | sector id u64 | written, nothing points to it yet | sectors |
+| `p` | class u8, sector id u64 | partly filled sector, for merging | sectors |
+| `u` | sector id u64 | below full replication | sectors |
+| `z` | commit sequence u64, sector id u64 | freed sector, waiting for deletion on its hosts | sectors |
+| `v` | value id u64 | value record | values |
+| `x` | value id u64, offset u64 | extent | values |
+| `g` | value id u64 | freed value whose extents are still to be walked | values |
+| `i` | inode u64 | inode record | namespace |
+| `n` | parent inode u64, name | directory entry | namespace |
+| `l` | parent inode u64, cookie u64 | name of that entry | namespace |
+| `o` | inode u64 | orphan: no name, still pinned | namespace |
+| `m` | inode u64, file offset u64 | file map entry | namespace |
+| `t` | inode u64, name | extended attribute | namespace |
+| `w` | ASCII name | settings of the volume that can change | volume |
+| `J` | ASCII name | the store's own: last sequence LMDB holds | metadata.store |
+"""
+
+from __future__ import annotations
+
+import struct
+
+COUNTER = b"c"
+EPOCH = b"e"
+HOST = b"h"
+CONTRACT = b"k"
+HOLDERS = b"r"
+HOST_STATS = b"q"
+SECTOR = b"s"
+FRESH = b"f"
+PARTIAL = b"p"
+UNDERREPLICATED = b"u"
+FREED = b"z"
+VALUE = b"v"
+EXTENT = b"x"
+GARBAGE = b"g"
+INODE = b"i"
+NAME = b"n"
+COOKIE = b"l"
+ORPHAN = b"o"
+MAP = b"m"
+XATTR = b"t"
+SETTING = b"w"
+STORE = b"J"
+
+_U32 = struct.Struct(">I")
+_U64 = struct.Struct(">Q")
+
+u32 = _U32.pack
+u64 = _U64.pack
+
+
+def read_u32(raw: bytes, at: int = 0) -> int:
+    """The big-endian u32 at `at`."""
+    return int(_U32.unpack_from(raw, at)[0])
+
+
+def read_u64(raw: bytes, at: int = 0) -> int:
+    """The big-endian u64 at `at`."""
+    return int(_U64.unpack_from(raw, at)[0])
+
+
+def prefix_end(prefix: bytes) -> bytes:
+    """The smallest key above every key that starts with `prefix` (prefixes here never end in 0xff only)."""
+    body = prefix.rstrip(b"\xff")
+    if not body:
+        raise ValueError("a prefix of 0xff bytes only has no end")
+    return body[:-1] + bytes([body[-1] + 1])
