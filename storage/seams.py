@@ -8,11 +8,14 @@ can be put between any two durable steps.
 from __future__ import annotations
 
 import os
+import queue
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import outcome
 import trio
 
 T = TypeVar("T")
@@ -53,6 +56,25 @@ class Threads(Protocol):
         """
         ...
 
+    async def run_abandonable(self, fn: Callable[..., T], *args: object) -> T:
+        """As `run`, but a caller that is cancelled goes on at once; the thread finishes by itself, and nobody learns how.
+
+        For what a hung disk or host may hold up, where it does not matter whether it happens after all. Has a limit of its own.
+        """
+        ...
+
+
+class Worker(Protocol):
+    """One thread of its own, running one thing at a time in the order they were asked for: journal, LMDB writes."""
+
+    async def run(self, fn: Callable[..., T], *args: object) -> T:
+        """As `Threads.run`: its result or exception comes back here, and a cancelled caller still waits for it."""
+        ...
+
+    def close(self) -> None:
+        """End the thread once it has done what it was asked; nothing may be asked of it afterwards."""
+        ...
+
 
 class Failpoints(Protocol):
     """Named places at which a test may crash, fail or pause the program."""
@@ -87,9 +109,58 @@ class WorkerThreads:
 
     def __init__(self, limit: int = 16) -> None:
         self._limiter = trio.CapacityLimiter(limit)
+        #: Apart from the other, so that hung calls cannot starve sealing and the metadata store.
+        self._abandonable = trio.CapacityLimiter(2 * limit)
 
     async def run(self, fn: Callable[..., T], *args: object) -> T:
         return await trio.to_thread.run_sync(fn, *args, limiter=self._limiter)
+
+    async def run_abandonable(self, fn: Callable[..., T], *args: object) -> T:
+        return await trio.to_thread.run_sync(fn, *args, limiter=self._abandonable, abandon_on_cancel=True)
+
+
+class DedicatedThread:
+    """A long-lived thread fed by a queue: a hop there and back costs about half of one through `trio.to_thread`."""
+
+    def __init__(self, name: str) -> None:
+        self._queue: queue.SimpleQueue[
+            tuple[Callable[..., Any], tuple[object, ...], trio.lowlevel.Task, trio.lowlevel.TrioToken] | None
+        ] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while (job := self._queue.get()) is not None:
+            fn, args, task, token = job
+            result = outcome.capture(fn, *args)
+            try:
+                token.run_sync_soon(trio.lowlevel.reschedule, task, result)
+            except trio.RunFinishedError:
+                return  # the event loop is gone, and whoever waited with it
+
+    async def run(self, fn: Callable[..., T], *args: object) -> T:
+        self._queue.put((fn, args, trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()))
+        # Abort.FAILED: the job runs to its end and is awaited to its end, cancelled or not.
+        result: T = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        return result
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+
+class InlineWorker:
+    """For tests under trio's MockClock, which would let time jump while a thread works: runs everything on the event loop."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+
+    async def run(self, fn: Callable[..., T], *args: object) -> T:
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return fn(*args)
+
+    def close(self) -> None:
+        return None
 
 
 class NoFailpoints:
@@ -107,3 +178,5 @@ class Seams:
     random: Randomness = field(default_factory=SystemRandomness)
     threads: Threads = field(default_factory=WorkerThreads)
     failpoints: Failpoints = field(default_factory=NoFailpoints)
+    #: Makes a worker of the given name; `InlineWorker` in tests that drive the clock.
+    worker: Callable[[str], Worker] = DedicatedThread

@@ -1,0 +1,159 @@
+"""The command group, and where every exception becomes one line on standard error and an exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+from click.shell_completion import shell_complete
+
+from fusefs.cli import create, files, hosts, keys, mounting, shell, status, worm
+from fusefs.cli.output import OutputClosed, flush_output, say
+from fusefs.cli.session import Interrupted, leaves
+from storage.errors import FusefsError
+
+#: Exit statuses that no kind of `storage.errors` has; the others are its `exit_status`.
+BUG = 70  # EX_SOFTWARE of sysexits.h
+INTERRUPTED = 128 + signal.SIGINT
+BROKEN_PIPE = 128 + signal.SIGPIPE
+
+
+def _version() -> str:
+    try:
+        return version("sectorfs")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+class _Commands(click.Group):
+    """Lists commands in the order of a first acquaintance, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(self.commands)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(_version(), "--version", message="fusefs %(version)s")
+def cli() -> None:
+    """An encrypted, append-only filesystem on hosts nobody needs to trust.
+
+    \b
+    A first volume:
+      fusefs init ~/volume              makes it, and prints its recovery phrase
+      fusefs mount ~/volume ~/mnt       from now on cp, cat, tail, rsync ... work in ~/mnt
+      fusefs status ~/mnt               what is stored, and where
+      fusefs umount ~/mnt               returns when everything is on its hosts
+
+    The passphrase comes from --passphrase-file FILE, else from the environment variable FUSEFS_PASSPHRASE, else it is asked for.
+    """
+
+
+for _command in (
+    create.init,
+    mounting.mount,
+    mounting.umount,
+    mounting.flush,
+    status.status,
+    hosts.hosts,
+    hosts.contracts,
+    files.ls,
+    files.put,
+    files.append,
+    files.cat,
+    files.rm,
+    keys.passwd,
+    worm.worm,
+    shell.completion,
+    shell.help_command,
+):
+    cli.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command (default: of `sys.argv`); returns its exit status and never raises, whatever happens."""
+    for stream in (sys.stdout, sys.stderr):
+        # File names are any bytes: showing one must not fail in the C locale, nor for a byte that is not UTF-8.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    instruction = os.environ.get(shell.COMPLETE_VARIABLE)
+    if instruction:
+        return shell_complete(cli, {}, shell.PROGRAM, shell.COMPLETE_VARIABLE, instruction)
+    try:
+        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        # Here, not at interpreter exit: a full disk behind standard output is an error like any other.
+        flush_output()
+    except BaseException as error:  # noqa: BLE001 - the last line of defence: nothing may end in a traceback
+        status = _report(error)
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        with cli.make_context(shell.PROGRAM, arguments) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    return 0
+
+
+def _report(error: BaseException) -> int:
+    """Say what happened, in one line; returns the exit status."""
+    status, message = _verdict(error)
+    try:
+        if status == BUG and os.environ.get("FUSEFS_DEBUG") == "1":
+            traceback.print_exception(error)
+        if message:
+            say(message)
+        flush_output()
+    except (OSError, FusefsError, OutputClosed):
+        # Standard output or standard error is closed or full: nobody is left to tell. What is still buffered goes nowhere,
+        # so that the interpreter has nothing to complain about when it exits.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+    return status
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """(exit status, message; "" to say nothing)."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        return error.exit_code, "a command is missing; see fusefs help"
+    if isinstance(error, click.ClickException):
+        return error.exit_code, _usage_message(error)
+    leaf = min(leaves(error), key=_rank)
+    if isinstance(leaf, FusefsError):
+        return leaf.exit_status, str(leaf)
+    if isinstance(leaf, Interrupted):
+        return leaf.exit_status, "interrupted"
+    if isinstance(leaf, (KeyboardInterrupt, click.Abort)):
+        return INTERRUPTED, "interrupted"
+    if isinstance(leaf, OutputClosed):
+        return BROKEN_PIPE, ""
+    hint = "" if os.environ.get("FUSEFS_DEBUG") == "1" else " (FUSEFS_DEBUG=1 shows where)"
+    return BUG, f"this is a bug in fusefs, please report it: {type(leaf).__name__}: {leaf}{hint}"
+
+
+def _rank(error: BaseException) -> int:
+    """Which of several to tell: that somebody stopped it, then a bug, which must not hide behind an error it caused, then the rest."""
+    if isinstance(error, (KeyboardInterrupt, Interrupted, click.Abort)):
+        return 0
+    if isinstance(error, OutputClosed):
+        return 3
+    return 2 if isinstance(error, FusefsError) else 1
+
+
+def _usage_message(error: click.ClickException) -> str:
+    """click's message in one line, with the command it is about and where to read more."""
+    message = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return message
+    path = context.command_path
+    _, _, name = path.partition(" ")
+    return f"{name + ': ' if name else ''}{message} (see {path} --help)"

@@ -1,0 +1,112 @@
+"""Running a command's asynchronous part: signals, errors, and a volume that nobody has mounted."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from fusefs.cli import live
+from fusefs.cli.output import Advance, progress_bar, say
+from storage.errors import Busy, FusefsError
+from storage.interfaces import FlushProgress, FlushReport
+from storage.volume import Volume, VolumeOptions, open_volume
+
+T = TypeVar("T")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(Exception):
+    """A signal ended the command, after it had closed what it had opened."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_status = 128 + signal_number
+
+
+def run(work: Callable[[], Awaitable[T]]) -> T:
+    """`trio.run`, ended by SIGINT, SIGTERM and SIGHUP as by cancellation: volumes are closed, half-made files removed.
+
+    A second signal ends the process the hard way; what was acknowledged survives that too. Raises Interrupted, and what `work` raises.
+    """
+    return trio.run(_supervised, work)
+
+
+async def _supervised(work: Callable[[], Awaitable[T]]) -> T:
+    results: list[T] = []
+    received: list[int] = []
+
+    async def watch() -> None:
+        with trio.open_signal_receiver(*_SIGNALS) as signals:
+            async for number in signals:
+                received.append(number)
+                nursery.cancel_scope.cancel()
+                return
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        results.append(await work())
+        nursery.cancel_scope.cancel()
+    if results:
+        return results[0]
+    # No result and no exception: the scope was cancelled, and only `watch` does that.
+    raise Interrupted(received[0])
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """trio reports what happened in a nursery as a group, even of one: the exceptions themselves."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
+    return [error]
+
+
+def refuse_if_mounted(path: Path) -> None:
+    """Busy, naming the mount point, if a process has the volume mounted."""
+    where = live.mountpoint_of(path)
+    if where is not None:
+        raise Busy(f"volume {path} is mounted at {where}: use it there")
+
+
+@asynccontextmanager
+async def unmounted_volume(path: Path, passphrase: str, command: str) -> AsyncIterator[Volume]:
+    """The volume, open in this process; what was changed is committed at the end. `command`: for whom else wants it meanwhile."""
+    async with open_volume(path, passphrase=passphrase, options=VolumeOptions(purpose=f"fusefs {command}")) as volume:
+        yield volume
+
+
+async def flush_with_bar(volume: Volume) -> None:
+    """Flush to the hosts, with a bar.
+
+    What is not there in full afterwards is said, not raised: it is committed, so safe on this machine, and the next use goes on with it.
+    """
+    progress = FlushProgress()
+    try:
+        with progress_bar("to the hosts") as advance:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(follow, progress, advance)
+                report = await volume.flush(progress)
+                nursery.cancel_scope.cancel()
+    except* FusefsError as group:
+        for error in leaves(group):
+            say(f"warning: kept on this machine, and sent to the hosts when the volume is used next: {error}")
+    else:
+        tell_degraded(report)
+
+
+async def follow(progress: FlushProgress, advance: Advance) -> None:
+    """Show a flush's progress until cancelled."""
+    while True:
+        advance(progress.bytes_done, progress.bytes_total or None)
+        await trio.sleep(0.1)
+
+
+def tell_degraded(report: FlushReport) -> None:
+    """Say what a flush could not bring to full replication."""
+    if report.degraded_sectors:
+        reasons = "; ".join(report.reasons) or "too few hosts answer"
+        say(f"warning: {report.degraded_sectors} sectors have fewer copies than they should: {reasons}")

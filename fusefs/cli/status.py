@@ -1,0 +1,151 @@
+"""`fusefs status`: what is stored, where, and what is wrong."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+import msgspec
+
+from fusefs.cli import live
+from fusefs.cli.arguments import DIRECTORY_PATH, passphrase_option
+from fusefs.cli.output import human_bytes, human_span, human_time, printable, style, write_line, write_table
+from fusefs.cli.passphrase import passphrase
+from fusefs.cli.session import run, unmounted_volume
+from storage.status import ContractStatus, HostStatus, VolumeStatus
+
+#: Refusals shown to a person; --json has all that are kept.
+SHOWN_REFUSALS = 5
+#: A contract in force is warned about when less than this is left: a mount renews at a third, so something keeps it from doing so.
+SHORT_CONTRACT = 0.1
+
+
+@click.command()
+@click.argument("path", type=DIRECTORY_PATH, metavar="VOLUME|MOUNTPOINT")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object, for programs.")
+@passphrase_option
+def status(path: Path, as_json: bool, passphrase_file: Path | None) -> None:
+    """Show files, bytes, sectors, what is pending, refused operations, hosts and contracts.
+
+    Of a mounted volume the running process is asked, and no passphrase is needed.
+
+    \b
+    Examples:
+      fusefs status ~/mnt
+      fusefs status ~/volume --json | jq .pending_bytes
+    """
+    target = live.resolve(path)
+    now = volume_status(target, passphrase_file, "status")
+    if as_json:
+        # Not msgspec's own encoder, which refuses the lone surrogates that stand for bytes that are not UTF-8.
+        write_line(json.dumps(msgspec.to_builtins(now), indent=2))
+    else:
+        _show(now, target)
+
+
+def volume_status(target: live.Target, passphrase_file: Path | None, command: str) -> VolumeStatus:
+    """From the process that has it mounted; else by opening the volume, which takes the passphrase."""
+    if target.mountpoint is not None:
+        return live.status(target)
+    secret = passphrase(passphrase_file)
+
+    async def work() -> VolumeStatus:
+        async with unmounted_volume(target.volume, secret, command) as volume:
+            return await volume.status()
+
+    return run(work)
+
+
+def _show(now: VolumeStatus, target: live.Target) -> None:
+    for warning in warnings(now, time.time_ns()):
+        write_line(style("warning: ", "bold yellow") + printable(warning))
+    for label, text in _summary(now, target):
+        write_line(style(f"{label:<10}", "bold") + printable(text))
+    if now.hosts:
+        write_line()
+        hosts_table(now)
+    if now.refusals:
+        write_line()
+        shown = sorted(now.refusals, key=lambda refusal: refusal.when_ns)[-SHOWN_REFUSALS:]
+        write_table(
+            ("refused", "program", "file", "offset", "why"),
+            [(human_time(r.when_ns), r.program, r.path, str(r.offset), r.reason) for r in shown],
+            right=(3,),
+        )
+
+
+def _summary(now: VolumeStatus, target: live.Target) -> list[tuple[str, str]]:
+    copies = "data+parity" if "+" in now.replication else "one copy each" if now.replication == "1" else f"{now.replication} copies each"
+    lookups = now.cache_hits + now.cache_misses
+    hits = f", {100 * now.cache_hits // lookups} % of reads found there" if lookups else ""
+    pending = f"{human_bytes(now.pending_bytes)} on no host yet" if now.pending_bytes else "nothing: what was written is on its hosts"
+    lines = [
+        ("volume", f"{now.path}  (id {now.volume_id})"),
+        ("mounted", f"at {target.mountpoint}" if target.mountpoint is not None else "no"),
+        ("stored", f"{_count(now.files, 'file')}, {human_bytes(now.bytes)}, in {_count(now.sectors, 'sector')}, {copies}"),
+        ("pending", pending),
+        ("cache", f"{human_bytes(now.cache_bytes)} of {human_bytes(now.cache_limit)}{hits}"),
+        ("journal", f"{now.journal_fill * 100:.0f} % full"),
+    ]
+    if now.refusals_total:
+        lines.append(("refused", f"{_count(now.refusals_total, 'operation')} since it was opened"))
+    return lines
+
+
+def warnings(now: VolumeStatus, now_ns: int) -> list[str]:
+    """What needs somebody's attention, the worst first. Each is said once."""
+    found: list[str] = []
+    if now.read_only:
+        found.append(f"the volume takes no more writes: {now.read_only_reason}")
+    found += now.warnings
+    if now.degraded_sectors:
+        found.append(f"{_count(now.degraded_sectors, 'sector')} with fewer copies than {now.replication!r} asks for")
+    for host in now.hosts:
+        if host.error and not any(host.url in text for text in found):
+            found.append(f"host {host.url} cannot be used: {host.error}")
+        found += _contract_warnings(host, [c for c in now.contracts if c.host_number == host.number], now_ns)
+    return list(dict.fromkeys(found))
+
+
+def _contract_warnings(host: HostStatus, contracts: list[ContractStatus], now_ns: int) -> list[str]:
+    active = [c for c in contracts if c.active]
+    if not active:
+        return [f"no contract is in force with {host.url}: fusefs contracts VOLUME renew or conclude one"]
+    last = max(active, key=lambda c: c.end_ns)
+    left = last.end_ns - now_ns
+    if left < SHORT_CONTRACT * (last.end_ns - last.start_ns):
+        return [f"the contract with {host.url} ends in {human_span(left / 1e9)}"]
+    return []
+
+
+def hosts_table(now: VolumeStatus) -> None:
+    """The hosts, with the end of each one's last contract."""
+    rows = []
+    for host in now.hosts:
+        ends = [c.end_ns for c in now.contracts if c.host_number == host.number and c.active]
+        rows.append(
+            (
+                str(host.number),
+                host.url,
+                host.state,
+                human_bytes(host.free) if host.free is not None else "?",
+                f"{host.latency_ms:.1f} ms" if host.latency_ms is not None else "?",
+                f"{host.failures:.0f}",
+                until(max(ends), time.time_ns()) if ends else "none",
+            )
+        )
+    write_table(("host", "url", "state", "free", "latency", "failures", "contract"), rows, right=(0, 3, 4, 5))
+
+
+def until(end_ns: int, now_ns: int) -> str:
+    """`to 2027-02-20 (89 days)`, or how long ago it ended."""
+    day = human_time(end_ns).split()[0]
+    if end_ns <= now_ns:
+        return f"ended {day}"
+    return f"to {day} ({human_span((end_ns - now_ns) / 1e9)})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

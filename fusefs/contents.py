@@ -1,0 +1,146 @@
+"""Handlers on content: create, open, read, write, flush, release, fsync."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+import pyfuse3
+import trio
+
+from fusefs.attributes import without_setuid
+from fusefs.base import HandlerBase, check_name
+from fusefs.errno_map import errno_of
+from fusefs.guard import guarded
+from fusefs.handles import Handle, OpenInode
+from storage.errors import FusefsError, NotFound
+
+
+def drops_pages_under_direct_writes(release: str) -> bool:
+    """Whether Linux `release` drops the cached pages that a direct write covers. It does since 6.6; before, a reader may see zeros there."""
+    major, _, rest = release.partition(".")
+    minor = rest.partition(".")[0]
+    if not (major.isdigit() and minor.isdigit()):
+        return False
+    return (int(major), int(minor)) >= (6, 6)
+
+
+class ContentHandlers(HandlerBase):
+    """pyfuse3 handlers; see `pyfuse3.Operations` for their contracts."""
+
+    #: False on kernels that leave stale pages under direct writes: then we drop them.
+    kernel_drops_pages = drops_pages_under_direct_writes(os.uname().release)
+
+    @guarded
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        check_name(name)
+        ino = self.namespace.create(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid)
+        # No await up to the return: an error after the pin would leave it behind.
+        info = self._file_info(ino, flags, ctx)
+        return info, self.pinned_entry(ino)
+
+    @guarded
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        if not flags & os.O_TRUNC:
+            return self._file_info(inode, flags, ctx)
+        before = self.namespace.attributes(inode)
+        if before.size:
+            self.namespace.truncate(inode, 0)
+        info = self._file_info(inode, flags, ctx, truncated=before.size > 0)
+        if ctx.uid != 0 and without_setuid(before.mode) != before.mode:
+            self.namespace.set_attributes(inode, mode=stat.S_IMODE(without_setuid(before.mode)))
+        return info
+
+    def _file_info(self, ino: int, flags: int, ctx: pyfuse3.RequestContext, *, truncated: bool = False) -> pyfuse3.FileInfo:
+        """Open a handle, cached or direct. Handles are few where it matters how long this takes; it makes no await."""
+        attributes = self.namespace.attributes(ino)
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        cached = (
+            writing
+            and self.options.writeback
+            and flags & (os.O_ACCMODE | os.O_APPEND) == os.O_WRONLY | os.O_APPEND
+            and self.volume.values.accepting()
+            and self.namespace.last_page_local(ino)
+        )
+        handle = self.handles.open(ino, ctx.pid, attributes.mtime_ns, writing=writing, cached=cached)
+        handle.clears_setuid = writing and ctx.uid != 0 and without_setuid(attributes.mode) != attributes.mode
+        if truncated:
+            handle.inode.taint = None  # the kernel's size is 0 as well now
+            handle.inode.commit_at_release = True
+        # Stored bytes never change, so pages may outlive the handle; except under O_TRUNC, and where the kernel keeps stale ones.
+        keep = not truncated and self.kernel_drops_pages
+        return pyfuse3.FileInfo(fh=handle.fh, direct_io=writing and not cached, keep_cache=keep)
+
+    @guarded
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        # May come on a write-only handle: the kernel completes a page it is about to write.
+        return await self.namespace.read(self.handles.get(fh).ino, off, size)
+
+    @guarded
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        handle = self.handles.get(fh)  # perhaps not the handle that was written to, with cached handles: only the inode counts
+        inode = handle.inode
+        lock = inode.write_lock
+        if lock.locked():
+            await lock.acquire()
+        else:
+            lock.acquire_nowait()  # the usual case, without a checkpoint
+        try:
+            if inode.taint is not None and off > self.namespace.attributes(inode.ino).size:
+                raise pyfuse3.FUSEError(inode.taint)  # R3
+            try:
+                await self.namespace.write(inode.ino, off, buf)
+            except FusefsError as error:
+                self.coherence.write_refused(inode, off, len(buf), errno_of(error))
+                raise
+            except Exception:
+                self.coherence.write_refused(inode, off, len(buf), errno.EIO)
+                raise
+        finally:
+            lock.release()
+        if not inode.cached_writers:
+            inode.written_ns = self.volume.seams.clock.time_ns()
+            if handle.clears_setuid:
+                self._clear_setuid(handle)
+        if not self.kernel_drops_pages and (inode.readers or inode.cached_writers) and not handle.cached:
+            await self.kernel.invalidate(inode.ino)
+        return len(buf)
+
+    def _clear_setuid(self, handle: Handle) -> None:
+        handle.clears_setuid = False
+        mode = self.namespace.attributes(handle.ino).mode
+        self.namespace.set_attributes(handle.ino, mode=stat.S_IMODE(without_setuid(mode)))
+
+    @guarded
+    async def flush(self, fh: int) -> None:
+        # ENOSYS once: the kernel then writes dirty pages at close(2) and reports their errors, but asks us no more.
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    @guarded
+    async def release(self, fh: int) -> None:
+        handle = self.handles.close(fh)
+        if not handle.writing:
+            return
+        inode = handle.inode
+        self.coherence.settle_times(inode)
+        if inode.commit_at_release:
+            await self._commit_truncated(inode)
+
+    async def _commit_truncated(self, inode: OpenInode) -> None:
+        """The file was emptied and written anew: the new content becomes durable, so that a crash does not leave it empty for long.
+
+        close(2) does not wait for it. Not to be interrupted by an unmount that follows at once.
+        """
+        inode.commit_at_release = False
+        with trio.CancelScope(shield=True):
+            try:
+                await self.namespace.commit(inode.ino)
+            except NotFound:
+                pass  # removed meanwhile
+
+    @guarded
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self.namespace.commit(self.handles.get(fh).ino)

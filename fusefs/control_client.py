@@ -1,0 +1,171 @@
+"""Asking a live mount: the client's side of the control socket, blocking, for the command line."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from fusefs.control import socket_address
+from fusefs.control_protocol import (
+    MAX_ANSWER,
+    AnyAnswer,
+    Conclude,
+    ContractAnswer,
+    DoneAnswer,
+    Drain,
+    ErrorAnswer,
+    Flush,
+    FlushedAnswer,
+    GetStatus,
+    MountStatus,
+    Progress,
+    Renew,
+    Request,
+    StatusAnswer,
+    Stop,
+    Worm,
+    decode_answer,
+    encode,
+    error_of,
+)
+from storage import ContractStatus, FlushReport, HostStatus
+from storage.errors import BadArgument, NotFound, NotPermitted, Unavailable
+
+#: (bytes done, bytes in all)
+ShowProgress = Callable[[int, int], None]
+
+
+class ControlClient:
+    """A connection to the process that serves a volume. Not for several threads. Raises what the mount raised."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._received = bytearray()
+
+    @classmethod
+    def connect(cls, volume: Path, timeout: float = 5.0) -> ControlClient:
+        """NotFound: nobody serves the volume. NotPermitted: somebody else's. Unavailable: no answer within `timeout` seconds."""
+        try:
+            directory = os.open(volume, os.O_PATH | os.O_DIRECTORY)
+        except OSError as error:
+            raise NotFound(f"{volume} is not a volume: {error.strerror}") from None
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(timeout)
+            connection.connect(socket_address(directory))
+        except (FileNotFoundError, ConnectionRefusedError):
+            connection.close()
+            raise NotFound(f"{volume} is not mounted") from None
+        except PermissionError:
+            connection.close()
+            raise NotPermitted(f"{volume} is mounted by another user, who alone may control it") from None
+        except OSError as error:
+            connection.close()
+            raise Unavailable(f"the mount of {volume} does not answer: {error}") from None
+        finally:
+            os.close(directory)
+        connection.settimeout(None)
+        return cls(connection)
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def status(self) -> MountStatus:
+        answer = self._ask(GetStatus())
+        if not isinstance(answer, StatusAnswer):
+            raise _unexpected(answer)
+        return answer.status
+
+    def hosts(self) -> list[HostStatus]:
+        return self.status().volume.hosts
+
+    def contracts(self) -> list[ContractStatus]:
+        return self.status().volume.contracts
+
+    def flush(self, progress: ShowProgress | None = None) -> FlushReport:
+        """Returns when everything written by any program so far is on the hosts, as the report says."""
+        answer = self._ask(Flush(), progress)
+        if not isinstance(answer, FlushedAnswer):
+            raise _unexpected(answer)
+        return FlushReport(answer.degraded_sectors, tuple(answer.reasons))
+
+    def drain(self, progress: ShowProgress | None = None) -> FlushReport | None:
+        """For after an unmount: the report of the process's last flush, once the process has let go of the volume. None if it ended without one."""
+        try:
+            answer = self._ask(Drain(), progress)
+            if not isinstance(answer, FlushedAnswer):
+                raise _unexpected(answer)
+            while self._connection.recv(4096):
+                continue
+        except (ConnectionError, EOFError):
+            return None
+        return FlushReport(answer.degraded_sectors, tuple(answer.reasons))
+
+    def worm(self, ino: int) -> None:
+        """`ino`: the inode number of a directory on the mount."""
+        self._done(Worm(ino=ino))
+
+    def conclude(self, host: str, seconds: float) -> str:
+        """The new contract's id."""
+        return self._contract(Conclude(host=host, seconds=seconds))
+
+    def renew(self, contract_id: str, seconds: float) -> str:
+        """The new contract's id."""
+        return self._contract(Renew(contract_id=contract_id, seconds=seconds))
+
+    def stop(self) -> None:
+        """Unmount, as SIGTERM does. Busy where a program uses the mount."""
+        self._done(Stop())
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _contract(self, request: Request) -> str:
+        answer = self._ask(request)
+        if not isinstance(answer, ContractAnswer):
+            raise _unexpected(answer)
+        return answer.contract_id
+
+    def _done(self, request: Request) -> None:
+        answer = self._ask(request)
+        if not isinstance(answer, DoneAnswer):
+            raise _unexpected(answer)
+
+    def _ask(self, request: Request, progress: ShowProgress | None = None) -> AnyAnswer:
+        """EOFError, ConnectionError: the process ended."""
+        self._connection.sendall(encode(request))
+        while True:
+            answer = decode_answer(self._line())
+            if isinstance(answer, Progress):
+                if progress is not None:
+                    progress(answer.done, answer.total)
+                continue
+            if isinstance(answer, ErrorAnswer):
+                raise error_of(answer.kind, answer.message)
+            return answer
+
+    def _line(self) -> bytes:
+        while (end := self._received.find(b"\n")) < 0:
+            if len(self._received) > MAX_ANSWER:
+                raise BadArgument("the mount's answer is too long to be one")
+            chunk = self._connection.recv(65536)
+            if not chunk:
+                raise EOFError("the mount ended")
+            self._received += chunk
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        return line
+
+
+def _unexpected(answer: AnyAnswer) -> BadArgument:
+    return BadArgument(f"the mount answered with {type(answer).__name__}, which was not asked for; is it of another version?")

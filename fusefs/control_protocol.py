@@ -1,0 +1,163 @@
+"""What goes over the control socket: one JSON object per line, both ways.
+
+| line          | fields                                                                                          |
+|---------------|-------------------------------------------------------------------------------------------------|
+| request       | {"version": 1, "type": NAME, ...}; one per line, at most MAX_REQUEST bytes with its newline       |
+| progress      | {"type": "progress", "done": bytes, "total": bytes}; any number before the answer to flush, drain |
+| answer        | {"type": one of status, flushed, contract, done}, with its fields                                 |
+| error         | {"type": "error", "kind": name of a class in storage.errors, "message": one line}                 |
+
+Requests are answered in order. After an unreadable request the connection is closed behind the error.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from storage import VolumeStatus, errors
+from storage.errors import BadArgument, FusefsError
+
+VERSION = 1
+SOCKET_NAME = "control.sock"
+#: A path has at most 4096 bytes, each at most six characters of JSON.
+MAX_REQUEST = 32 * 1024
+#: For the client: a status with every refusal and many hosts is far below.
+MAX_ANSWER = 16 * 1024 * 1024
+
+Text = Annotated[str, Meta(min_length=1, max_length=4096)]
+Duration = Annotated[float, Meta(ge=1.0, le=100 * 366 * 86400.0)]
+
+
+class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Base of all requests."""
+
+    version: int = VERSION
+
+
+class GetStatus(Request, frozen=True, tag="status"):
+    """-> StatusAnswer"""
+
+
+class Flush(Request, frozen=True, tag="flush"):
+    """Dirty pages, tails, hosts: -> progress..., FlushedAnswer"""
+
+
+class Drain(Request, frozen=True, tag="drain"):
+    """Wait for the process to finish after an unmount: -> progress..., FlushedAnswer; then the connection ends when the volume is free."""
+
+
+class Worm(Request, frozen=True, tag="worm", kw_only=True):
+    """Make a directory worm. Its inode number, as stat shows it. -> DoneAnswer"""
+
+    ino: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+
+
+class Conclude(Request, frozen=True, tag="conclude", kw_only=True):
+    """-> ContractAnswer"""
+
+    host: Text
+    seconds: Duration
+
+
+class Renew(Request, frozen=True, tag="renew", kw_only=True):
+    """-> ContractAnswer"""
+
+    contract_id: Text
+    seconds: Duration
+
+
+class Stop(Request, frozen=True, tag="stop"):
+    """Unmount, as SIGTERM does: -> DoneAnswer once the kernel has unmounted."""
+
+
+AnyRequest = GetStatus | Flush | Drain | Worm | Conclude | Renew | Stop
+
+
+class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A mount and its volume. `phase`: starting, mounted, flushing (unmounted, and on its way to the hosts), closing."""
+
+    pid: int
+    mountpoint: str
+    phase: str
+    options: str
+    open_handles: int
+    flush_done: int
+    flush_total: int
+    volume: VolumeStatus
+
+
+class Answer(msgspec.Struct, frozen=True, tag=True):
+    """Base of all answers."""
+
+
+class Progress(Answer, frozen=True, tag="progress", kw_only=True):
+    done: int
+    total: int
+
+
+class StatusAnswer(Answer, frozen=True, tag="status", kw_only=True):
+    status: MountStatus
+
+
+class FlushedAnswer(Answer, frozen=True, tag="flushed", kw_only=True):
+    degraded_sectors: int
+    reasons: list[str]
+
+
+class ContractAnswer(Answer, frozen=True, tag="contract", kw_only=True):
+    contract_id: str
+
+
+class DoneAnswer(Answer, frozen=True, tag="done"):
+    pass
+
+
+class ErrorAnswer(Answer, frozen=True, tag="error", kw_only=True):
+    kind: str
+    message: str
+
+
+AnyAnswer = Progress | StatusAnswer | FlushedAnswer | ContractAnswer | DoneAnswer | ErrorAnswer
+
+_requests = msgspec.json.Decoder(AnyRequest)
+_answers = msgspec.json.Decoder(AnyAnswer)
+_encoder = msgspec.json.Encoder()
+
+
+def encode(message: Request | Answer) -> bytes:
+    """One line."""
+    return _encoder.encode(message) + b"\n"
+
+
+def decode_request(line: bytes) -> AnyRequest:
+    """BadArgument for anything that is not a request of this version."""
+    try:
+        request = _requests.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadArgument(f"not a request: {error}") from None
+    if request.version != VERSION:
+        raise BadArgument(f"request of version {request.version}; this mount speaks version {VERSION}: use the fusefs command it was started with")
+    return request
+
+
+def decode_answer(line: bytes) -> AnyAnswer:
+    """BadArgument for anything that is not an answer."""
+    try:
+        return _answers.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadArgument(f"the mount's answer cannot be read ({error}); is it of another version?") from None
+
+
+def error_answer(error: FusefsError) -> ErrorAnswer:
+    return ErrorAnswer(kind=type(error).__name__, message=str(error))
+
+
+def error_of(kind: str, message: str) -> FusefsError:
+    """The exception that an error answer stands for; FusefsError where the kind is unknown here."""
+    found = getattr(errors, kind, None)
+    if isinstance(found, type) and issubclass(found, FusefsError):
+        return found(message)
+    return FusefsError(message)

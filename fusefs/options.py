@@ -1,0 +1,139 @@
+"""Mount options: the text behind `-o`, parsed and checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from storage.errors import BadArgument
+
+#: Options of mount(8) that are handed on as they are, and the option each contradicts.
+PASSED_ON = {
+    "atime": "noatime",
+    "noatime": "atime",
+    "dev": "nodev",
+    "nodev": "dev",
+    "suid": "nosuid",
+    "nosuid": "suid",
+    "exec": "noexec",
+    "noexec": "exec",
+    "sync": "async",
+    "async": "sync",
+}
+#: Accepted and without effect: what /etc/fstab and mount(8) add.
+IGNORED = frozenset({"defaults", "auto", "noauto", "user", "nouser", "users", "_netdev", "nofail", "relatime", "norelatime", "default_permissions"})
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """How a volume is mounted. `MountOptions()` is the default."""
+
+    read_only: bool = False
+    #: False: link(2) is answered with EPERM (Borg 1.x then copies its config instead of overwriting a linked one).
+    link_denied: bool = False
+    #: Extended attributes; they cost a request with every write(2).
+    xattr: bool = False
+    #: The kernel's write-back cache for O_WRONLY|O_APPEND handles.
+    writeback: bool = True
+    #: None: for root.
+    allow_other: bool | None = None
+    #: Bytes for the block cache; None: the volume's default.
+    cache_bytes: int | None = None
+    #: Seconds between commits; between gatherings of small tails.
+    commit_interval: float = 5.0
+    flush_interval: float | None = None
+    debug: bool = False
+    passed_on: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def others_allowed(self) -> bool:
+        return os.geteuid() == 0 if self.allow_other is None else self.allow_other
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> MountOptions:
+        """Each text is a comma-separated list, as after `-o`. BadArgument names the option and says what is wrong with it."""
+        seen: dict[str, str] = {}
+        values: dict[str, Any] = {}
+        passed: set[str] = set()
+
+        def choose(setting: str, option: str, value: object) -> None:
+            if setting in seen and values[setting] != value:
+                raise BadArgument(f"mount options {seen[setting]!r} and {option!r} contradict each other")
+            seen[setting] = option
+            values[setting] = value
+
+        for option in (part.strip() for text in texts for part in text.split(",")):
+            if not option:
+                continue
+            name, equals, value = option.partition("=")
+            if option in IGNORED or option.startswith("x-"):
+                continue
+            if option in PASSED_ON:
+                if PASSED_ON[option] in passed:
+                    raise BadArgument(f"mount options {PASSED_ON[option]!r} and {option!r} contradict each other")
+                passed.add(option)
+            elif option in _FLAGS:
+                setting, chosen = _FLAGS[option]
+                choose(setting, option, chosen)
+            elif name == "link":
+                if value not in ("deny", "allow"):
+                    raise BadArgument(f"mount option {option!r}: link=deny or link=allow")
+                choose("link_denied", option, value == "deny")
+            elif name == "cache" and equals:
+                choose("cache_bytes", option, parse_size(option, value))
+            elif name in ("commit_interval", "flush_interval") and equals:
+                choose(name, option, _seconds(option, value))
+            elif name == "fsync":
+                if value == "hosts":
+                    raise BadArgument("mount option 'fsync=hosts' comes with a later version; use fsync=local, and fusefs flush to reach the hosts")
+                if value != "local":
+                    raise BadArgument(f"mount option {option!r}: fsync=local is the only choice")
+            else:
+                raise BadArgument(f"unknown mount option {option!r}; known: {', '.join(KNOWN)}")
+        return cls(passed_on=frozenset(passed), **values)
+
+    def kernel_options(self, source: str) -> set[str]:
+        """The set for `pyfuse3.init`; `source` is what df and mount show, free of commas."""
+        options = {"default_permissions", f"fsname={source}", "subtype=fusefs"} | self.passed_on
+        if self.read_only:
+            options.add("ro")
+        if self.others_allowed:
+            options.add("allow_other")
+        return options
+
+
+_FLAGS: dict[str, tuple[str, bool]] = {
+    "ro": ("read_only", True),
+    "rw": ("read_only", False),
+    "xattr": ("xattr", True),
+    "noxattr": ("xattr", False),
+    "writeback": ("writeback", True),
+    "nowriteback": ("writeback", False),
+    "allow_other": ("allow_other", True),
+    "noallow_other": ("allow_other", False),
+    "debug": ("debug", True),
+}
+KNOWN = sorted([*_FLAGS, *PASSED_ON, "link=deny", "cache=SIZE", "commit_interval=SECONDS", "flush_interval=SECONDS", "fsync=local"])
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes, with an optional K, M, G or T (powers of 1024)."""
+    upper = text.strip().upper().removesuffix("B").removesuffix("I")
+    digits = upper.rstrip("KMGT")
+    unit = _UNITS.get(upper[len(digits) :])
+    if unit is None or not digits.isascii() or not digits.isdigit() or len(digits) > 15:
+        raise BadArgument(f"mount option {option!r}: {text!r} is not a size such as 256M")
+    return int(digits) * unit
+
+
+def _seconds(option: str, text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0.01 <= seconds <= 86_400:
+        raise BadArgument(f"mount option {option!r}: between 0.01 and 86400 seconds")
+    return seconds

@@ -1,0 +1,403 @@
+"""Objects as files below a directory, durably: the blocking half of the directory host. Everything here is for threads.
+
+    root/~tmp/<random>      written, fsync'ed, then renamed to its name; what a crash leaves there is removed when it is a day old
+    root/~lock              flock: exclusive for a conditional put, shared around every other rename and unlink
+    root/<object name>      "~" is in no object's name, so nothing collides
+
+A put is: directories made and flushed, temporary file written and fsync'ed, rename, fsync of the directory. A crash between any two leaves
+the old object or the new one, whole. Not promised: anything on a disk that lies about flushes.
+
+Every call walks down from the root with O_NOFOLLOW, so no symbolic link in an object's path leads out of it (the root itself may be
+reached through links), and looks whether the root is still the directory it was: a disk unmounted under us shows an empty one, into
+which nothing must be written.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from blake3 import blake3
+
+from storage.errors import BadArgument, Busy, Corrupt, FusefsError, NoSpace, NotFound, Unavailable
+from storage.hosts.layout import is_component
+from storage.interfaces import Buffer, HostSpace
+from storage.seams import Failpoints
+
+TEMPORARY = "~tmp"
+LOCK = "~lock"
+#: Temporary files older than this belong to nobody any more.
+STALE_SECONDS = 86400.0
+#: Up to this size an object's tag is its BLAKE3; above, its inode, size and time, which cost no reading.
+MAX_HASHED = 1024 * 1024
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+class Locked(Exception):
+    """Another process is in the middle of a change; ask again shortly. Does not leave the directory host."""
+
+
+class Tree:
+    """One directory. Safe for several threads at a time, and for several processes on one directory."""
+
+    def __init__(self, path: str, url: str, failpoints: Failpoints, identity: tuple[int, int]) -> None:
+        self.path = path
+        self.url = url
+        self._hit = failpoints.hit
+        self._identity = identity
+        #: Directories ("a/b/") whose names are known to be durable in their parents: flushed once by this process.
+        self._durable: set[str] = set()
+
+    @classmethod
+    def open(cls, path: str, url: str, failpoints: Failpoints, now_ns: int, create: bool) -> Tree:
+        """The tree at `path`; with `create` a missing directory is made, durably. Unavailable if there is none, or it cannot be used."""
+        try:
+            if create:
+                _make_root(path)
+            status = os.stat(path)
+        except OSError as error:
+            raise translate(error, url, f"opening {path}") from error
+        if not stat.S_ISDIR(status.st_mode):
+            raise Unavailable(f"host {url}: {path} is not a directory")
+        tree = cls(path, url, failpoints, (status.st_dev, status.st_ino))
+        tree._sweep(now_ns)
+        return tree
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Reading
+
+    def get(self, parts: list[str], limit: int) -> bytes:
+        with self._object(parts) as (fd, size):
+            if size > limit:
+                raise Corrupt(f"host {self.url}: {'/'.join(parts)} has {size} bytes, more than the {limit} it can have")
+            return _read(fd, 0, size)
+
+    def get_range(self, parts: list[str], offset: int, length: int) -> bytes:
+        with self._object(parts) as (fd, size):
+            return _read(fd, offset, max(0, min(length, size - offset)))
+
+    def tag(self, parts: list[str]) -> str | None:
+        try:
+            with self._object(parts) as (fd, size):
+                return blake3(_read(fd, 0, size)).hexdigest() if size <= MAX_HASHED else _stat_tag(fd)
+        except NotFound:
+            return None
+
+    def entries(self, parts: list[str]) -> tuple[list[tuple[str, int]], list[str]]:
+        """Of one directory: objects as (name, size), and directories. Empty if there is no such directory."""
+        found: list[tuple[str, int]] = []
+        directories: list[str] = []
+        with self._errors(f"listing {'/'.join(parts) or '/'}"), self._root() as root:
+            try:
+                fd = self._walk(root, parts)
+            except FileNotFoundError:
+                return found, directories
+            try:
+                with os.scandir(fd) as scan:
+                    for entry in scan:
+                        if not is_component(entry.name):
+                            continue
+                        if entry.is_dir(follow_symlinks=False):
+                            directories.append(entry.name)
+                        elif entry.is_file(follow_symlinks=False):
+                            # One that was deleted meanwhile is left out.
+                            with suppress(FileNotFoundError):
+                                found.append((entry.name, entry.stat(follow_symlinks=False).st_size))
+            finally:
+                os.close(fd)
+        return found, directories
+
+    def space(self) -> HostSpace:
+        with self._errors("asking for its space"), self._root() as root:
+            status = os.fstatvfs(root)
+            return HostSpace(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Changing
+
+    def put(self, parts: list[str], data: Buffer, temporary: str) -> str:
+        """Failpoints, in order: host.put.before_write, before_fsync, before_rename, before_dirsync, done (and before_parent_sync)."""
+        return self._put(parts, data, temporary, conditional=False, expected=None)
+
+    def put_if(self, parts: list[str], data: Buffer, temporary: str, expected: str | None) -> str:
+        """As `put`, with the same failpoints. Locked if another process is in the middle of a change."""
+        return self._put(parts, data, temporary, conditional=True, expected=expected)
+
+    def delete(self, parts: list[str]) -> None:
+        """Failpoints: host.delete.before_unlink, host.delete.before_dirsync."""
+        with self._errors(f"deleting {'/'.join(parts)}"), self._root() as root:
+            try:
+                directory = self._walk(root, parts[:-1])
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            try:
+                self._hit("host.delete.before_unlink")
+                with self._shared_lock(root), suppress(FileNotFoundError):
+                    os.unlink(parts[-1], dir_fd=directory)
+                # Also where it was gone already: the process that unlinked it may have died before this.
+                self._hit("host.delete.before_dirsync")
+                _sync_directory(directory)
+            finally:
+                os.close(directory)
+
+    def _put(self, parts: list[str], data: Buffer, temporary: str, *, conditional: bool, expected: str | None) -> str:
+        name = "/".join(parts)
+        with self._errors(f"writing {name}"), self._root() as root:
+            directory = self._make(root, parts[:-1])
+            try:
+                waiting = self._make(root, [TEMPORARY])
+                try:
+                    self._hit("host.put.before_write")
+                    fd, temporary = _create(temporary, waiting)
+                    try:
+                        _write(fd, data)
+                        self._hit("host.put.before_fsync")
+                        os.fsync(fd)
+                        self._hit("host.put.before_rename")
+                        if conditional:
+                            with self._exclusive_lock(root):
+                                if self.tag(parts) != expected:
+                                    raise Busy(f"host {self.url}: {name} was changed by somebody else; read it again")
+                                self._move(temporary, waiting, parts[-1], directory)
+                        else:
+                            with self._shared_lock(root):
+                                os.rename(temporary, parts[-1], src_dir_fd=waiting, dst_dir_fd=directory)
+                            self._hit("host.put.before_dirsync")
+                            _sync_directory(directory)
+                        self._hit("host.put.done")
+                        return blake3(data).hexdigest() if len(data) <= MAX_HASHED else _stat_tag(fd)
+                    except (OSError, FusefsError, Locked):
+                        # Not after a (simulated) crash: that leaves it, and the sweep removes it one day.
+                        with suppress(OSError):
+                            os.unlink(temporary, dir_fd=waiting)
+                        raise
+                    finally:
+                        os.close(fd)
+                finally:
+                    os.close(waiting)
+            finally:
+                os.close(directory)
+
+    def _move(self, temporary: str, waiting: int, name: str, directory: int) -> None:
+        """Rename and flush under the lock: the next one to compare sees only what is durable."""
+        os.rename(temporary, name, src_dir_fd=waiting, dst_dir_fd=directory)
+        self._hit("host.put.before_dirsync")
+        _sync_directory(directory)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Parts
+
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise translate(error, self.url, doing) from error
+
+    @contextmanager
+    def _root(self) -> Iterator[int]:
+        """A descriptor of the root, which is still the directory it was when the tree was opened."""
+        try:
+            fd = os.open(self.path, _DIRECTORY)
+        except FileNotFoundError:
+            raise Unavailable(f"host {self.url}: the directory {self.path} is missing; bring it back (is its disk mounted?)") from None
+        try:
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) != self._identity:
+                raise Unavailable(f"host {self.url}: {self.path} is another directory than before (was its disk unmounted?)")
+            yield fd
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def _object(self, parts: list[str]) -> Iterator[tuple[int, int]]:
+        """(descriptor, size) of a regular file; NotFound for anything else."""
+        name = "/".join(parts)
+        with self._errors(f"reading {name}"), self._root() as root:
+            try:
+                directory = self._walk(root, parts[:-1])
+                try:
+                    fd = os.open(parts[-1], _READ, dir_fd=directory)
+                finally:
+                    os.close(directory)
+            except FileNotFoundError:
+                raise NotFound(f"host {self.url}: there is no {name}") from None
+            except OSError as error:
+                if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                    reason = "its path leads through a symbolic link, which is not followed, or a file"
+                    raise NotFound(f"host {self.url}: there is no {name}: {reason}") from None
+                raise
+            try:
+                status = os.fstat(fd)
+                if not stat.S_ISREG(status.st_mode):
+                    raise NotFound(f"host {self.url}: {name} is not a regular file")
+                yield fd, status.st_size
+            finally:
+                os.close(fd)
+
+    def _walk(self, root: int, parts: list[str]) -> int:
+        """A descriptor of the directory `parts` below the root. FileNotFoundError; NotADirectoryError for a symbolic link, too."""
+        fd = os.dup(root)
+        for part in parts:
+            try:
+                child = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+            finally:
+                os.close(fd)
+            fd = child
+        return fd
+
+    def _make(self, root: int, parts: list[str]) -> int:
+        """As `_walk`, making what is missing. Each name on the way is durable in its parent when it returns."""
+        fd, path = os.dup(root), ""
+        for part in parts:
+            path += part + "/"
+            try:
+                try:
+                    child = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+                except FileNotFoundError:
+                    self._durable.discard(path)
+                    with suppress(FileExistsError):
+                        os.mkdir(part, 0o700, dir_fd=fd)
+                    child = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+                try:
+                    if path not in self._durable:
+                        self._hit("host.put.before_parent_sync")
+                        _sync_directory(fd)
+                        self._durable.add(path)
+                except BaseException:
+                    os.close(child)
+                    raise
+            finally:
+                os.close(fd)
+            fd = child
+        return fd
+
+    @contextmanager
+    def _shared_lock(self, root: int) -> Iterator[None]:
+        """Keeps conditional puts out; where the filesystem has no locks there are none to keep out."""
+        fd = _open_lock(root)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            yield
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def _exclusive_lock(self, root: int) -> Iterator[None]:
+        fd = _open_lock(root)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Locked from None
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    raise Unavailable(f"host {self.url}: its filesystem has no locks (flock), so it cannot do conditional puts") from error
+                raise
+            yield
+        finally:
+            os.close(fd)
+
+    def _sweep(self, now_ns: int) -> None:
+        """Remove temporary files nobody can still be writing. Best effort: what cannot be removed stays, and does no harm."""
+        with suppress(OSError), self._root() as root:
+            waiting = self._walk(root, [TEMPORARY])
+            try:
+                for name in os.listdir(waiting):
+                    if now_ns - os.stat(name, dir_fd=waiting, follow_symlinks=False).st_mtime_ns > STALE_SECONDS * 1e9:
+                        os.unlink(name, dir_fd=waiting)
+            finally:
+                os.close(waiting)
+
+
+def translate(error: OSError, url: str, doing: str) -> FusefsError:
+    """The kind for what the operating system said about a host's directory, with what to do where that is known."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(f"host {url} is full: {doing}: {reason}; free space or add a host")
+    if error.errno == errno.ENAMETOOLONG:
+        return BadArgument(f"host {url}: {doing}: {reason}")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return Unavailable(f"host {url}: {doing}: permission denied for user {os.geteuid()}; give it access to the directory")
+    if error.errno == errno.ENOENT:
+        return Unavailable(f"host {url}: {doing}: a directory is missing (is its disk mounted?)")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return Unavailable(f"host {url}: {doing}: {reason}; raise the limit of open files")
+    return Unavailable(f"host {url}: {doing}: {reason}")
+
+
+def _make_root(path: str) -> None:
+    """`path` and its parents, durable in theirs."""
+    missing: list[str] = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for each in reversed(missing):
+        with suppress(FileExistsError):
+            os.mkdir(each, 0o700)
+        fd = os.open(os.path.dirname(each), _DIRECTORY)
+        try:
+            _sync_directory(fd)
+        finally:
+            os.close(fd)
+
+
+def _open_lock(root: int) -> int:
+    # A description of its own for every call: threads that shared one would share the lock.
+    return os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root)
+
+
+def _create(name: str, directory: int) -> tuple[int, str]:
+    """A new, empty file called `name`, or that with a number added, open for writing."""
+    number, attempt = 0, name
+    while True:
+        try:
+            return os.open(attempt, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory), attempt
+        except FileExistsError:
+            number += 1
+            attempt = f"{name}.{number}"
+
+
+def _write(fd: int, data: Buffer) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _read(fd: int, offset: int, length: int) -> bytes:
+    """Bytes [offset, offset + length), fewer where the file ends before."""
+    first = os.pread(fd, length, offset) if length else b""
+    if len(first) == length or not first:
+        return first
+    parts = [first]
+    got = len(first)
+    while got < length and (part := os.pread(fd, length - got, offset + got)):
+        parts.append(part)
+        got += len(part)
+    return b"".join(parts)
+
+
+def _stat_tag(fd: int) -> str:
+    # Every put makes a new file, and the old one is there until it is renamed over: inode numbers of neighbours in time differ.
+    status = os.fstat(fd)
+    return f"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
+
+
+def _sync_directory(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # A filesystem that knows no fsync of directories keeps names in its own way.
+        if error.errno != errno.EINVAL:
+            raise

@@ -1,0 +1,220 @@
+"""Codecs of what the namespace keeps in the metadata store.
+
+Every value is one version byte (1) and a MessagePack array. Anything that does not decode, or says what cannot be, raises Corrupt.
+
+Inode record, `i` + inode u64 (about 70 bytes and the name):
+
+| # | field | type | meaning |
+|---|---|---|---|
+| 0 | mode | u32 | type and permission bits, as in st_mode |
+| 1 | nlink | u32 | names; directories: 2 + subdirectories; 0: an orphan |
+| 2, 3 | uid, gid | u32 | owner |
+| 4 | rdev | u63 | device number of a device node |
+| 5 | value | u63 | regular files: the value with the content; else 0 |
+| 6 | map | u63 | 0: straight. Else the number its map entries stand under (taken from the inode numbers, used once) |
+| 7 | size | u63 | mapped files: the size is at least this, whatever the map says (a hole at the end) |
+| 8 | map_bound | u63 | mapped files: no map entry reaches beyond this offset of the value (N5) |
+| 9 | counted | u63 | bytes of this file that are in the volume's total |
+| 10-12 | atime, mtime, ctime | i64 | nanoseconds since the Unix epoch |
+| 13 | parent | u63 | hint; 0: none known. Directories: the parent (the root's is itself) |
+| 14 | name | bytes, at most 255 | hint |
+| 15 | flags | u32 | 1: worm directory. 2: has extended attributes |
+| 16 | replication | str, at most 15 | directories: for new files below; "" inherits |
+| 17 | target | bytes, at most 4095 | symlinks: where to |
+
+Directory entry, `n` + parent u64 + name: inode u63, type bits u32 (`st_mode & S_IFMT`), cookie u63.
+Its place, `l` + parent u64 + cookie u64: the name itself, no codec.
+Map entry, `m` + map u64 + file offset u64: length u63 (not 0), offset in value u63.
+Orphan, `o` + number u64: one byte, `i` for an inode without a name, `m` for what is left of a map.
+Counts, `w` + "namespace.counts": inodes u63, regular files u63, bytes u63 (sum of `counted`).
+Worm, `w` + "namespace.worm": b"1" once the volume has a worm directory.
+"""
+
+from __future__ import annotations
+
+import stat
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from storage.errors import Corrupt
+from storage.metadata.keys import COOKIE, INODE, MAP, NAME, ORPHAN, SETTING, XATTR, u64
+
+VERSION = 1
+_VERSION_BYTE = bytes([VERSION])
+
+ROOT = 1
+MAX_NAME = 255
+MAX_TARGET = 4095
+#: Largest file offset, size and number: what off_t can say.
+MAX_OFFSET = 2**63 - 1
+MAX_U32 = 2**32 - 1
+#: Names of one file. As ext4: programs that make millions of links know this limit.
+MAX_LINKS = 65_000
+#: Subdirectories are limited only by the field.
+MAX_DIRECTORY_LINKS = MAX_U32
+
+WORM = 1
+HAS_XATTRS = 2
+
+ORPHAN_INODE = b"i"
+ORPHAN_MAP = b"m"
+
+COUNTS_KEY = SETTING + b"namespace.counts"
+WORM_KEY = SETTING + b"namespace.worm"
+
+_TYPES = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFBLK, stat.S_IFCHR})
+
+U32 = Annotated[int, msgspec.Meta(ge=0, le=MAX_U32)]
+U63 = Annotated[int, msgspec.Meta(ge=0, le=MAX_OFFSET)]
+I64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+class InodeRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    """One inode; see the table above."""
+
+    mode: U32
+    nlink: U32
+    uid: U32
+    gid: U32
+    rdev: U63
+    value: U63
+    map: U63
+    size: U63
+    map_bound: U63
+    counted: U63
+    atime: I64
+    mtime: I64
+    ctime: I64
+    parent: U63
+    name: Annotated[bytes, msgspec.Meta(max_length=MAX_NAME)]
+    flags: U32
+    replication: Annotated[str, msgspec.Meta(max_length=15)]
+    target: Annotated[bytes, msgspec.Meta(max_length=MAX_TARGET)]
+
+    @property
+    def type(self) -> int:
+        """The type bits of `mode`."""
+        return stat.S_IFMT(self.mode)
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_regular(self) -> bool:
+        return stat.S_ISREG(self.mode)
+
+
+class Dirent(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False, frozen=True):
+    """What a name stands for."""
+
+    ino: Annotated[int, msgspec.Meta(ge=1, le=MAX_OFFSET)]
+    type: U32
+    cookie: U63
+
+
+class MapRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False, frozen=True):
+    """Where a run of a file's bytes stands in its value."""
+
+    length: Annotated[int, msgspec.Meta(ge=1, le=MAX_OFFSET)]
+    value_offset: U63
+
+
+class CountsRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False, frozen=True):
+    """Totals of the volume."""
+
+    inodes: U63
+    files: U63
+    bytes: U63
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_inode_decoder = msgspec.msgpack.Decoder(InodeRecord)
+_dirent_decoder = msgspec.msgpack.Decoder(Dirent)
+_map_decoder = msgspec.msgpack.Decoder(MapRecord)
+_counts_decoder = msgspec.msgpack.Decoder(CountsRecord)
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[S], raw: bytes, what: str) -> S:
+    if raw[:1] != _VERSION_BYTE:
+        raise Corrupt(f"{what}: format {raw[:1].hex() or 'missing'}, this program knows {VERSION}; check the volume's metadata")
+    try:
+        # UnicodeDecodeError: a str field may hold anything in a damaged record.
+        return decoder.decode(memoryview(raw)[1:])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Corrupt(f"{what}: record does not decode ({error}); check the volume's metadata") from error
+
+
+def encode_inode(record: InodeRecord) -> bytes:
+    return _VERSION_BYTE + _encode(record)
+
+
+def decode_inode(ino: int, raw: bytes) -> InodeRecord:
+    """Corrupt if `raw` is not an inode record."""
+    what = f"inode {ino}"
+    record = _decode(_inode_decoder, raw, what)
+    if record.type not in _TYPES:
+        raise Corrupt(f"{what}: unknown type in mode {record.mode:o}; check the volume's metadata")
+    if record.is_regular != (record.value != 0) or (record.map and not record.is_regular) or (record.is_dir and not record.parent):
+        raise Corrupt(f"{what}: fields contradict its type; check the volume's metadata")
+    return record
+
+
+def encode_dirent(entry: Dirent) -> bytes:
+    return _VERSION_BYTE + _encode(entry)
+
+
+def decode_dirent(parent: int, raw: bytes) -> Dirent:
+    """Corrupt if `raw` is not a directory entry."""
+    entry = _decode(_dirent_decoder, raw, f"an entry of directory inode {parent}")
+    if entry.type not in _TYPES:
+        raise Corrupt(f"an entry of directory inode {parent}: unknown type {entry.type:o}; check the volume's metadata")
+    return entry
+
+
+def encode_map(record: MapRecord) -> bytes:
+    return _VERSION_BYTE + _encode(record)
+
+
+def decode_map(map_id: int, offset: int, raw: bytes) -> MapRecord:
+    """Corrupt if `raw` is not a map entry, or reaches beyond what a file can be."""
+    record = _decode(_map_decoder, raw, f"file map {map_id} at {offset}")
+    if offset + record.length > MAX_OFFSET or record.value_offset + record.length > MAX_OFFSET:
+        raise Corrupt(f"file map {map_id} at {offset}: reaches beyond the largest file; check the volume's metadata")
+    return record
+
+
+def encode_counts(record: CountsRecord) -> bytes:
+    return _VERSION_BYTE + _encode(record)
+
+
+def decode_counts(raw: bytes) -> CountsRecord:
+    """Corrupt if `raw` is not a counts record."""
+    return _decode(_counts_decoder, raw, "the namespace's counts")
+
+
+def inode_key(ino: int) -> bytes:
+    return INODE + u64(ino)
+
+
+def name_key(parent: int, name: bytes) -> bytes:
+    return NAME + u64(parent) + name
+
+
+def cookie_key(parent: int, cookie: int) -> bytes:
+    return COOKIE + u64(parent) + u64(cookie)
+
+
+def map_key(map_id: int, offset: int) -> bytes:
+    return MAP + u64(map_id) + u64(offset)
+
+
+def orphan_key(number: int) -> bytes:
+    return ORPHAN + u64(number)
+
+
+def xattr_key(ino: int, name: bytes) -> bytes:
+    return XATTR + u64(ino) + name

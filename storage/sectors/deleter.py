@@ -1,0 +1,111 @@
+"""Deletes the shards of freed sectors on their hosts, once the commit that freed them is durable (I3).
+
+Queue key `z`, commit sequence u64 (no smaller than the commit that freed it), sector id u64; value: the sector's record, with the hosts it is still to
+be deleted on. The sequence is what later lets a superblock generation hold deletions back.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from storage.contractor import Contractor
+from storage.errors import FusefsError, NotFound
+from storage.host_io import HostIO
+from storage.interfaces import Batch, MetadataStore
+from storage.metadata.keys import FREED, prefix_end, read_u64, u64
+from storage.seams import Seams
+from storage.sectors.records import SectorRecord, decode_sector
+
+log = logging.getLogger("fusefs.sectors")
+
+#: Entries looked at in one go; also bounds the time between two checkpoints.
+SLICE = 64
+#: Seconds until a host that did not delete is asked again.
+RETRY_SECONDS = 30.0
+#: Wait this long for more after the first: one commit then covers many.
+GATHER_SECONDS = 1.0
+
+
+class Deleter:
+    """One loop over the queue."""
+
+    def __init__(self, store: MetadataStore, host_io: HostIO, contractor: Contractor, seams: Seams) -> None:
+        self._store = store
+        self._host_io = host_io
+        self._contractor = contractor
+        self._seams = seams
+        self._wake = trio.Event()
+        self._wake.set()
+
+    def enqueue(self, batch: Batch, sector_id: int, record: SectorRecord) -> None:
+        """In the batch that frees the sector."""
+        batch.put(FREED + u64(self._store.applied_sequence + 1) + u64(sector_id), record.encode())
+        self._wake.set()
+
+    def pending(self, limit: int = 100_000) -> int:
+        """Freed sectors still to be deleted."""
+        return len(self._store.scan(FREED, prefix_end(FREED), limit))
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            await self._seams.clock.sleep(GATHER_SECONDS)
+            try:
+                left = await self.drain()
+            except FusefsError as error:
+                log.warning("deleting freed sectors is postponed: %s", error)
+                left = 1
+            if left:
+                with trio.move_on_after(RETRY_SECONDS):
+                    await self._wake.wait()
+                self._wake.set()
+
+    async def drain(self) -> int:
+        """One pass over the queue; returns how many entries had to stay."""
+        start, end, stayed = FREED, prefix_end(FREED), 0
+        while entries := self._store.scan(start, end, SLICE):
+            # I3: what was in the queue before this commit was freed by a batch that is durable after it.
+            await self._store.commit()
+            done = Batch()
+            for key, raw in entries:
+                sector_id = read_u64(key, 9)
+                record = decode_sector(raw, sector_id)
+                if await self._delete(sector_id, record):
+                    done.delete(key)
+                else:
+                    done.put(key, record.encode())
+                    stayed += 1
+            self._store.apply(done)
+            start = entries[-1][0] + b"\0"
+        return stayed
+
+    async def _delete(self, sector_id: int, record: SectorRecord) -> bool:
+        """True once no host holds a shard under an active contract; `record` keeps the hosts that did not answer."""
+        complete = True
+        for shard in record.shards:
+            left: list[int] = []
+            for host in shard.hosts:
+                if not await self._delete_on(host, sector_id, shard.root.hex()):
+                    left.append(host)
+            shard.hosts = left
+            complete = complete and not left
+        return complete
+
+    async def _delete_on(self, host: int, sector_id: int, root: str) -> bool:
+        now = self._seams.clock.time_ns()
+        on_host = [contract for contract in self._contractor.all_contracts() if contract.host_number == host]
+        # Through every active contract, or the last one if none is in force any more.
+        through = [contract for contract in on_host if contract.active(now)] or on_host[-1:]
+        for contract in through:
+            try:
+                await self._host_io.delete(contract.contract_id, root)
+            except NotFound:
+                continue
+            except FusefsError as error:
+                log.info("sector %d is not deleted on host %d yet: %s", sector_id, host, error)
+                return False
+        return True

@@ -1,0 +1,71 @@
+"""What a volume says of itself, as records that go through the control socket and into `--json`."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class RefusalStatus(msgspec.Struct, frozen=True):
+    """An operation the append-only rules refused."""
+
+    when_ns: int
+    program: str
+    path: str
+    offset: int
+    reason: str
+
+
+class HostStatus(msgspec.Struct, frozen=True):
+    """A host as seen from here. free, total: bytes, None where it does not tell. latency_ms: None before the first success."""
+
+    number: int
+    host_id: str
+    url: str
+    state: str
+    error: str
+    free: int | None
+    total: int | None
+    latency_ms: float | None
+    failures: float
+    reads: int
+    writes: int
+
+
+class ContractStatus(msgspec.Struct, frozen=True):
+    """A contract on record."""
+
+    contract_id: str
+    host_number: int
+    url: str
+    start_ns: int
+    end_ns: int
+    active: bool
+
+
+class VolumeStatus(msgspec.Struct, frozen=True):
+    """Everything `fusefs status` shows."""
+
+    volume_id: str
+    path: str
+    format_version: int
+    replication: str
+    sector_size: int
+    files: int
+    bytes: int
+    sectors: int
+    pending_bytes: int
+    degraded_sectors: int
+    sectors_to_delete: int
+    cache_bytes: int
+    cache_limit: int
+    cache_hits: int
+    cache_misses: int
+    journal_fill: float
+    epoch: int
+    read_only: bool
+    read_only_reason: str
+    warnings: list[str]
+    refusals: list[RefusalStatus]
+    refusals_total: int
+    hosts: list[HostStatus]
+    contracts: list[ContractStatus]

@@ -1,0 +1,87 @@
+"""Reclaim: walks the extents of freed values, and deletes the sectors that hold nothing live any more.
+
+Freeing is one key, whatever the size of the file; the walk goes on here in slices, and after a crash from where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from storage.errors import FusefsError, NotFound
+from storage.interfaces import Batch, MetadataStore
+from storage.metadata.keys import EXTENT, GARBAGE, prefix_end, read_u64, u64
+from storage.sectors.manager import SectorManager
+from storage.values.records import decode_extent
+
+log = logging.getLogger("fusefs.values")
+
+#: Extents per slice: the loop is given back after each, within about a millisecond.
+SLICE = 64
+
+
+class Reclaimer:
+    """One loop over the garbage."""
+
+    def __init__(self, store: MetadataStore, sectors: SectorManager) -> None:
+        self._store = store
+        self._sectors = sectors
+        self._wake = trio.Event()
+        self._wake.set()
+        #: Told after sectors lost live bytes, for merging.
+        self.on_freed: Callable[[], None] = lambda: None
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            try:
+                while self.step():
+                    await trio.lowlevel.checkpoint()
+            except FusefsError as error:
+                log.warning("reclaiming freed files is postponed until the next mount or deletion: %s", error)
+
+    def step(self) -> bool:
+        """One slice, one batch: so many extents of as many values as it takes. False if there was nothing to do.
+
+        No await: the live bytes in the sector records always match the extents.
+        """
+        garbage = self._store.scan(GARBAGE, prefix_end(GARBAGE), SLICE)
+        if not garbage:
+            return False
+        batch = Batch()
+        deltas: dict[int, int] = {}
+        left = SLICE
+        for key, _ in garbage:
+            prefix = EXTENT + u64(read_u64(key, 1))
+            found = self._store.scan(prefix, prefix_end(prefix), left)
+            for extent_key, raw in found:
+                extent = decode_extent(extent_key, raw)
+                deltas[extent.sector_id] = deltas.get(extent.sector_id, 0) - extent.length
+                batch.delete(extent_key)
+            left -= len(found)
+            if left <= 0:
+                # Maybe not all of this value's: its mark stays for the next slice.
+                break
+            batch.delete(key)
+        known = {sector_id: delta for sector_id, delta in deltas.items() if self._known(sector_id)}
+        for sector_id in self._sectors.account(batch, known):
+            if sector_id not in self._sectors.partials.held:
+                self._sectors.delete_now(batch, sector_id)
+        self._store.apply(batch)
+        self.on_freed()
+        return True
+
+    def _known(self, sector_id: int) -> bool:
+        try:
+            self._sectors.record(sector_id)
+        except NotFound:
+            log.error("a freed value pointed to sector %d, which is not on record; run fusefs check", sector_id)
+            return False
+        return True

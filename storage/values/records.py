@@ -1,0 +1,101 @@
+"""Records of values in the metadata store.
+
+Value record (key `v` + value id), msgpack array: version (1), owner inode, replication, sealed (bytes in committed extents).
+
+Extent (key `x` + value id + offset in value), 16 bytes big-endian: sector id u64, offset in the sector u32, length u32.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import msgspec
+
+from storage.errors import Corrupt
+from storage.interfaces import MetadataReader
+from storage.metadata.keys import EXTENT, VALUE, read_u64, u64
+
+VERSION = 1
+
+_EXTENT = struct.Struct(">QII")
+
+
+class ValueRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """What is durable of a value besides its extents and tail."""
+
+    version: int
+    owner: int
+    replication: str
+    sealed: int
+
+    def encode(self) -> bytes:
+        return _encoder.encode(self)
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(ValueRecord)
+
+
+def decode_value(raw: bytes, value_id: int) -> ValueRecord:
+    """Parse; Corrupt names the value."""
+    try:
+        record = _decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Corrupt(f"metadata of value {value_id} is damaged ({error}); run fusefs check") from error
+    if record.version != VERSION or record.sealed < 0:
+        raise Corrupt(f"metadata of value {value_id} has an unknown layout; run fusefs check")
+    return record
+
+
+def value_key(value_id: int) -> bytes:
+    return VALUE + u64(value_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """(value, offset) -> (sector, position in it, length)."""
+
+    value_id: int
+    offset: int
+    sector_id: int
+    position: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+    @property
+    def key(self) -> bytes:
+        return EXTENT + u64(self.value_id) + u64(self.offset)
+
+    def encode(self) -> bytes:
+        return _EXTENT.pack(self.sector_id, self.position, self.length)
+
+
+def decode_extent(key: bytes, raw: bytes) -> Extent:
+    """Parse a pair as `scan` gives it; Corrupt if it is none."""
+    if len(key) != 17 or len(raw) != _EXTENT.size:
+        raise Corrupt(f"an extent record is damaged (key {key[:20].hex()}); run fusefs check")
+    sector_id, position, length = _EXTENT.unpack(raw)
+    return Extent(read_u64(key, 1), read_u64(key, 9), sector_id, position, length)
+
+
+def extents_between(reader: MetadataReader, value_id: int, start: int, stop: int, limit: int) -> list[Extent]:
+    """The extents that hold bytes of [start, stop), in order, at most `limit`."""
+    prefix = EXTENT + u64(value_id)
+    first = reader.scan(prefix, prefix + u64(start + 1), 1, reverse=True)
+    found = [decode_extent(*first[0])] if first else []
+    if found and found[0].end <= start:
+        found = []
+    if (not found or found[0].end < stop) and len(found) < limit:
+        more = reader.scan(prefix + u64(start + 1), prefix + u64(stop), limit - len(found))
+        found.extend(decode_extent(key, raw) for key, raw in more)
+    return found
+
+
+def tail_needed(reader: MetadataReader, value_id: int, end: int) -> bool:
+    """For the journal: is the tail up to `end` needed, going by what is durable without the journal? (I3)"""
+    raw = reader.get(value_key(value_id))
+    return raw is not None and decode_value(raw, value_id).sealed < end

@@ -1,0 +1,364 @@
+"""Shipping: tails are cut, gathered, put into sectors, and become extents."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+import trio
+
+from storage.errors import Fenced, FusefsError, NoSpace
+from storage.interfaces import Batch, FlushProgress, FlushReport, MetadataStore
+from storage.replication import parse_replication
+from storage.seams import Seams
+from storage.sectors.manager import SectorManager
+from storage.values.packing import ENTRY_BYTES, TABLE_BYTES, TableEntry, encode_table
+from storage.values.records import VERSION, Extent, ValueRecord, value_key
+from storage.values.tail import Cargo, Flight, FlightState, Tail
+
+log = logging.getLogger("fusefs.values")
+
+#: Room kept in a full sector for preamble, table and trailer of one entry: one page, so that a file's pages do not straddle sectors.
+RESERVE = 4096
+#: Share of the budget at which small tails are gathered without waiting for `flush_interval`.
+PRESSURE = 0.5
+#: Seconds between attempts after hosts refused: doubling from the first to the last.
+RETRY_FIRST, RETRY_LAST = 1.0, 30.0
+#: A refused writer has parked cargos tried again, at most so often (seconds).
+KICK_SECONDS = 1.0
+#: Below this much room (or a twentieth of the host, if that is less) on the host that would be the last to take a copy, new handles are direct and write(2) itself says ENOSPC.
+SPACE_RESERVE = 64 * 1024 * 1024
+#: Seconds between two looks at the hosts' room.
+SPACE_INTERVAL = 10.0
+#: How much of a path a sector's table keeps.
+MAX_PATH = 4096
+
+
+class Shipper:
+    """Owns the budget of all tails, and every cargo on its way. Single-threaded; nothing here blocks."""
+
+    def __init__(
+        self,
+        *,
+        store: MetadataStore,
+        sectors: SectorManager,
+        seams: Seams,
+        nursery: trio.Nursery,
+        tails: dict[int, Tail],
+        budget: int,
+        flush_interval: float,
+        default_replication: str,
+    ) -> None:
+        self._store = store
+        self._sectors = sectors
+        self._seams = seams
+        self._nursery = nursery
+        self._tails = tails
+        self.payload_limit = sectors.sector_size - RESERVE
+        self._budget = max(budget, 4 * sectors.sector_size)
+        self._flush_interval = flush_interval
+        self._default = parse_replication(default_replication)
+        #: Invariant: the bytes of all buffers and of all flights that have not landed or been dropped.
+        self.pending = 0
+        #: Bytes of the buffers alone.
+        self._buffered = 0
+        #: Cargos flying or parked.
+        self._cargos: set[Cargo] = set()
+        #: What hosts said last, while they refuse; None from the next success on.
+        self.trouble: FusefsError | None = None
+        self._room = trio.Event()
+        self._gather = trio.Event()
+        self._retry = trio.Event()
+        self._kicked = -KICK_SECONDS
+        self._low_space = False
+        self.path_of: Callable[[int], bytes | None] = lambda _owner: None
+        #: Told after each landing, for merging.
+        self.on_landed: Callable[[], None] = lambda: None
+
+    # ------------------------------------------------------------------------------------------------------------
+    # The budget
+
+    def has_room(self, length: int) -> bool:
+        return self.pending + length <= self._budget
+
+    async def wait_room(self, length: int) -> None:
+        """Until `length` fits (or nothing is pending, for one append larger than the whole budget)."""
+        while not self.has_room(length) and self.pending:
+            self._gather.set()
+            if self.trouble is not None:
+                self._kick()
+                raise type(self.trouble)(f"{self.trouble}; nothing more can be taken until then")
+            # Ends with each landing, each failure and each drop; a cargo on its way has HostIO's time limit.
+            await self._room.wait()
+
+    def accepting(self) -> bool:
+        return self.trouble is None and not self._low_space and self.pending < self._budget
+
+    def added(self, tail: Tail, length: int) -> None:
+        """Bytes were appended to the tail's buffer: cut what fills a sector."""
+        self.pending += length
+        self._buffered += length
+        while tail.buffer.length >= self.payload_limit:
+            cargo = Cargo(tail.replication)
+            self._load(cargo, tail, self.payload_limit)
+            self._dispatch(cargo)
+        if self._buffered > self._budget * PRESSURE:
+            self._gather.set()
+
+    def drop(self, tail: Tail) -> None:
+        """The value is freed: its bytes go, flights still in the air come down empty."""
+        released = tail.buffer.length
+        self._buffered -= tail.buffer.length
+        written: set[Cargo] = set()
+        for flight in tail.flights:
+            released += flight.length
+            if flight.state is FlightState.WAITING and flight.cargo is not None:
+                written.add(flight.cargo)
+            flight.state = FlightState.DROPPED
+        tail.flights.clear()
+        tail.buffer.take(tail.buffer.length)
+        self._release(released)
+        self._let_go(written)
+
+    def _kick(self) -> None:
+        """Try parked cargos now."""
+        now = self._seams.clock.monotonic()
+        if now - self._kicked >= KICK_SECONDS:
+            self._kicked = now
+            self._retry.set()
+            self._retry = trio.Event()
+
+    def _release(self, length: int) -> None:
+        self.pending -= length
+        self._wake_waiters()
+
+    def _wake_waiters(self) -> None:
+        self._room.set()
+        self._room = trio.Event()
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Cutting and gathering
+
+    def _load(self, cargo: Cargo, tail: Tail, length: int) -> None:
+        flight = Flight(tail, tail.buffer_start, tail.buffer.take(length), length)
+        cargo.add(flight, 0)
+        tail.flights.append(flight)
+        self._buffered -= length
+
+    def gather(self) -> None:
+        """Put every tail in memory into cargos, many files to a sector, each file's bytes together, files of one directory near each other."""
+        open_cargos: dict[str, Cargo] = {}
+        for tail in sorted(self._tails.values(), key=lambda tail: tail.owner):
+            length = tail.buffer.length
+            if not length:
+                continue
+            entry = ENTRY_BYTES + min(len(self.path_of(tail.owner) or b""), MAX_PATH)
+            cargo = open_cargos.get(tail.replication)
+            limit = self._sectors.sector_size - TABLE_BYTES
+            if cargo is not None and cargo.length + cargo.table_bytes + length + entry > limit:
+                self._dispatch(cargo)
+                cargo = None
+            if cargo is None:
+                cargo = open_cargos[tail.replication] = Cargo(tail.replication)
+            self._load(cargo, tail, length)
+            cargo.table_bytes += entry
+        for cargo in open_cargos.values():
+            self._dispatch(cargo)
+
+    def _dispatch(self, cargo: Cargo) -> None:
+        self._cargos.add(cargo)
+        self._nursery.start_soon(self._fly, cargo)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Flying
+
+    async def _fly(self, cargo: Cargo) -> None:
+        """Until the cargo's sector is durable, or nobody needs its bytes any more."""
+        delay = RETRY_FIRST
+        try:
+            while any(flight.state is not FlightState.DROPPED for flight in cargo.flights):
+                try:
+                    await self._write(cargo)
+                    self._land(cargo)
+                    self.trouble = None
+                    return
+                except Fenced as error:
+                    self._park(cargo, error)
+                    return
+                except FusefsError as error:
+                    self._park(cargo, error)
+                with trio.move_on_after(delay):
+                    await self._retry.wait()
+                delay = min(delay * 2, RETRY_LAST)
+                self._unpark(cargo)
+        finally:
+            self._cargos.discard(cargo)
+            cargo.done.set()
+            self._wake_waiters()
+
+    async def _write(self, cargo: Cargo) -> None:
+        commit = self._store.applied_sequence
+        entries = [
+            TableEntry(
+                (self.path_of(flight.tail.owner) or b"")[:MAX_PATH],
+                flight.tail.value_id,
+                flight.offset,
+                flight.length,
+                flight.position,
+                commit,
+            )
+            for flight in cargo.flights
+        ]
+        # A dropped flight's bytes go along: positions are fixed, and they are garbage in the sector like any other.
+        parts = [part for flight in cargo.flights for part in flight.parts]
+        sector_id = await self._sectors.allocate_sector()
+        # Until every flight has landed, the sector looks emptier than it is; it must not be merged away meanwhile.
+        self._sectors.partials.held.add(sector_id)
+        cargo.sector_id = sector_id
+        try:
+            await self._sectors.write_sector(sector_id, [*parts, encode_table(entries)], cargo.replication)
+        except BaseException:
+            self._sectors.partials.held.discard(sector_id)
+            raise
+
+    def _park(self, cargo: Cargo, error: FusefsError) -> None:
+        if self.trouble is None:
+            log.warning("%d bytes cannot be stored on hosts and stay here: %s", cargo.length, error)
+        self.trouble = error
+        cargo.error = error
+        for flight in cargo.flights:
+            if flight.state is FlightState.FLYING:
+                flight.state = FlightState.PARKED
+        cargo.done.set()
+        self._wake_waiters()
+
+    def _unpark(self, cargo: Cargo) -> None:
+        parked = [flight for flight in cargo.flights if flight.state is FlightState.PARKED]
+        if cargo.error is None or not parked:
+            return
+        cargo.error = None
+        cargo.done = trio.Event()
+        for flight in parked:
+            flight.state = FlightState.FLYING
+
+    def _land(self, cargo: Cargo) -> None:
+        """The sector is durable: turn flights into extents, each value's in order (I2). No await: readers see all of it or nothing."""
+        # A failed store refuses here, before anything in memory has changed.
+        self._store.apply(Batch())
+        for flight in cargo.flights:
+            if flight.state is not FlightState.DROPPED:
+                flight.state = FlightState.WAITING
+        batch = Batch()
+        deltas: dict[int, int] = {}
+        settled: set[Cargo] = {cargo}
+        released = 0
+        for flight in cargo.flights:
+            tail = flight.tail
+            if flight.state is FlightState.DROPPED:
+                continue
+            landed = False
+            while tail.flights and tail.flights[0].state is FlightState.WAITING:
+                first = tail.flights.popleft()
+                if first.cargo is None:
+                    raise RuntimeError("a waiting flight without cargo")
+                extent = Extent(tail.value_id, first.offset, first.cargo.sector_id, first.position, first.length)
+                batch.put(extent.key, extent.encode())
+                deltas[extent.sector_id] = deltas.get(extent.sector_id, 0) + first.length
+                first.state = FlightState.LANDED
+                settled.add(first.cargo)
+                released += first.length
+                tail.sealed = first.end
+                landed = True
+            if landed:
+                tail.journaled = max(tail.journaled, tail.sealed)
+                batch.put(value_key(tail.value_id), ValueRecord(VERSION, tail.owner, tail.replication, tail.sealed).encode())
+                if tail.empty:
+                    # The invariant of `_tails`: nothing outside of extents, nothing here.
+                    self._tails.pop(tail.value_id, None)
+        self._sectors.account(batch, deltas)
+        self._store.apply(batch)
+        self._release(released)
+        self._let_go(settled)
+        self.on_landed()
+
+    def _let_go(self, cargos: Iterable[Cargo]) -> None:
+        """Cargos all of whose flights are down may be merged from now on, or, if nothing of them is live, deleted."""
+        batch = Batch()
+        for cargo in cargos:
+            if any(flight.state in (FlightState.FLYING, FlightState.WAITING, FlightState.PARKED) for flight in cargo.flights):
+                continue
+            if cargo.sector_id not in self._sectors.partials.held:
+                continue
+            self._sectors.partials.held.discard(cargo.sector_id)
+            if self._sectors.record(cargo.sector_id).live == 0:
+                self._sectors.delete_now(batch, cargo.sector_id)
+        if batch.ops:
+            self._store.apply(batch)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Flush
+
+    async def flush(self, progress: FlushProgress) -> FlushReport:
+        """Gather, wait until every cargo has been tried, wait for the last copies, commit. Raises what kept bytes off the hosts."""
+        progress.bytes_total = self.pending
+        self.gather()
+        goal = set(self._cargos)
+        for cargo in goal:
+            self._unpark(cargo)
+        self._kicked = -KICK_SECONDS
+        self._kick()
+        while left := [cargo for cargo in goal if cargo in self._cargos and cargo.error is None]:
+            await left[0].done.wait()
+            progress.bytes_done = max(progress.bytes_total - self.pending, progress.bytes_done)
+        failed = [cargo.error for cargo in goal if cargo in self._cargos and cargo.error is not None]
+        if failed:
+            await self._store.commit()
+            raise failed[0]
+        await self._sectors.wait_uploads()
+        await self._store.commit()
+        progress.bytes_done = progress.bytes_total
+        degraded = self._sectors.degraded()
+        return FlushReport(degraded, tuple(self._sectors.notes) if degraded else ())
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Tasks
+
+    async def run(self) -> None:
+        """Gather every flush_interval or when memory or the journal asks; look at the hosts' room. Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._gather_loop)
+            nursery.start_soon(self._space_loop)
+
+    def journal_pressure(self) -> None:
+        """The journal asks for its oldest tails to be moved out."""
+        self._gather.set()
+
+    async def _gather_loop(self) -> None:
+        while True:
+            with trio.move_on_after(self._flush_interval):
+                await self._gather.wait()
+            self._gather = trio.Event()
+            if self.trouble is None or not self._cargos:
+                self.gather()
+            else:
+                # What is parked is tried again by itself; more of the same would only make sectors small.
+                self._relog()
+            # At most so often, whatever asks: sectors would become too small.
+            await self._seams.clock.sleep(min(0.5, self._flush_interval / 4))
+
+    def _relog(self) -> None:
+        """Hosts refuse and the journal wants its oldest segment back: the tails that keep it are written to it once more."""
+        if self._store.journal_fill <= PRESSURE:
+            return
+        for value_id in dict(self._store.pinned_tails()):
+            tail = self._tails.get(value_id)
+            if tail is not None:
+                tail.journaled = tail.sealed
+
+    async def _space_loop(self) -> None:
+        while True:
+            room = await self._sectors.poll_room(self._default)
+            self._low_space = room is not None and room.free < min(SPACE_RESERVE, room.total // 20)
+            if isinstance(self.trouble, NoSpace) and not self._low_space:
+                self._kick()
+            await self._seams.clock.sleep(SPACE_INTERVAL)

@@ -1,0 +1,285 @@
+"""Values: see `storage.interfaces.Values`, and the package's docstring for the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import trio
+
+from storage.errors import Corrupt, FusefsError, NotFound, Unavailable
+from storage.interfaces import Batch, Buffer, FlushProgress, FlushReport, MetadataStore, TailPiece
+from storage.metadata.counters import Counter
+from storage.metadata.keys import GARBAGE, u64
+from storage.replication import parse_replication
+from storage.seams import Seams
+from storage.sectors.manager import SectorManager
+from storage.values.merge import Merger
+from storage.values.reclaim import Reclaimer
+from storage.values.records import VERSION, Extent, ValueRecord, decode_value, extents_between, value_key
+from storage.values.shipping import Shipper
+from storage.values.tail import FlightState, Tail
+
+#: Extents looked up in one go while reading.
+EXTENTS_PER_SCAN = 64
+#: A read whose sector was merged away under it looks the extents up again; each time means a whole merge finished in between.
+READ_ATTEMPTS = 8
+#: Sequential streams remembered for read-ahead.
+STREAMS = 128
+#: Sectors fetched ahead of a sequential reader.
+AHEAD = 2
+
+
+class Values:
+    """Tails, extents and what moves bytes from the ones to the others. Tasks run in `nursery`, the volume's."""
+
+    def __init__(
+        self,
+        *,
+        store: MetadataStore,
+        sectors: SectorManager,
+        counter: Counter,
+        seams: Seams,
+        nursery: trio.Nursery,
+        tail_budget: int,
+        flush_interval: float,
+        default_replication: str,
+    ) -> None:
+        self._store = store
+        self._sectors = sectors
+        self._counter = counter
+        self._seams = seams
+        #: Invariant: a value is here if and only if it has bytes outside of extents (or is about to get some).
+        self._tails: dict[int, Tail] = {}
+        self.shipper = Shipper(
+            store=store,
+            sectors=sectors,
+            seams=seams,
+            nursery=nursery,
+            tails=self._tails,
+            budget=tail_budget,
+            flush_interval=flush_interval,
+            default_replication=default_replication,
+        )
+        self._reclaimer = Reclaimer(store, sectors)
+        self._merger = Merger(store, sectors, self.shipper)
+        self.shipper.on_landed = self._merger.wake
+        self._reclaimer.on_freed = self._merger.wake
+        self._streams: dict[int, int] = {}
+
+    def set_path_of(self, path_of: Callable[[int], bytes | None]) -> None:
+        """How sector tables name the owner of a value: wired by the volume, since names stand above values."""
+        self.shipper.path_of = path_of
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Life of a value
+
+    def create(self, batch: Batch, owner: int, replication: str) -> int:
+        parse_replication(replication)
+        value_id = self._counter.next_now()
+        batch.put(value_key(value_id), ValueRecord(VERSION, owner, replication, 0).encode())
+        return value_id
+
+    def free(self, batch: Batch, value_id: int) -> None:
+        # No await between here and the caller's apply: nobody appends to a value that is half freed.
+        batch.delete(value_key(value_id))
+        batch.put(GARBAGE + u64(value_id), b"")
+        tail = self._tails.pop(value_id, None)
+        if tail is not None:
+            self.shipper.drop(tail)
+        self._reclaimer.wake()
+
+    def recover(self, pieces: Mapping[int, Sequence[tuple[int, bytes]]]) -> int:
+        """At open: tails as the journal has them, in the order they were written. Returns the bytes taken back."""
+        recovered = 0
+        for value_id, parts in pieces.items():
+            raw = self._store.get(value_key(value_id))
+            if raw is None:
+                continue
+            record = decode_value(raw, value_id)
+            tail = Tail(value_id, record.owner, record.replication, record.sealed)
+            for offset, data in parts:
+                at = tail.size
+                if offset <= at < offset + len(data):
+                    tail.buffer.append(data[at - offset :])
+            if tail.buffer.length:
+                tail.journaled = tail.size
+                self._tails[value_id] = tail
+                recovered += tail.buffer.length
+                self.shipper.added(tail, tail.buffer.length)
+        return recovered
+
+    def _record(self, value_id: int) -> ValueRecord:
+        raw = self._store.get(value_key(value_id))
+        if raw is None:
+            raise NotFound(f"value {value_id} does not exist")
+        return decode_value(raw, value_id)
+
+    def size_of(self, value_id: int) -> int:
+        tail = self._tails.get(value_id)
+        return self._record(value_id).sealed if tail is None else tail.size
+
+    def replication_of(self, value_id: int) -> str:
+        tail = self._tails.get(value_id)
+        return self._record(value_id).replication if tail is None else tail.replication
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Appending
+
+    async def reserve(self, value_id: int, length: int) -> None:
+        if not self.shipper.has_room(length):
+            await self.shipper.wait_room(length)
+
+    def append_now(self, value_id: int, data: Buffer) -> int:
+        tail = self._tails.get(value_id)
+        if tail is None:
+            record = self._record(value_id)
+            tail = self._tails[value_id] = Tail(value_id, record.owner, record.replication, record.sealed)
+        offset = tail.size
+        tail.buffer.append(data)
+        self.shipper.added(tail, len(data))
+        return offset
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Reading
+
+    async def read(self, value_id: int, offset: int, size: int) -> bytes:
+        for _ in range(READ_ATTEMPTS):
+            pieces, missing, failure = await self._read(value_id, offset, size)
+            if not missing:
+                return pieces[0] if len(pieces) == 1 and type(pieces[0]) is bytes else b"".join(pieces)
+            if failure is not None and self._still_there(missing):
+                raise failure
+        raise Unavailable(f"value {value_id}: its sectors kept moving while it was read; try again")
+
+    async def _read(self, value_id: int, offset: int, size: int) -> tuple[list[Buffer], Extent | None, FusefsError | None]:
+        """(pieces, the extent that could not be read, why)."""
+        tail = self._tails.get(value_id)
+        sealed = self._record(value_id).sealed if tail is None else tail.sealed
+        stop = min(offset + size, sealed if tail is None else tail.size)
+        if offset < 0 or stop <= offset:
+            return [b""], None, None
+        # What is in memory is taken now: while extents are awaited, flights may land and the tail may be cut.
+        memory: list[Buffer] = []
+        if tail is not None and stop > sealed:
+            for flight in tail.flights:
+                if flight.end > offset and flight.offset < stop:
+                    memory.extend(flight.read(offset, stop))
+            if stop > tail.buffer_start:
+                start = max(offset, tail.buffer_start)
+                memory.extend(tail.buffer.read(start - tail.buffer_start, stop - start))
+        pieces: list[Buffer] = []
+        at, extents_stop = offset, min(stop, sealed)
+        while at < extents_stop:
+            extents = extents_between(self._store, value_id, at, extents_stop, EXTENTS_PER_SCAN)
+            if not extents or extents[0].offset > at:
+                if self._store.get(value_key(value_id)) is None:
+                    raise NotFound(f"value {value_id} was removed while it was read")
+                raise Corrupt(f"value {value_id}: no extent for offset {at}; run fusefs check")
+            self._read_ahead(value_id, at, extents_stop, extents)
+            for extent in extents:
+                if extent.offset > at:
+                    break
+                length = min(extent.end, extents_stop) - at
+                try:
+                    piece = await self._sectors.insecure_read_sector_at(extent.sector_id, extent.position + at - extent.offset, length)
+                except FusefsError as error:
+                    return pieces, extent, error
+                if len(piece) != length:
+                    return pieces, extent, Corrupt(f"sector {extent.sector_id} is shorter than value {value_id} needs")
+                pieces.append(piece)
+                at += length
+        pieces.extend(memory)
+        return pieces, None, None
+
+    def _still_there(self, extent: Extent) -> bool:
+        """False if the extent has moved since it was looked up (merged, or its value freed)."""
+        if self._store.get(value_key(extent.value_id)) is None:
+            raise NotFound(f"value {extent.value_id} was removed while it was read")
+        return self._store.get(extent.key) == extent.encode()
+
+    def _read_ahead(self, value_id: int, at: int, stop: int, extents: Sequence[Extent]) -> None:
+        """Whoever reads on where the last read of the value ended is sequential: the sector at hand and the next ones are fetched whole."""
+        sequential = self._streams.pop(value_id, None) == at or (at == 0 and stop >= 64 * 1024)
+        self._streams[value_id] = stop
+        if len(self._streams) > STREAMS:
+            self._streams.pop(next(iter(self._streams)))
+        if not sequential:
+            return
+        last = extents[-1]
+        following = extents_between(self._store, value_id, last.end, last.end + AHEAD * self._sectors.sector_size, AHEAD)
+        for extent in (extents[0], *following):
+            self._sectors.prefetch(extent.sector_id)
+
+    def local_at(self, value_id: int, offset: int) -> bool:
+        tail = self._tails.get(value_id)
+        sealed = self._record(value_id).sealed if tail is None else tail.sealed
+        if offset >= sealed:
+            return True
+        found = extents_between(self._store, value_id, offset, offset + 1, 1)
+        return bool(found) and self._sectors.cached(found[0].sector_id, found[0].position + offset - found[0].offset)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Durability
+
+    async def settle(self, value_id: int, upto: int) -> None:
+        while (tail := self._tails.get(value_id)) is not None and (flight := tail.first_flying(upto)) is not None:
+            if flight.cargo is None:
+                raise RuntimeError("a flight without cargo is flying")
+            # Bounded by the time limits of HostIO; after a failure the flight is parked, which ends the wait too.
+            await flight.cargo.done.wait()
+
+    def uncommitted_tail(self, value_id: int) -> list[TailPiece]:
+        tail = self._tails.get(value_id)
+        if tail is None or tail.journaled >= tail.size:
+            return []
+        start, at = max(tail.journaled, tail.sealed), tail.sealed
+        data: list[Buffer] = []
+        for flight in tail.flights:
+            if flight.state is FlightState.FLYING:
+                break
+            if flight.end > start:
+                data.extend(flight.read(start, flight.end))
+            at = flight.end
+        else:
+            if tail.size > start:
+                position = max(start - tail.buffer_start, 0)
+                data.extend(tail.buffer.read(position, tail.buffer.length - position))
+            at = tail.size
+        if at <= start:
+            return []
+        tail.journaled = at
+        return [TailPiece(value_id, start, tuple(data))]
+
+    async def commit(self, value_id: int) -> None:
+        await self.settle(value_id, self.size_of(value_id))
+        # No await between taking the tail and applying it: `journaled` says the store has it.
+        pieces = self.uncommitted_tail(value_id)
+        if pieces:
+            self._store.apply(Batch(), pieces)
+        await self._store.commit()
+
+    async def commit_all(self) -> None:
+        for value_id, size in [(tail.value_id, tail.size) for tail in self._tails.values()]:
+            await self.settle(value_id, size)
+            pieces = self.uncommitted_tail(value_id)
+            if pieces:
+                self._store.apply(Batch(), pieces)
+        await self._store.commit()
+
+    def accepting(self) -> bool:
+        return self.shipper.accepting()
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes that are on no host yet."""
+        return self.shipper.pending
+
+    async def flush(self, progress: FlushProgress | None = None) -> FlushReport:
+        return await self.shipper.flush(progress if progress is not None else FlushProgress())
+
+    async def run(self) -> None:
+        """The loops: gather, merge, reclaim. Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.shipper.run)
+            nursery.start_soon(self._reclaimer.run)
+            nursery.start_soon(self._merger.run)

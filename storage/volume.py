@@ -1,0 +1,446 @@
+"""A volume: every layer wired together, from the lock on its directory to its files."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from storage.config import DEFAULT_CONTRACT_DAYS, DEFAULT_SECTOR_SIZE, VolumeConfig, load_config, new_config, save_config
+from storage.contractor import Contractor
+from storage.durable import from_os_error
+from storage.epochs import Epochs
+from storage.errors import BadArgument, Exists, FusefsError, Unavailable
+from storage.files import Files
+from storage.host_io import HostIO
+from storage.hosts.hostdb import HostDB
+from storage.hosts.registry import HostRegistry
+from storage.interfaces import Batch, FlushProgress, FlushReport, Refusal
+from storage.keyfile import KEY_FILE, Argon2Parameters, load_keyfile, make_keyfile, make_slot, open_slots, save_keyfile
+from storage.keys import SALT_SIZE, Keys, phrase_of
+from storage.lock import VolumeLock
+from storage.metadata.counters import Counter
+from storage.metadata.keys import SECTOR, prefix_end, read_u64
+from storage.metadata.store import Store, open_store
+from storage.namespace import Namespace
+from storage.replication import parse_replication
+from storage.seams import Seams
+from storage.sectors.cache import BlockCache
+from storage.sectors.deleter import Deleter
+from storage.sectors.manager import SectorManager
+from storage.sectors.placement import Placement
+from storage.sectors.reader import SectorReader
+from storage.sectors.records import decode_sector
+from storage.status import ContractStatus, HostStatus, RefusalStatus, VolumeStatus
+from storage.values.records import tail_needed
+from storage.values.values import Values
+
+log = logging.getLogger("fusefs.volume")
+
+DAY = 86400.0
+#: Sector ids are reserved so many at a time: at 4 MiB each, one durable reservation per 16 GiB.
+SECTOR_RANGE = 4096
+#: Value, inode and cookie ids per reservation.
+ID_RANGE = 1 << 16
+#: Seconds for the last commit when a volume is closed because its task is cancelled.
+CLOSE_LIMIT = 120.0
+#: Refusals kept for `status`.
+REFUSALS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeOptions:
+    """How an open volume behaves. Bytes and seconds."""
+
+    cache: int = 128 * 1024 * 1024
+    tail_budget: int = 64 * 1024 * 1024
+    flush_interval: float = 30.0
+    #: Every so often what was appended is made durable without anybody asking; None: the caller does it.
+    commit_interval: float | None = 5.0
+    journal_segment: int = 8 * 1024 * 1024
+    journal_limit: int = 256 * 1024 * 1024
+    #: What this process does with the volume, for the message others get.
+    purpose: str = "fusefs"
+
+
+class Volume:
+    """An open volume. Made by `open_volume`; gone when that ends."""
+
+    def __init__(self, path: Path, config: VolumeConfig, options: VolumeOptions, seams: Seams) -> None:
+        self.path = path
+        self.config = config
+        self.volume_id = config.volume_id
+        self.options = options
+        self.seams = seams
+        self.warnings: list[str] = []
+        self.refusals: deque[Refusal] = deque(maxlen=REFUSALS)
+        self.refusals_total = 0
+        # Set by `_wire`, before anybody sees the volume.
+        self.store: Store
+        self.epochs: Epochs
+        self.hosts: HostRegistry
+        self.hostdb: HostDB
+        self.contractor: Contractor
+        self.host_io: HostIO
+        self.placement: Placement
+        self.deleter: Deleter
+        self.sectors: SectorManager
+        self.values: Values
+        self.namespace: Namespace
+        self.files: Files
+
+    def record_refusal(self, refusal: Refusal) -> None:
+        """For the log of refusals that `status` shows."""
+        self.refusals.append(refusal)
+        self.refusals_total += 1
+
+    async def commit(self) -> None:
+        """Everything appended and changed before the call survives kill -9 and power cuts when it returns."""
+        await self.values.commit_all()
+
+    async def flush(self, progress: FlushProgress | None = None) -> FlushReport:
+        """As `commit`, and on the hosts at full replication (or at write quorum: then the report says so). NoSpace, Unavailable: what hosts said."""
+        return await self.values.flush(progress)
+
+    async def add_host(self, url: str, contract_days: float | None = None) -> int:
+        """A new host with a first contract. Returns its number."""
+        number = await self.hosts.add(url)
+        await self.contractor.conclude_contract(str(number), (contract_days or self.config.contract_days) * DAY)
+        return number
+
+    async def status(self) -> VolumeStatus:
+        """A snapshot, without asking any host anything that could hang."""
+        now = self.seams.clock.time_ns()
+        inodes, size = self.namespace.counts()
+        failure = self.store.failure
+        hosts: list[HostStatus] = []
+        for record in self.hosts.records():
+            space, stats = self.placement.space(record.number), self.hostdb.stats(record.number)
+            hosts.append(
+                HostStatus(
+                    number=record.number,
+                    host_id=record.host_id,
+                    url=record.url,
+                    state=self.hosts.state(record.number),
+                    error=self.hosts.reason(record.number),
+                    free=space.free if space else None,
+                    total=space.total if space else None,
+                    latency_ms=stats.latency * 1000 if stats.latency is not None else None,
+                    failures=round(stats.failures, 3),
+                    reads=stats.reads,
+                    writes=stats.writes,
+                )
+            )
+        urls = {record.number: record.url for record in self.hosts.records()}
+        trouble = self.values.shipper.trouble
+        return VolumeStatus(
+            volume_id=self.volume_id,
+            path=str(self.path),
+            format_version=self.config.format_version,
+            replication=self.config.replication,
+            sector_size=self.config.sector_size,
+            files=inodes,
+            bytes=size,
+            sectors=self.sectors.count,
+            pending_bytes=self.values.pending_bytes,
+            degraded_sectors=self.sectors.degraded(),
+            sectors_to_delete=self.deleter.pending(),
+            cache_bytes=self.sectors.cache.size,
+            cache_limit=self.sectors.cache.limit,
+            cache_hits=self.sectors.cache.statistics.hits,
+            cache_misses=self.sectors.cache.statistics.misses,
+            journal_fill=round(self.store.journal_fill, 4),
+            epoch=self.epochs.current.number,
+            read_only=failure is not None,
+            read_only_reason=str(failure) if failure is not None else "",
+            warnings=[*self.warnings, *([str(trouble)] if trouble is not None else []), *self.sectors.notes],
+            refusals=[RefusalStatus(r.when_ns, r.program, r.path, r.offset, r.reason) for r in self.refusals],
+            refusals_total=self.refusals_total,
+            hosts=hosts,
+            contracts=[
+                ContractStatus(c.contract_id, c.host_number, urls.get(c.host_number, "?"), c.start_ns, c.end_ns, c.active(now))
+                for c in self.contractor.all_contracts()
+            ],
+        )
+
+
+async def create_volume(
+    path: Path | str,
+    passphrase: str,
+    *,
+    hosts: Sequence[str] = (),
+    replication: str = "1",
+    sector_size: int = DEFAULT_SECTOR_SIZE,
+    contract_days: float = DEFAULT_CONTRACT_DAYS,
+    seams: Seams | None = None,
+    argon2: Argon2Parameters | None = None,
+) -> str:
+    """Make a volume in the new (or empty) directory `path`; returns the recovery phrase, which is kept nowhere.
+
+    Without `hosts`, one directory host inside it. BadArgument names what is wrong or missing, and then nothing of the volume is left here.
+    """
+    path = Path(path).absolute()
+    seams = seams or Seams()
+    config = new_config(
+        seams.random.token_bytes(16),
+        seams.clock.time_ns(),
+        replication=replication,
+        sector_size=sector_size,
+        contract_days=contract_days,
+    )
+    spec = parse_replication(config.replication)
+    if spec.coded:
+        raise BadArgument(f"replication {replication!r}: data+parity is not supported by this version, use a number of copies")
+    urls = list(hosts) or [f"dir:{path / 'host'}"]
+    if len(urls) < spec.hosts_needed:
+        raise BadArgument(
+            f"replication {config.replication} needs {spec.hosts_needed} hosts, {len(urls)} given; "
+            f"add --host for {spec.hosts_needed - len(urls)} more"
+        )
+    made = _make_directory(path)
+    try:
+        if not hosts:
+            (path / "host").mkdir(mode=0o700)
+        master = seams.random.token_bytes(32)
+        slot = await seams.threads.run(make_slot, master, passphrase, config.volume_id, seams.random, argon2)
+        await seams.threads.run(save_keyfile, path / KEY_FILE, make_keyfile(config.volume_id, (slot,)), seams.failpoints)
+        async with _opened(path, config, Keys(master), VolumeOptions(purpose="init"), seams, create=True) as volume:
+            for url in urls:
+                try:
+                    await volume.add_host(url)
+                except Exists as error:
+                    raise BadArgument(f"replication {config.replication} needs {spec.hosts_needed} different hosts: {error}") from error
+            await volume.commit()
+        # Last: with this file the directory becomes a volume.
+        await seams.threads.run(save_config, path, config, seams.failpoints)
+    except BaseException:
+        await trio.to_thread.run_sync(_remove_volume, path, made)
+        raise
+    return phrase_of(master)
+
+
+def _make_directory(path: Path) -> bool:
+    """True if it was made, False if it was there and empty."""
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        if not path.is_dir() or any(path.iterdir()):
+            raise BadArgument(f"{path} exists and is not an empty directory; a volume needs a new one") from None
+        return False
+    except OSError as error:
+        raise BadArgument(f"cannot make {path}: {error.strerror}") from error
+    return True
+
+
+def _remove_volume(path: Path, made: bool) -> None:
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    if made:
+        path.rmdir()
+
+
+@asynccontextmanager
+async def open_volume(
+    path: Path | str,
+    *,
+    passphrase: str,
+    seams: Seams | None = None,
+    wait_lock: float = 0.0,
+    options: VolumeOptions | None = None,
+) -> AsyncIterator[Volume]:
+    """Open a volume for reading and writing; a new epoch begins. What was appended is committed when the block ends.
+
+    BadArgument (not a volume, newer format), WrongPassphrase, Corrupt (damaged key file or metadata), Busy (in use for longer than `wait_lock`
+    seconds), Unavailable (hosts that are needed do not answer: which sectors need which host).
+    """
+    path = Path(path).absolute()
+    seams = seams or Seams()
+    options = options or VolumeOptions()
+    config = await seams.threads.run(load_config, path)
+    keyfile = await seams.threads.run(load_keyfile, path / KEY_FILE, config.volume_id)
+    master = await seams.threads.run(open_slots, keyfile, passphrase)
+    lock = VolumeLock(path)
+    await lock.acquire(seams, wait_lock, options.purpose)
+    try:
+        async with _opened(path, config, Keys(master), options, seams, create=False) as volume:
+            yield volume
+    finally:
+        lock.release()
+
+
+@asynccontextmanager
+async def _opened(
+    path: Path, config: VolumeConfig, keys: Keys, options: VolumeOptions, seams: Seams, *, create: bool
+) -> AsyncIterator[Volume]:
+    """The volume with its tasks running. Whatever the block raises comes out as itself, not in a group."""
+    try:
+        async with AsyncExitStack() as stack:
+            store = await stack.enter_async_context(
+                open_store(
+                    path,
+                    seams,
+                    journal_key=keys.journal_key,
+                    tail_needed=tail_needed,
+                    segment_size=options.journal_segment,
+                    limit_bytes=options.journal_limit,
+                )
+            )
+            volume = Volume(path, config, options, seams)
+            async with trio.open_nursery() as nursery:
+                await _wire(volume, store, keys, nursery, create=create)
+                try:
+                    yield volume
+                finally:
+                    # Bounded: journal and disk answer or fail; hosts are not waited for.
+                    with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_LIMIT):
+                        await _close(volume)
+                    nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise _only(group) from group
+
+
+async def _close(volume: Volume) -> None:
+    batch = Batch()
+    volume.hostdb.save(batch)
+    if volume.store.failure is None:
+        volume.store.apply(batch)
+        await volume.commit()
+    await volume.hosts.aclose()
+
+
+def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one exception inside, or the group if there are several."""
+    inner: BaseException = group
+    while isinstance(inner, BaseExceptionGroup) and len(inner.exceptions) == 1:
+        inner = inner.exceptions[0]
+    return inner
+
+
+async def _wire(volume: Volume, store: Store, keys: Keys, nursery: trio.Nursery, *, create: bool) -> None:
+    """Make every layer, bottom to top; begin the epoch; start the loops."""
+    seams, config, options = volume.seams, volume.config, volume.options
+    volume_id = config.volume_id_bytes
+    volume.store = store
+    volume.epochs = Epochs.load(store)
+    sector_ids = Counter(store, b"sector", SECTOR_RANGE)
+    value_ids = Counter(store, b"value", ID_RANGE)
+    # I1: the epoch's record, its salt and the first range of ids are durable together, before anything is sealed under it.
+    batch = Batch()
+    epoch = volume.epochs.begin(batch, seams.random.token_bytes(SALT_SIZE), sector_ids.first, seams.clock.time_ns())
+    sector_ids.reserve(batch)
+    store.begin_epoch(epoch.number, epoch.salt)
+    if create:
+        Namespace.format(batch, seams.clock.time_ns(), os.getuid(), os.getgid())
+    store.apply(batch)
+    await store.commit()
+
+    volume.hosts = HostRegistry(volume_id, store, seams)
+    volume.hostdb = HostDB(store, seams)
+    volume.contractor = Contractor(volume_id, store, volume.hosts, seams)
+    volume.host_io = HostIO(volume_id, keys, volume.epochs, volume.hosts, volume.contractor, volume.hostdb, store, seams)
+    volume.placement = Placement(volume.hosts, volume.contractor, volume.hostdb)
+    volume.deleter = Deleter(store, volume.host_io, volume.contractor, seams)
+    cache = BlockCache(options.cache)
+    reader = SectorReader(store, volume.host_io, volume.contractor, volume.hostdb, cache, seams)
+    volume.sectors = SectorManager(
+        store=store,
+        host_io=volume.host_io,
+        placement=volume.placement,
+        reader=reader,
+        deleter=volume.deleter,
+        cache=cache,
+        counter=sector_ids,
+        seams=seams,
+        nursery=nursery,
+        sector_size=config.sector_size,
+    )
+    volume.values = Values(
+        store=store,
+        sectors=volume.sectors,
+        counter=value_ids,
+        seams=seams,
+        nursery=nursery,
+        tail_budget=options.tail_budget,
+        flush_interval=options.flush_interval,
+        default_replication=config.replication,
+    )
+    volume.namespace = Namespace(
+        store, volume.values, seams, default_replication=config.replication, check_replication=lambda spec: _check_hosts(volume, spec)
+    )
+    volume.values.set_path_of(volume.namespace.path_of)
+    store.on_pressure = volume.values.shipper.journal_pressure
+    volume.files = Files(volume.namespace, volume.values, seams)
+
+    await volume.hosts.open_all()
+    if not create:
+        await _check_servable(volume)
+    volume.sectors.drop_fresh()
+    volume.sectors.partials.load()
+    recovered = volume.values.recover(store.recovered_tails())
+    if recovered:
+        log.info("%d bytes that were on no host yet came back from the journal", recovered)
+    nursery.start_soon(volume.sectors.run)
+    nursery.start_soon(volume.values.run)
+    nursery.start_soon(volume.files.run)
+    nursery.start_soon(volume.hosts.retry)
+    nursery.start_soon(volume.namespace.reap_orphans)
+    if options.commit_interval is not None:
+        nursery.start_soon(_commit_loop, volume, options.commit_interval)
+
+
+def _check_hosts(volume: Volume, spec: str) -> None:
+    """BadArgument if the volume has too few hosts for the replication."""
+    replication = parse_replication(spec)
+    have = len(list(volume.hosts.records()))
+    if replication.hosts_needed > have:
+        raise BadArgument(f"replication {spec} needs {replication.hosts_needed} hosts, this volume has {have}")
+
+
+async def _commit_loop(volume: Volume, interval: float) -> None:
+    while True:
+        await volume.seams.clock.sleep(interval)
+        try:
+            await volume.commit()
+        except FusefsError as error:
+            log.error("what was written lately is not durable yet: %s", error)
+
+
+async def _check_servable(volume: Volume) -> None:
+    """With hosts away: warn if what is left can serve everything, else Unavailable saying which sectors need which host.
+
+    Looks at every sector, in slices, but only when a host is away.
+    """
+    away = {record.number: record.url for record in volume.hosts.records() if not volume.hosts.available(record.number)}
+    if not away:
+        return
+    for number, url in away.items():
+        message = f"host {url} cannot be used: {volume.hosts.reason(number)}"
+        log.warning("%s", message)
+        volume.warnings.append(message)
+    start, end, lost, examples, needed = SECTOR, prefix_end(SECTOR), 0, [], set()
+    while found := volume.store.scan(start, end, 500):
+        for key, raw in found:
+            sector_id = read_u64(key, 1)
+            record = decode_sector(raw, sector_id)
+            hosts = {host for shard in record.shards for host in shard.hosts}
+            if record.live and hosts <= away.keys():
+                lost += 1
+                needed |= hosts
+                if len(examples) < 5:
+                    examples.append(sector_id)
+        start = found[-1][0] + b"\0"
+        await trio.lowlevel.checkpoint()
+    if lost:
+        sectors = ", ".join(map(str, examples)) + (f" and {lost - len(examples)} more" if lost > len(examples) else "")
+        hosts_text = ", ".join(away[number] for number in sorted(needed))
+        raise Unavailable(f"{volume.path}: sectors {sectors} are only on {hosts_text}; bring that host back and try again")

@@ -1,0 +1,321 @@
+"""Values over real sectors: what was appended is what is read, across cutting, gathering, merging, freeing, crashes and refusing hosts."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from storage.errors import Corrupt, Exists, NoSpace, NotFound
+from storage.interfaces import Batch
+from storage.metadata.keys import EXTENT, FREED, GARBAGE, SECTOR, prefix_end
+from storage.values.packing import parse_table
+from storage.values.records import extents_between
+from storage.volume import Volume
+from tests.rig import QUIET, SECTOR as SECTOR_SIZE
+from tests.rig import append, contents, free, host_dirs, make, new_value, noise, opened
+
+
+def extents_of(volume: Volume, value_id: int) -> int:
+    return len(extents_between(volume.store, value_id, 0, 1 << 60, 1_000_000))
+
+
+def sectors_on_record(volume: Volume) -> int:
+    return len(volume.store.scan(SECTOR, prefix_end(SECTOR), 1_000_000))
+
+
+def shards_on(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.rglob("*") if entry.is_file() and "/sectors/" in str(entry))
+
+
+async def settled(volume: Volume, seconds: float = 20.0) -> None:
+    """Until merging and reclaim have nothing to do and no freed sector is left on a host."""
+    with trio.fail_after(seconds):
+        while True:
+            await volume.commit()
+            if (
+                volume.sectors.partials.due() is None
+                and not volume.sectors.partials.held
+                and not volume.store.scan(GARBAGE, prefix_end(GARBAGE), 1)
+                and not volume.store.scan(FREED, prefix_end(FREED), 1)
+            ):
+                return
+            await trio.sleep(0.05)
+
+
+async def test_bytes_come_back_through_tails_flights_and_sectors(tmp_path: Path) -> None:
+    await make(tmp_path / "v")
+    data = noise(3 * SECTOR_SIZE + 12345)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        for start in range(0, len(data), 50_000):
+            await append(volume, value, data[start : start + 50_000])
+            assert await volume.values.read(value, max(0, start - 10), 100) == data[max(0, start - 10) : start + 90][: start + 50_000]
+        assert await contents(volume, value) == data
+        await volume.flush()
+        assert volume.values.pending_bytes == 0
+        assert await contents(volume, value) == data
+        assert await volume.values.read(value, len(data) - 5, 100) == data[-5:]
+        assert await volume.values.read(value, len(data), 100) == b""
+    async with opened(tmp_path / "v") as volume:
+        assert await contents(volume, value) == data
+
+
+async def test_an_uncommitted_append_may_be_lost_but_a_committed_one_never_is(tmp_path: Path) -> None:
+    """kill -9 is a copy of the directory while the volume is open."""
+    await make(tmp_path / "v", [f"dir:{tmp_path / 'h'}"] if (tmp_path / "h").mkdir() is None else ())
+    data = noise(2 * SECTOR_SIZE)
+    async with opened(tmp_path / "v") as volume:
+        one, two = new_value(volume), new_value(volume)
+        await append(volume, one, data[:100_000])
+        await append(volume, two, b"never asked for")
+        await volume.values.commit(one)
+        shutil.copytree(tmp_path / "v", tmp_path / "crash1", ignore=shutil.ignore_patterns("*.sock"))
+        await append(volume, one, data[100_000:])
+        await volume.values.commit(one)
+        shutil.copytree(tmp_path / "v", tmp_path / "crash2", ignore=shutil.ignore_patterns("*.sock"))
+    for name, expected in (("crash1", 100_000), ("crash2", len(data))):
+        async with opened(tmp_path / name) as volume:
+            assert await contents(volume, one) == data[:expected]
+            assert b"never asked for".startswith(await contents(volume, two))
+
+
+async def test_a_thousand_small_files_share_sectors_and_keep_their_bytes(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 2)
+    await make(tmp_path / "v", urls, "2")
+    async with opened(tmp_path / "v") as volume:
+        values = []
+        for i in range(1000):
+            value = new_value(volume)
+            await append(volume, value, b"%06d" % i * (i % 300))
+            values.append(value)
+        await volume.flush()
+        assert sectors_on_record(volume) <= 1000 * 300 * 6 // 2 // SECTOR_SIZE + 2
+        for i, value in enumerate(values):
+            assert await contents(volume, value) == b"%06d" % i * (i % 300)
+            assert extents_of(volume, value) <= 1
+        for sector in volume.store.scan(SECTOR, prefix_end(SECTOR), 5):
+            sector_id = int.from_bytes(sector[0][1:], "big")
+            entries = parse_table(await volume.sectors.read_sector(sector_id))
+            assert len(entries) > 1
+            for entry in entries:
+                found = extents_between(volume.store, entry.value_id, entry.offset, entry.offset + 1, 1)[0]
+                assert (found.sector_id, found.position, found.length) == (sector_id, entry.position, entry.length)
+    assert [p.name for p in shards_on(tmp_path / "host0")] == [p.name for p in shards_on(tmp_path / "host1")] != []
+
+
+async def test_eight_partial_sectors_become_one_and_the_old_ones_leave_the_hosts(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 1)
+    await make(tmp_path / "v", urls)
+    async with opened(tmp_path / "v") as volume:
+        value, expected = new_value(volume), b""
+        for i in range(64):
+            piece = noise(500 + i)
+            expected += piece
+            await append(volume, value, piece)
+            await volume.flush()
+        await settled(volume)
+        assert await contents(volume, value) == expected
+        assert extents_of(volume, value) <= 9
+        assert extents_of(volume, value) <= sectors_on_record(volume)
+        assert len(shards_on(tmp_path / "host0")) == sectors_on_record(volume)
+        volume.sectors.cache._blocks.clear()
+        assert await contents(volume, value) == expected
+    async with opened(tmp_path / "v") as volume:
+        assert await contents(volume, value) == expected
+
+
+async def test_freed_values_leave_nothing_behind(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 1)
+    await make(tmp_path / "v", urls)
+    async with opened(tmp_path / "v") as volume:
+        values = [new_value(volume) for _ in range(50)]
+        for value in values:
+            await append(volume, value, noise(SECTOR_SIZE // 3))
+        await volume.flush()
+        kept = values.pop(7)
+        expected = await contents(volume, kept)
+        assert sectors_on_record(volume) > 10
+        for value in values:
+            free(volume, value)
+        with pytest.raises(NotFound):
+            volume.values.size_of(values[0])
+        await settled(volume)
+        assert sectors_on_record(volume) == 1 == len(shards_on(tmp_path / "host0"))
+        assert await contents(volume, kept) == expected
+        free(volume, kept)
+        await settled(volume)
+        assert sectors_on_record(volume) == 0 == len(shards_on(tmp_path / "host0"))
+        assert volume.store.scan(EXTENT, prefix_end(EXTENT), 1) == []
+
+
+async def test_a_value_freed_while_its_bytes_fly_leaves_nothing_behind(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 1)
+    await make(tmp_path / "v", urls)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, noise(3 * SECTOR_SIZE + 5))
+        free(volume, value)
+        assert volume.values.pending_bytes == 0
+        await volume.flush()
+        await settled(volume)
+        assert sectors_on_record(volume) == 0 == len(shards_on(tmp_path / "host0"))
+
+
+async def test_nearly_dead_sectors_are_copied_together(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 1)
+    await make(tmp_path / "v", urls)
+    async with opened(tmp_path / "v") as volume:
+        keep: dict[int, bytes] = {}
+        for _ in range(10):
+            small, big = new_value(volume), new_value(volume)
+            keep[small] = noise(1000)
+            await append(volume, small, keep[small])
+            await append(volume, big, noise(SECTOR_SIZE - 20_000))
+            await volume.flush()
+            free(volume, big)
+        await settled(volume)
+        assert sectors_on_record(volume) <= 3
+        for value, expected in keep.items():
+            assert await contents(volume, value) == expected
+
+
+async def test_a_damaged_copy_is_passed_over_and_said(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 2)
+    await make(tmp_path / "v", urls, "2")
+    data = noise(100_000)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    for shard in shards_on(tmp_path / "host0"):
+        raw = bytearray(shard.read_bytes())
+        raw[70] ^= 1
+        shard.write_bytes(raw)
+    for _ in range(4):
+        async with opened(tmp_path / "v") as volume:
+            assert await contents(volume, value) == data
+            sector_id = extents_between(volume.store, value, 0, 1, 1)[0].sector_id
+            assert (await volume.sectors.read_sector(sector_id))[: len(data)] == data
+    for shard in shards_on(tmp_path / "host1"):
+        shard.write_bytes(shard.read_bytes()[:-20])
+    async with opened(tmp_path / "v") as volume:
+        with pytest.raises(Corrupt, match="no copy can be read"):
+            await volume.sectors.read_sector(sector_id)
+        # Only the first block of one copy is damaged and only the end of the other is cut: what verifies is still served.
+        assert await volume.values.read(value, 70_000, 1000) == data[70_000:71_000]
+        status = await volume.status()
+        assert any("could not be used" in warning for warning in status.warnings)
+
+
+async def test_a_sector_is_written_once(tmp_path: Path) -> None:
+    await make(tmp_path / "v")
+    async with opened(tmp_path / "v") as volume:
+        sector_id = await volume.sectors.allocate_sector()
+        await volume.sectors.write_sector(sector_id, b"first", "1")
+        with pytest.raises(Exists):
+            await volume.sectors.write_sector(sector_id, b"second", "1")
+        assert await volume.sectors.read_sector(sector_id) == b"first"
+        assert await volume.sectors.insecure_read_sector_at(sector_id, 1, 3) == b"irs"
+        assert await volume.sectors.insecure_read_sector_at(sector_id, 3, 300) == b"st"
+        await volume.sectors.delete(sector_id)
+        with pytest.raises(NotFound):
+            await volume.sectors.read_sector(sector_id)
+        assert await volume.sectors.allocate_sector() > sector_id
+
+
+async def test_a_sector_nobody_points_to_is_gone_after_the_next_open(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 1)
+    await make(tmp_path / "v", urls)
+    async with opened(tmp_path / "v") as volume:
+        await volume.sectors.write_sector(await volume.sectors.allocate_sector(), b"orphan", "1")
+        assert len(shards_on(tmp_path / "host0")) == 1
+    async with opened(tmp_path / "v") as volume:
+        await settled(volume)
+        assert shards_on(tmp_path / "host0") == []
+        assert volume.sectors.count == 0
+
+
+async def test_full_hosts_refuse_the_writer_and_lose_nothing(tmp_path: Path) -> None:
+    await make(tmp_path / "v", ["mem:full"])
+    options = replace(QUIET, tail_budget=4 * SECTOR_SIZE)
+    from storage.hosts.memory import memory_content
+
+    content = memory_content("full")
+    async with opened(tmp_path / "v", options=options) as volume:
+        value, accepted = new_value(volume), b""
+        content.capacity = content.used() + 2 * SECTOR_SIZE
+        with pytest.raises(NoSpace), trio.fail_after(20):
+            while True:
+                piece = noise(20_000)
+                await volume.values.reserve(value, len(piece))
+                volume.values.append_now(value, piece)
+                accepted += piece
+        assert len(accepted) >= 4 * SECTOR_SIZE - 20_000
+        assert await contents(volume, value) == accepted
+        assert not volume.values.accepting()
+        with trio.fail_after(10):
+            await volume.values.commit(value)
+        with pytest.raises(NoSpace):
+            await volume.flush()
+        content.capacity = None
+        with trio.fail_after(20):
+            await volume.flush()
+        assert volume.values.accepting()
+        await append(volume, value, b"goes on")
+        assert await contents(volume, value) == accepted + b"goes on"
+
+
+async def test_deletion_waits_for_a_durable_commit(tmp_path: Path) -> None:
+    """I3: while the commit that frees a sector is not durable, its shards stay."""
+    urls = host_dirs(tmp_path, 1)
+    await make(tmp_path / "v", urls)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, b"x" * 1000)
+        await volume.flush()
+        shutil.copytree(tmp_path / "v", tmp_path / "before")
+        free(volume, value)
+        durable = volume.store.durable_sequence
+        while shards_on(tmp_path / "host0"):
+            await trio.sleep(0.02)
+        assert volume.store.durable_sequence > durable
+
+
+async def test_batches_and_values_agree_after_many_crashes(tmp_path: Path) -> None:
+    """A value is always a prefix of what was appended, at least up to its last commit, whatever flies when the process dies."""
+    urls = host_dirs(tmp_path, 1)
+    await make(tmp_path / "v", urls)
+    data = noise(6 * SECTOR_SIZE)
+    at, path, value = 0, tmp_path / "v", 0
+    for round_number in range(6):
+        async with opened(path) as volume:
+            if not value:
+                value = new_value(volume)
+            size = volume.values.size_of(value)
+            assert await contents(volume, value) == data[:size]
+            assert size >= at
+            step = [1000, 70_000, SECTOR_SIZE, SECTOR_SIZE + 7, 300_000, 5][round_number]
+            await append(volume, value, data[size : size + step])
+            await volume.values.commit(value)
+            at = size + step
+            await append(volume, value, data[at : at + 90_000])
+            await trio.sleep(0.01 * round_number)
+            shutil.copytree(path, tmp_path / f"crash{round_number}")
+        path = tmp_path / f"crash{round_number}"
+    async with opened(path) as volume:
+        size = volume.values.size_of(value)
+        assert size >= at
+        assert await contents(volume, value) == data[:size]
+
+
+async def test_an_empty_batch_is_no_reason_to_fail(tmp_path: Path) -> None:
+    await make(tmp_path / "v")
+    async with opened(tmp_path / "v") as volume:
+        volume.store.apply(Batch())
+        await volume.commit()
+        report = await volume.flush()
+        assert report.degraded_sectors == 0
