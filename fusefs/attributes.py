@@ -1,5 +1,7 @@
 """Handlers on attributes: getattr, setattr, access, statfs, extended attributes."""
 
+# ruff: noqa: ARG002  handlers have the signatures that pyfuse3 calls
+
 from __future__ import annotations
 
 import errno
@@ -75,7 +77,8 @@ class AttributeHandlers(HandlerBase):
         )
         if opened is not None and mtime_ns is not None:
             opened.kernel_mtime_ns = mtime_ns
-            # The kernel writes back a time of its own (O_TRUNC moved it) as mtime = ctime, without atime. Anything else is a program's word,
+            # The kernel writes back a time of its own (O_TRUNC moved it) as mtime = ctime, without atime. Anything else is a program's
+            # word,
             # and newer than the writes before it.
             if fields.update_atime or not fields.update_ctime or attr.st_ctime_ns != mtime_ns:
                 opened.written_ns = 0

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from storage.interfaces import Contractor, FlushProgress, FlushReport, Namespace, Refusal
-from storage.seams import Seams
-from storage.volume import VolumeStatus
+from storage import Contractor, FlushProgress, FlushReport, Namespace, Refusal, Seams, VolumeStatus
 
 
 class Accepting(Protocol):

@@ -12,8 +12,8 @@ from fusefs.handles import HandleTable
 from fusefs.kernel import KernelCalls
 from fusefs.options import MountOptions
 from fusefs.refusals import Refusals
+from storage import Attributes
 from storage.errors import NotPermitted
-from storage.interfaces import Attributes
 
 #: Seconds the kernel may trust names and attributes: this process is the only writer, and every change comes through the kernel.
 CACHE_SECONDS = 86_400.0
@@ -69,7 +69,8 @@ class HandlerBase(pyfuse3.Operations):
         self.coherence = Coherence(volume, self.handles, kernel, writeback=options.writeback)
 
     def pinned_entry(self, ino: int) -> pyfuse3.EntryAttributes:
-        """The reply that raises the kernel's lookup count by one, with the pin for it (R4). No await between the two and the reply's making."""
+        """The reply that raises the kernel's lookup count by one, with the pin for it (R4). No await between the two and the reply's
+        making."""
         entry = entry_of(self.namespace.attributes(ino))
         self.namespace.pin(ino)
         return entry

@@ -1,6 +1,7 @@
 """Keeping the kernel's idea of a file and the stored file the same: repair after refused WRITEs, modification times.
 
-With write-back on, the kernel keeps size, times and pages of a cached file itself and does not listen to what handlers answer. It is wrong in
+With write-back on, the kernel keeps size, times and pages of a cached file itself and does not listen to what handlers answer. It is
+wrong in
 two situations, and each is set right from a thread (R2):
 
     a cached WRITE was refused          its size is ahead of ours, and its pages hold bytes that were never stored
@@ -82,7 +83,9 @@ class Coherence:
         except OSError as error:
             inode.failed_repairs += 1
             if inode.failed_repairs == 1:
-                log.error("inode %d: the kernel's copy could not be set back to what is stored (%s); writes go on failing", inode.ino, error)
+                log.error(
+                    "inode %d: the kernel's copy could not be set back to what is stored (%s); writes go on failing", inode.ino, error
+                )
         except Exception:
             log.exception("bug in the repair of inode %d", inode.ino)
         finally:
@@ -125,16 +128,21 @@ class Coherence:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    async def periodic(self, on_error: Callable[[OSError], None]) -> None:
-        """One round: dirty pages are written, failed repairs tried again, times of direct writers told.
-
-        syncfs only while a cached handle is open: no other page can be dirty, and an open descriptor of ours would make umount(8) say "busy".
-        """
+    async def write_back(self, on_error: Callable[[OSError], None]) -> None:
+        """Have the kernel write its dirty pages. `on_error` gets what was refused; the programs hear of it from fsync or close."""
         if self._handles.cached_writers:
             try:
                 await self._kernel.syncfs()
             except OSError as error:
-                on_error(error)  # a refused WRITE; its program hears of it from fsync or close
+                on_error(error)
+
+    async def periodic(self, on_error: Callable[[OSError], None]) -> None:
+        """One round: dirty pages are written, failed repairs tried again, times of direct writers told.
+
+        syncfs only while a cached handle is open: no other page can be dirty, and an open descriptor of ours would make umount(8) say
+        "busy".
+        """
+        await self.write_back(on_error)
         told = 0
         for inode in self._handles.inodes():
             if inode.taint is not None:

@@ -1,5 +1,7 @@
 """Handlers on content: create, open, read, write, flush, release, fsync."""
 
+# ruff: noqa: ARG002  handlers have the signatures that pyfuse3 calls
+
 from __future__ import annotations
 
 import errno
@@ -18,7 +20,8 @@ from storage.errors import FusefsError, NotFound
 
 
 def drops_pages_under_direct_writes(release: str) -> bool:
-    """Whether Linux `release` drops the cached pages that a direct write covers. It does since 6.6; before, a reader may see zeros there."""
+    """Whether Linux `release` drops the cached pages that a direct write covers. It does since 6.6; before, a reader may see zeros
+    there."""
     major, _, rest = release.partition(".")
     minor = rest.partition(".")[0]
     if not (major.isdigit() and minor.isdigit()):

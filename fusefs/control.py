@@ -181,6 +181,8 @@ class ControlServer:
 
     async def _answer(self, stream: trio.SocketStream, request: AnyRequest) -> Answer:
         state = self._state
+        if state.phase == "closing" and not isinstance(request, Drain):
+            raise Busy("the volume is being closed; wait for it to end")
         match request:
             case GetStatus():
                 return StatusAnswer(status=await state.status())
@@ -207,11 +209,17 @@ class ControlServer:
         async with self._flushing:
             await state.write_back()
             progress = FlushProgress()
+            outcome: FlushReport | FusefsError
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._show, stream, progress)
-                report = await state.volume.flush(progress)
+                try:
+                    outcome = await state.volume.flush(progress)
+                except FusefsError as error:
+                    outcome = error  # raised outside of the nursery, which would wrap it
                 nursery.cancel_scope.cancel()
-            return report
+            if isinstance(outcome, FusefsError):
+                raise outcome
+            return outcome
 
     async def _drain(self, stream: trio.SocketStream) -> FlushReport:
         state = self._state

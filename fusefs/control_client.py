@@ -101,7 +101,8 @@ class ControlClient:
         return FlushReport(answer.degraded_sectors, tuple(answer.reasons))
 
     def drain(self, progress: ShowProgress | None = None) -> FlushReport | None:
-        """For after an unmount: the report of the process's last flush, once the process has let go of the volume. None if it ended without one."""
+        """For after an unmount: the report of the process's last flush, once the process has let go of the volume. None if it ended
+        without one."""
         try:
             answer = self._ask(Drain(), progress)
             if not isinstance(answer, FlushedAnswer):

@@ -122,8 +122,8 @@ class ErrorAnswer(Answer, frozen=True, tag="error", kw_only=True):
 
 AnyAnswer = Progress | StatusAnswer | FlushedAnswer | ContractAnswer | DoneAnswer | ErrorAnswer
 
-_requests = msgspec.json.Decoder(AnyRequest)
-_answers = msgspec.json.Decoder(AnyAnswer)
+_requests: msgspec.json.Decoder[AnyRequest] = msgspec.json.Decoder(AnyRequest)
+_answers: msgspec.json.Decoder[AnyAnswer] = msgspec.json.Decoder(AnyAnswer)
 _encoder = msgspec.json.Encoder()
 
 
@@ -139,7 +139,9 @@ def decode_request(line: bytes) -> AnyRequest:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadArgument(f"not a request: {error}") from None
     if request.version != VERSION:
-        raise BadArgument(f"request of version {request.version}; this mount speaks version {VERSION}: use the fusefs command it was started with")
+        raise BadArgument(
+            f"request of version {request.version}; this mount speaks version {VERSION}: use the fusefs command it was started with"
+        )
     return request
 
 

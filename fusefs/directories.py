@@ -1,5 +1,7 @@
 """Handlers on names: lookup, making, removing, renaming and linking, reading directories, lookup counts."""
 
+# ruff: noqa: ARG002  handlers have the signatures that pyfuse3 calls
+
 from __future__ import annotations
 
 import errno
@@ -135,9 +137,8 @@ class DirectoryHandlers(HandlerBase):
 
     def _fill(self, ino: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         # No await from here on: an entry's attributes, its place in the reply and its pin belong together (R4).
-        if start_id < 1:
-            if not pyfuse3.readdir_reply(token, b".", entry_of(self.namespace.attributes(ino)), 1):
-                return
+        if start_id < 1 and not pyfuse3.readdir_reply(token, b".", entry_of(self.namespace.attributes(ino)), 1):
+            return
         if start_id < DOT_COOKIES:
             parent = entry_of(self.namespace.attributes(self.namespace.parent_of(ino)))
             if not pyfuse3.readdir_reply(token, b"..", parent, DOT_COOKIES):
@@ -145,9 +146,7 @@ class DirectoryHandlers(HandlerBase):
         after = max(0, start_id - DOT_COOKIES)
         while entries := self.namespace.entries(ino, after, ENTRIES_PER_FETCH):
             for entry in entries:
-                if not pyfuse3.readdir_reply(
-                    token, entry.name, entry_of(self.namespace.attributes(entry.ino)), entry.cookie + DOT_COOKIES
-                ):
+                if not pyfuse3.readdir_reply(token, entry.name, entry_of(self.namespace.attributes(entry.ino)), entry.cookie + DOT_COOKIES):
                     return
                 self.namespace.pin(entry.ino)
                 after = entry.cookie

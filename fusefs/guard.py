@@ -1,6 +1,7 @@
 """Rule R1: nothing but FUSEError leaves a handler.
 
-pyfuse3 answers a FUSEError with its errno. Any other exception ends its main loop, and every program on the mount gets ECONNABORTED. So each
+pyfuse3 answers a FUSEError with its errno. Any other exception ends its main loop, and every program on the mount gets ECONNABORTED. So
+each
 handler is wrapped: kinds of `storage.errors` go through the table, and a bug costs one request an EIO and the log a traceback.
 `trio.Cancelled` is no `Exception` and passes.
 """
@@ -56,7 +57,7 @@ def guarded(handler: Handler) -> Handler:
         except NotPermitted as error:
             try:
                 self.refused(name, args, error)
-            except Exception:  # noqa: BLE001  whatever goes wrong while telling must not change the answer
+            except Exception:
                 log.exception("could not record the refusal of %s", name)
             raise pyfuse3.FUSEError(errno.EPERM) from None
         except Exception as error:  # noqa: BLE001  rule R1

@@ -91,7 +91,8 @@ class HandleTable:
         return handle
 
     def forget_if_idle(self, inode: OpenInode) -> None:
-        """Drop the inode's state once no handle is open on it; a taint keeps it, because the kernel stays ahead of us beyond the last close."""
+        """Drop the inode's state once no handle is open on it; a taint keeps it, because the kernel stays ahead of us beyond the last
+        close."""
         if not inode.handles and inode.taint is None:
             self._inodes.pop(inode.ino, None)
 

@@ -1,7 +1,9 @@
 """What the mount asks of the kernel (rule R2: always from a thread, because the kernel may first ask us).
 
-A file is reached by a *file handle* in the sense of open_by_handle_at(2), built from its inode number: that also finds files without a name,
-and cannot hit another file that took the name. It needs CAP_DAC_READ_SEARCH; without it the file is reached by its path, and the SETATTR that
+A file is reached by a *file handle* in the sense of open_by_handle_at(2), built from its inode number: that also finds files without a
+name,
+and cannot hit another file that took the name. It needs CAP_DAC_READ_SEARCH; without it the file is reached by its path, and the SETATTR
+that
 follows is checked against the inode that was meant (`own_request`).
 """
 
@@ -57,11 +59,13 @@ class KernelCalls(Protocol):
         ...
 
     async def truncate_to_stored(self, ino: int, path: bytes | None) -> None:
-        """The kernel takes over the stored size (the SETATTR handler answers it) and drops pages beyond. OSError where it cannot be done."""
+        """The kernel takes over the stored size (the SETATTR handler answers it) and drops pages beyond. OSError where it cannot be
+        done."""
         ...
 
     async def set_mtime(self, ino: int, path: bytes | None, mtime_ns: int, expected_ns: int) -> None:
-        """Set the modification time as a program would, unless the stored one is not `expected_ns` by then. OSError where it cannot be done."""
+        """Set the modification time as a program would, unless the stored one is not `expected_ns` by then. OSError where it cannot be
+        done."""
         ...
 
     async def syncfs(self) -> None:

@@ -75,7 +75,9 @@ def _check(mountpoint: Path, returncode: int, stderr: bytes) -> None:
     said = stderr.decode("utf-8", "backslashreplace").strip().splitlines()
     reason = said[-1] if said else f"exit status {returncode}"
     if "busy" in reason.lower():
-        raise Busy(f"{mountpoint} is busy: a program has a file or its working directory there; end it (fuser -vm {mountpoint}) and try again")
+        raise Busy(
+            f"{mountpoint} is busy: a program has a file or its working directory there; end it (fuser -vm {mountpoint}) and try again"
+        )
     if mount_at(mountpoint) is None:
         return  # it is unmounted, whoever did it
     raise Unavailable(f"{mountpoint} could not be unmounted: {reason}")
@@ -87,7 +89,9 @@ def unmount(mountpoint: Path, lazy: bool = False) -> None:
     Busy where a program uses the mount. Never call it from the loop that serves the mount: the kernel writes dirty pages first.
     """
     try:
-        done = subprocess.run(_command(mountpoint, lazy), capture_output=True, check=False, timeout=UNMOUNT_SECONDS, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            _command(mountpoint, lazy), capture_output=True, check=False, timeout=UNMOUNT_SECONDS, stdin=subprocess.DEVNULL
+        )
     except FileNotFoundError:
         raise Unavailable("neither fusermount3 nor umount was found; install the package fuse3") from None
     except subprocess.TimeoutExpired:

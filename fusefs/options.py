@@ -23,7 +23,9 @@ PASSED_ON = {
     "async": "sync",
 }
 #: Accepted and without effect: what /etc/fstab and mount(8) add.
-IGNORED = frozenset({"defaults", "auto", "noauto", "user", "nouser", "users", "_netdev", "nofail", "relatime", "norelatime", "default_permissions"})
+IGNORED = frozenset(
+    {"defaults", "auto", "noauto", "user", "nouser", "users", "_netdev", "nofail", "relatime", "norelatime", "default_permissions"}
+)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -88,12 +90,20 @@ class MountOptions:
                 choose(name, option, _seconds(option, value))
             elif name == "fsync":
                 if value == "hosts":
-                    raise BadArgument("mount option 'fsync=hosts' comes with a later version; use fsync=local, and fusefs flush to reach the hosts")
+                    raise BadArgument(
+                        "mount option 'fsync=hosts' comes with a later version; use fsync=local, and fusefs flush to reach the hosts"
+                    )
                 if value != "local":
                     raise BadArgument(f"mount option {option!r}: fsync=local is the only choice")
             else:
                 raise BadArgument(f"unknown mount option {option!r}; known: {', '.join(KNOWN)}")
         return cls(passed_on=frozenset(passed), **values)
+
+    def text(self) -> str:
+        """What is in force, for `status`."""
+        words = ["ro" if self.read_only else "rw", "writeback" if self.writeback else "nowriteback", *sorted(self.passed_on)]
+        words += ["allow_other"] * self.others_allowed + ["xattr"] * self.xattr + ["link=deny"] * self.link_denied
+        return ",".join([*words, f"commit_interval={self.commit_interval:g}"])
 
     def kernel_options(self, source: str) -> set[str]:
         """The set for `pyfuse3.init`; `source` is what df and mount show, free of commas."""

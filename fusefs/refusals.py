@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fusefs.backing import Backing
 from fusefs.ratelimit import RateLimit
-from storage.interfaces import Refusal
+from storage import Refusal
 
 log = logging.getLogger(__name__)
 

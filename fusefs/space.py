@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from storage import VolumeStatus, parse_replication
 from storage.errors import BadArgument
-from storage.replication import parse_replication
-from storage.volume import VolumeStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +23,7 @@ class Space:
             replication = parse_replication(status.replication)
         except BadArgument:
             return cls(status.files, 0, 0)
+        factor = replication.hosts_needed / replication.k
         free = sum(host.free or 0 for host in status.hosts)
         total = sum(host.total or 0 for host in status.hosts)
-        return cls(status.files, int(free / (replication.hosts_needed / replication.k)), int(total / replication.expansion))
+        return cls(status.files, int(free / factor), int(total / factor))

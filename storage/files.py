@@ -13,9 +13,11 @@ import stat
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import trio
 
+from storage import interfaces
 from storage.errors import BadArgument, Exists, IsADirectory, NotADirectory, NotFound, NotPermitted
 from storage.interfaces import Buffer
 from storage.namespace import Namespace
@@ -76,7 +78,7 @@ class Files:
     async def open(
         self, name: str, existing: bool | None = None, write: bool = False, read: bool = True, replication: str | None = None
     ) -> int:
-        """Raises NotFound, Exists, IsADirectory, NotADirectory (of a component of the name), BadArgument. Modes and owners are not checked."""
+        """NotFound, Exists, IsADirectory, NotADirectory (a component of the name), BadArgument. Modes and owners are not checked."""
         if not read and not write:
             raise BadArgument(f"{name!r}: opened for neither reading nor writing")
         parts = _split(name)
@@ -184,10 +186,8 @@ class Files:
     async def entries(self, prefix: str = "") -> AsyncIterator[tuple[str, int]]:
         """Depth first, each directory in order of names. What comes or goes meanwhile may be seen or not; all else is seen exactly once."""
         whole = _encode(prefix)
-        above, _, start = whole.rpartition(b"/")
-        root: int | None = ROOT
-        if above:
-            root = self._find_directory(above)
+        above, slash, start = whole.rpartition(b"/")
+        root = self._find_directory(above) if slash else ROOT
         if root is None:
             return
         #: (directory, its path, prefix its names must have, last name seen)
@@ -303,3 +303,9 @@ def _split(name: str) -> Sequence[bytes]:
         if part in (b"", b".", b".."):
             raise BadArgument(f"{name!r} cannot be the name of a file: {os.fsdecode(part)!r} stands in it")
     return parts
+
+
+if TYPE_CHECKING:
+
+    def _conforms(files: Files) -> interfaces.Files:
+        return files

@@ -107,6 +107,11 @@ class MetadataStore(MetadataReader, Protocol):
         """The sequence number that the commit of everything applied so far will have."""
         ...
 
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be written any more (then `apply` raises Fenced); None while all is well."""
+        ...
+
     def pinned_tails(self) -> list[tuple[int, int]]:
         """(value id, end offset) of the tails that keep the oldest journal segment from being reused; empty if none do."""
         ...

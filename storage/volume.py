@@ -21,7 +21,7 @@ from storage.errors import BadArgument, Exists, FusefsError, Unavailable
 from storage.files import Files
 from storage.host_io import HostIO
 from storage.hosts.hostdb import HostDB
-from storage.hosts.registry import HostRegistry
+from storage.hosts.registry import HostRegistry, Opener
 from storage.interfaces import Batch, FlushProgress, FlushReport, Refusal
 from storage.keyfile import KEY_FILE, Argon2Parameters, load_keyfile, make_keyfile, make_slot, open_slots, save_keyfile
 from storage.keys import SALT_SIZE, Keys, phrase_of
@@ -118,7 +118,7 @@ class Volume:
     async def status(self) -> VolumeStatus:
         """A snapshot, without asking any host anything that could hang."""
         now = self.seams.clock.time_ns()
-        inodes, size = self.namespace.counts()
+        size = self.namespace.counts()[1]
         failure = self.store.failure
         hosts: list[HostStatus] = []
         for record in self.hosts.records():
@@ -146,7 +146,7 @@ class Volume:
             format_version=self.config.format_version,
             replication=self.config.replication,
             sector_size=self.config.sector_size,
-            files=inodes,
+            files=self.namespace.regular_files(),
             bytes=size,
             sectors=self.sectors.count,
             pending_bytes=self.values.pending_bytes,
@@ -159,7 +159,7 @@ class Volume:
             journal_fill=round(self.store.journal_fill, 4),
             epoch=self.epochs.current.number,
             read_only=failure is not None,
-            read_only_reason=str(failure) if failure is not None else "",
+            read_only_reason=failure or "",
             warnings=[*self.warnings, *([str(trouble)] if trouble is not None else []), *self.sectors.notes],
             refusals=[RefusalStatus(r.when_ns, r.program, r.path, r.offset, r.reason) for r in self.refusals],
             refusals_total=self.refusals_total,
@@ -181,6 +181,7 @@ async def create_volume(
     contract_days: float = DEFAULT_CONTRACT_DAYS,
     seams: Seams | None = None,
     argon2: Argon2Parameters | None = None,
+    opener: Opener | None = None,
 ) -> str:
     """Make a volume in the new (or empty) directory `path`; returns the recovery phrase, which is kept nowhere.
 
@@ -211,7 +212,7 @@ async def create_volume(
         master = seams.random.token_bytes(32)
         slot = await seams.threads.run(make_slot, master, passphrase, config.volume_id, seams.random, argon2)
         await seams.threads.run(save_keyfile, path / KEY_FILE, make_keyfile(config.volume_id, (slot,)), seams.failpoints)
-        async with _opened(path, config, Keys(master), VolumeOptions(purpose="init"), seams, create=True) as volume:
+        async with _opened(path, config, Keys(master), VolumeOptions(purpose="init"), seams, opener, create=True) as volume:
             for url in urls:
                 try:
                     await volume.add_host(url)
@@ -257,6 +258,7 @@ async def open_volume(
     seams: Seams | None = None,
     wait_lock: float = 0.0,
     options: VolumeOptions | None = None,
+    opener: Opener | None = None,
 ) -> AsyncIterator[Volume]:
     """Open a volume for reading and writing; a new epoch begins. What was appended is committed when the block ends.
 
@@ -272,7 +274,7 @@ async def open_volume(
     lock = VolumeLock(path)
     await lock.acquire(seams, wait_lock, options.purpose)
     try:
-        async with _opened(path, config, Keys(master), options, seams, create=False) as volume:
+        async with _opened(path, config, Keys(master), options, seams, opener, create=False) as volume:
             yield volume
     finally:
         lock.release()
@@ -280,7 +282,7 @@ async def open_volume(
 
 @asynccontextmanager
 async def _opened(
-    path: Path, config: VolumeConfig, keys: Keys, options: VolumeOptions, seams: Seams, *, create: bool
+    path: Path, config: VolumeConfig, keys: Keys, options: VolumeOptions, seams: Seams, opener: Opener | None, *, create: bool
 ) -> AsyncIterator[Volume]:
     """The volume with its tasks running. Whatever the block raises comes out as itself, not in a group."""
     try:
@@ -297,7 +299,7 @@ async def _opened(
             )
             volume = Volume(path, config, options, seams)
             async with trio.open_nursery() as nursery:
-                await _wire(volume, store, keys, nursery, create=create)
+                await _wire(volume, store, keys, nursery, opener, create=create)
                 try:
                     yield volume
                 finally:
@@ -326,7 +328,7 @@ def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return inner
 
 
-async def _wire(volume: Volume, store: Store, keys: Keys, nursery: trio.Nursery, *, create: bool) -> None:
+async def _wire(volume: Volume, store: Store, keys: Keys, nursery: trio.Nursery, opener: Opener | None, *, create: bool) -> None:
     """Make every layer, bottom to top; begin the epoch; start the loops."""
     seams, config, options = volume.seams, volume.config, volume.options
     volume_id = config.volume_id_bytes
@@ -344,7 +346,7 @@ async def _wire(volume: Volume, store: Store, keys: Keys, nursery: trio.Nursery,
     store.apply(batch)
     await store.commit()
 
-    volume.hosts = HostRegistry(volume_id, store, seams)
+    volume.hosts = HostRegistry(volume_id, store, seams, opener=opener)
     volume.hostdb = HostDB(store, seams)
     volume.contractor = Contractor(volume_id, store, volume.hosts, seams)
     volume.host_io = HostIO(volume_id, keys, volume.epochs, volume.hosts, volume.contractor, volume.hostdb, store, seams)
@@ -379,7 +381,7 @@ async def _wire(volume: Volume, store: Store, keys: Keys, nursery: trio.Nursery,
     )
     volume.values.set_path_of(volume.namespace.path_of)
     store.on_pressure = volume.values.shipper.journal_pressure
-    volume.files = Files(volume.namespace, volume.values, seams)
+    volume.files = Files(volume.namespace, seams)
 
     await volume.hosts.open_all()
     if not create:
@@ -401,7 +403,7 @@ async def _wire(volume: Volume, store: Store, keys: Keys, nursery: trio.Nursery,
 def _check_hosts(volume: Volume, spec: str) -> None:
     """BadArgument if the volume has too few hosts for the replication."""
     replication = parse_replication(spec)
-    have = len(list(volume.hosts.records()))
+    have = len(volume.hosts.numbers())
     if replication.hosts_needed > have:
         raise BadArgument(f"replication {spec} needs {replication.hosts_needed} hosts, this volume has {have}")
 
@@ -427,7 +429,9 @@ async def _check_servable(volume: Volume) -> None:
         message = f"host {url} cannot be used: {volume.hosts.reason(number)}"
         log.warning("%s", message)
         volume.warnings.append(message)
-    start, end, lost, examples, needed = SECTOR, prefix_end(SECTOR), 0, [], set()
+    start, end, lost = SECTOR, prefix_end(SECTOR), 0
+    examples: list[int] = []
+    needed: set[int] = set()
     while found := volume.store.scan(start, end, 500):
         for key, raw in found:
             sector_id = read_u64(key, 1)

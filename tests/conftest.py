@@ -23,7 +23,7 @@ import pytest
 #: A skip whose reason starts so is for what CI cannot be: "cannot change: this kernel has no such-and-such".
 CANNOT_CHANGE = "cannot change:"
 #: How long what the last tests started may take to end by itself: an unmount goes on until all is on the hosts.
-GRACE_S = 15.0
+GRACE_S = float(os.environ.get("FUSEFS_TEST_GRACE", "15"))
 #: Inherited by every process a test starts, however it detaches itself, and found again in /proc.
 SESSION_VARIABLE = "FUSEFS_TEST_SESSION"
 

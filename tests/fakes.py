@@ -16,7 +16,7 @@ from sortedcontainers import SortedDict
 
 from storage.errors import Fenced, FusefsError
 from storage.interfaces import Batch, TailPiece
-from storage.seams import Clock, Failpoints, Randomness, Seams, Threads, WorkerThreads
+from storage.seams import Clock, DedicatedThread, Failpoints, InlineWorker, Randomness, Seams, Threads, WorkerThreads
 
 T = TypeVar("T")
 
@@ -107,6 +107,10 @@ class MemoryStore:
     @property
     def applied_sequence(self) -> int:
         return self._sequence + (1 if self._pending else 0)
+
+    @property
+    def failure(self) -> str | None:
+        return "the metadata store has failed; mount again" if self.failed else None
 
     def pinned_tails(self) -> list[tuple[int, int]]:
         return list(self.pinned)
@@ -247,4 +251,5 @@ def make_seams(
         random=random or SeededRandom(seed),
         threads=threads or (WorkerThreads() if real_threads else InlineThreads()),
         failpoints=failpoints or RecordingFailpoints(),
+        worker=DedicatedThread if real_threads else InlineWorker,
     )

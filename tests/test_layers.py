@@ -104,14 +104,7 @@ def upward_imports(module: str, imports: list[Import], known: dict[str, Path]) -
 
 
 def public_names() -> set[str]:
-    tree = ast.parse((ROOT / "storage/__init__.py").read_text(encoding="utf-8"))
-    for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
-            assert isinstance(node, ast.Assign | ast.AnnAssign)
-            assert node.value is not None
-            return set(ast.literal_eval(node.value))
-    raise AssertionError("storage/__init__.py has no __all__: list its public names there")
+    return set(importlib.import_module("storage").__all__)
 
 
 def private_uses(module: str, source: str, imports: list[Import], public: set[str]) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -158,3 +160,114 @@ def test_quickstart_refuses_wrong_arguments_in_one_line(arguments: list[str], tm
     assert done.returncode != 0
     assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------- what tests/conftest.py promises
+
+SKIPS = """
+import pytest
+
+def test_passes():
+    pass
+
+@pytest.mark.skip(reason={reason!r})
+def test_marked():
+    pass
+
+def test_calls():
+    pytest.skip({reason!r})
+
+@pytest.mark.xfail(reason="known", strict=True)
+def test_expected_to_fail():
+    assert False
+"""
+
+LEAVES_A_PROCESS = """
+import subprocess
+import sys
+
+def test_leaves_a_process():
+    subprocess.Popen(["sleep", "1000"], start_new_session=True)
+"""
+
+LEAVES_A_MOUNT = """
+import os, subprocess, sys, time
+
+SERVER = '''
+import os, sys
+import pyfuse3, trio
+class Nothing(pyfuse3.Operations):
+    async def getattr(self, inode, ctx=None):
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino, entry.st_mode = inode, 0o40755
+        return entry
+pyfuse3.init(Nothing(), sys.argv[1], {"fsname=nothing", "subtype=fusefs"})
+trio.run(pyfuse3.main)
+'''
+
+def test_leaves_a_mount(tmp_path):
+    # Without the variable that would give its process away: the mount itself must be found.
+    subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path)], start_new_session=True, env={"PATH": os.environ["PATH"]})
+    while not tmp_path.is_mount():
+        time.sleep(0.02)
+"""
+
+
+def run_pytest(directory: Path, source: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Another pytest, over one file under our conftest.py."""
+    shutil.copy(ROOT / "tests/conftest.py", directory)
+    (directory / "test_it.py").write_text(source)
+    inherited = {name: value for name, value in os.environ.items() if name != "CI"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(directory),
+        "--basetemp",
+        str(directory / "t"),
+    ]
+    return subprocess.run(
+        command, cwd=directory, env={**inherited, "FUSEFS_TEST_GRACE": "0.2", **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_in_ci_a_skip_fails(tmp_path: Path) -> None:
+    done = run_pytest(tmp_path, SKIPS.format(reason="no time"), CI="true")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].startswith("1 failed, 1 passed, 1 xfailed, 1 error")  # the marked one ends in setup: an error
+    assert "skipped in CI: 'no time'" in done.stdout
+
+
+def test_in_ci_a_skip_for_what_ci_cannot_change_is_a_skip(tmp_path: Path) -> None:
+    done = run_pytest(tmp_path, SKIPS.format(reason="cannot change: the kernel is older"), CI="true")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1].startswith("1 passed, 2 skipped, 1 xfailed")
+
+
+def test_elsewhere_a_skip_is_a_skip(tmp_path: Path) -> None:
+    assert run_pytest(tmp_path, SKIPS.format(reason="no time")).returncode == 0
+
+
+def test_in_ci_a_skipped_module_fails(tmp_path: Path) -> None:
+    done = run_pytest(tmp_path, 'import pytest\npytest.importorskip("no_such_module")\n', CI="true")
+    assert done.returncode not in (0, 5)
+
+
+def test_a_process_left_behind_fails_the_run_and_is_ended(tmp_path: Path) -> None:
+    done = run_pytest(tmp_path, LEAVES_A_PROCESS)
+    assert done.returncode == 1
+    left = re.search(r"process (\d+): sleep 1000", done.stdout)
+    assert left is not None, done.stdout
+    command = Path("/proc") / left[1] / "cmdline"
+    assert not command.exists() or b"sleep" not in command.read_bytes()
+
+
+def test_a_mount_left_behind_fails_the_run_and_is_taken_away(tmp_path: Path) -> None:
+    done = run_pytest(tmp_path, LEAVES_A_MOUNT)
+    assert done.returncode == 1, done.stdout
+    assert "mounted on " in done.stdout
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()

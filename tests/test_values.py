@@ -53,7 +53,7 @@ async def test_bytes_come_back_through_tails_flights_and_sectors(tmp_path: Path)
         value = new_value(volume)
         for start in range(0, len(data), 50_000):
             await append(volume, value, data[start : start + 50_000])
-            assert await volume.values.read(value, max(0, start - 10), 100) == data[max(0, start - 10) : start + 90][: start + 50_000]
+            assert await volume.values.read(value, max(0, start - 10), 100) == data[max(0, start - 10) :][:100]
         assert await contents(volume, value) == data
         await volume.flush()
         assert volume.values.pending_bytes == 0
@@ -66,7 +66,7 @@ async def test_bytes_come_back_through_tails_flights_and_sectors(tmp_path: Path)
 
 async def test_an_uncommitted_append_may_be_lost_but_a_committed_one_never_is(tmp_path: Path) -> None:
     """kill -9 is a copy of the directory while the volume is open."""
-    await make(tmp_path / "v", [f"dir:{tmp_path / 'h'}"] if (tmp_path / "h").mkdir() is None else ())
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
     data = noise(2 * SECTOR_SIZE)
     async with opened(tmp_path / "v") as volume:
         one, two = new_value(volume), new_value(volume)
@@ -113,7 +113,7 @@ async def test_eight_partial_sectors_become_one_and_the_old_ones_leave_the_hosts
     async with opened(tmp_path / "v") as volume:
         value, expected = new_value(volume), b""
         for i in range(64):
-            piece = noise(500 + i)
+            piece = noise(600 + i)
             expected += piece
             await append(volume, value, piece)
             await volume.flush()
@@ -178,7 +178,8 @@ async def test_nearly_dead_sectors_are_copied_together(tmp_path: Path) -> None:
             await volume.flush()
             free(volume, big)
         await settled(volume)
-        assert sectors_on_record(volume) <= 3
+        assert sectors_on_record(volume) < 8
+        assert sum(shard.stat().st_size for shard in shards_on(tmp_path / "host0")) < SECTOR_SIZE + 10 * 2000
         for value, expected in keep.items():
             assert await contents(volume, value) == expected
 

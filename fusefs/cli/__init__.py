@@ -8,6 +8,7 @@ or the process that serves the volume (`live`), and shows what came back.
     passphrase   where a passphrase comes from
     output       what a person sees: tables, sizes, progress bars, escaped names
     session      trio.run with signals; opening a volume that is not mounted
+    notices      what the layers below warn of
     live         talking to the process that has a volume mounted
     create, keys, mounting, status, hosts, files, worm, shell      the commands
 

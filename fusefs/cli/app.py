@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 from click.shell_completion import shell_complete
 
-from fusefs.cli import create, files, hosts, keys, mounting, shell, status, worm
+from fusefs.cli import create, files, hosts, keys, mounting, notices, shell, status, worm
 from fusefs.cli.output import OutputClosed, flush_output, say
 from fusefs.cli.session import Interrupted, leaves
 from storage.errors import FusefsError
@@ -93,9 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    collected = notices.collect()
     try:
         with cli.make_context(shell.PROGRAM, arguments) as context:
+            # `status` shows the warnings it collects in its own way.
+            context.obj = collected
             cli.invoke(context)
+        collected.tell()
     except click.exceptions.Exit as leave:
         return leave.exit_code
     return 0

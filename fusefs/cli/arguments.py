@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_SIZE = re.compile(r"([0-9]{1,20})(?:\.([0-9]{1,9}))?\s*([a-zA-Z]*)\Z", re.ASCII)
+_SIZE = re.compile(r"([0-9]{1,20})(?:\.([0-9]{1,9}))? ?([a-zA-Z]*)\Z", re.ASCII)
 _FACTORS: dict[str, int] = {"": 1, "b": 1} | {
     spelling: base**power
     for power, letter in enumerate("kmgtp", start=1)

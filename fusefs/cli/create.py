@@ -13,12 +13,11 @@ from fusefs.cli.arguments import Days, Size, passphrase_option, volume_argument
 from fusefs.cli.output import OutputClosed, flush_output, out_is_terminal, say, write_line
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run
+from storage import create_volume, parse_replication
 from storage.errors import BadArgument, Exists, FusefsError, IOFailure, NotADirectory, NotFound
-from storage.replication import parse_replication
-from storage.volume import create_volume
 
 
-@click.command()
+@click.command(short_help="Make a new volume.")
 @volume_argument
 @click.option("--host", "hosts", multiple=True, metavar="URL", help="Keep sectors on this host, as in dir:/mnt/disk1. Once for each host.")
 @click.option("--replication", default="1", show_default=True, metavar="SPEC", help="Copies of each sector, each on a host of its own.")
@@ -32,8 +31,8 @@ def init(volume: Path, hosts: tuple[str, ...], replication: str, sector_size: in
 
     Without --host, one directory host is made inside VOLUME.
 
-    The 24 words of the recovery phrase are printed once, alone on standard output: whoever has them can read the volume, and they
-    open it when the passphrase is lost. Write them down and keep them away from this machine.
+    The 24 words of the recovery phrase are printed once, alone on standard output. They are the volume's key: whoever has them can
+    read it. Write them down and keep them away from this machine.
 
     \b
     Examples:
@@ -79,6 +78,9 @@ def _check_hosts(hosts: tuple[str, ...], replication: str) -> None:
     twice = [url for url, count in Counter(hosts).items() if count > 1]
     if twice:
         raise BadArgument(f"--host {twice[0]} is given twice: each copy needs a host of its own")
+    for url in hosts:
+        if url.lower().startswith("mem:"):
+            raise BadArgument(f"--host {url}: a host in this process's memory, for tests, would be gone with it")
     needed, given = parse_replication(replication).hosts_needed, len(hosts)
     if hosts and needed > given:
         raise BadArgument(f"--replication {replication} needs {needed} hosts, {given} given: add --host URL for {needed - given} more")

@@ -14,21 +14,20 @@ import click
 import trio
 
 from fusefs.cli.arguments import passphrase_option, volume_argument
+from fusefs.cli.live import refuse_if_mounted
 from fusefs.cli.output import Advance, human_time, mode_letters, out_is_terminal, progress_bar, say, write_bytes, write_record
 from fusefs.cli.passphrase import passphrase
-from fusefs.cli.session import flush_with_bar, refuse_if_mounted, run, unmounted_volume
+from fusefs.cli.session import flush_with_bar, run, unmounted_volume
+from storage import Volume
 from storage.errors import BadArgument, FusefsError, IOFailure, IsADirectory, NotFound, NotPermitted
-from storage.volume import Volume
 
 #: Bytes read and handed on at a time.
 CHUNK = 1024 * 1024
-#: Up to so many names are sorted; more are printed as they come, so that millions need no memory.
-SORT_LIMIT = 10_000
 
 STDIN = "-"
 
 
-@click.command()
+@click.command(short_help="List files, without mounting.")
 @volume_argument
 @click.argument("prefix", default="")
 @click.option("-l", "long", is_flag=True, help="Also show mode, bytes and time of the last change.")
@@ -36,7 +35,7 @@ STDIN = "-"
 def ls(volume: Path, prefix: str, long: bool, passphrase_file: Path | None) -> None:
     """List the files of VOLUME whose names start with PREFIX.
 
-    Names are whole paths. Up to 10,000 are sorted, more come in the order they are found.
+    Names are whole paths, in order within each directory.
 
     \b
     Examples:
@@ -48,26 +47,14 @@ def ls(volume: Path, prefix: str, long: bool, passphrase_file: Path | None) -> N
 
     async def work() -> None:
         async with unmounted_volume(volume, secret, "ls") as opened:
-            found: list[tuple[str, int]] = []
-            sorting = True
-            async for entry in opened.files.entries(prefix):
-                found.append(entry)
-                if not sorting or len(found) > SORT_LIMIT:
-                    sorting = False
-                    _show(opened, found, long)
-                    found.clear()
-            _show(opened, sorted(found), long)
+            async for name, size in opened.files.entries(prefix):
+                text = ""
+                if long:
+                    attributes = opened.namespace.attributes(_inode(opened, name))
+                    text = f"{mode_letters(attributes.mode)} {size:>15} {human_time(attributes.mtime_ns)} "
+                write_record(text, name)
 
     run(work)
-
-
-def _show(volume: Volume, entries: list[tuple[str, int]], long: bool) -> None:
-    for name, size in entries:
-        text = ""
-        if long:
-            attributes = volume.namespace.attributes(_inode(volume, name))
-            text = f"{mode_letters(attributes.mode)} {size:>15} {human_time(attributes.mtime_ns)} "
-        write_record(text, name)
 
 
 def _inode(volume: Volume, name: str) -> int:
@@ -77,7 +64,7 @@ def _inode(volume: Volume, name: str) -> int:
     return ino
 
 
-@click.command()
+@click.command(short_help="Store a new file, without mounting.")
 @volume_argument
 @click.argument("local", metavar="LOCAL")
 @click.argument("name", metavar="NAME")
@@ -96,7 +83,7 @@ def put(volume: Path, local: str, name: str, passphrase_file: Path | None) -> No
     _store(volume, local, _target(local, name), passphrase_file, command="put", existing=False)
 
 
-@click.command()
+@click.command(short_help="Append to a file, without mounting.")
 @volume_argument
 @click.argument("name", metavar="NAME")
 @click.argument("local", metavar="[LOCAL]", default=STDIN)
@@ -209,7 +196,7 @@ def _local_errors(local: str) -> Iterator[None]:
         raise kind(f"{what} cannot be read: {error.strerror}") from error
 
 
-@click.command()
+@click.command(short_help="Write files to standard output, without mounting.")
 @volume_argument
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @passphrase_option
@@ -248,7 +235,7 @@ async def _write_out(volume: Volume, name: str) -> None:
             await volume.files.close(fd)
 
 
-@click.command()
+@click.command(short_help="Remove files, without mounting.")
 @volume_argument
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @passphrase_option

@@ -15,7 +15,7 @@ from fusefs.cli.session import run, unmounted_volume
 from fusefs.cli.status import hosts_table, until, volume_status
 
 
-@click.command()
+@click.command(short_help="List the hosts of a volume.")
 @click.argument("path", type=DIRECTORY_PATH, metavar="VOLUME")
 @click.option("-l", "long", is_flag=True, help="Also show each host's id, size, reads and writes, and the last error.")
 @passphrase_option
@@ -48,7 +48,7 @@ def hosts(path: Path, long: bool, passphrase_file: Path | None) -> None:
     write_table(("host", "id", "url", "state", "free", "latency", "reads", "writes", "failures", "error"), rows, right=(0, 4, 5, 6, 7, 8))
 
 
-@click.command()
+@click.command(short_help="List, conclude and renew contracts with hosts.")
 @click.argument("path", type=DIRECTORY_PATH, metavar="VOLUME")
 @click.argument("action", type=click.Choice(["list", "conclude", "renew"]), default="list", metavar="[list|conclude|renew]")
 @click.argument("what", default=None, required=False, metavar="[HOST|ID]")
@@ -87,8 +87,9 @@ def _list(target: live.Target, passphrase_file: Path | None) -> None:
 
 def _change(target: live.Target, action: str, what: str, seconds: float, passphrase_file: Path | None) -> str:
     """The new contract's id."""
-    if target.mountpoint is not None:
-        return live.conclude(target, what, seconds) if action == "conclude" else live.renew(target, what, seconds)
+    if target.served:
+        with live.client(target.volume) as client:
+            return client.conclude(what, seconds) if action == "conclude" else client.renew(what, seconds)
     secret = passphrase(passphrase_file)
 
     async def work() -> str:

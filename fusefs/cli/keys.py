@@ -13,12 +13,10 @@ import click
 from fusefs.cli.arguments import passphrase_option, volume_argument
 from fusefs.cli.output import say
 from fusefs.cli.passphrase import new_passphrase, passphrase
-from storage.config import load_config
-from storage.keyfile import KEY_FILE, change_passphrase
-from storage.seams import Seams
+from storage import KEY_FILE, Seams, change_passphrase, load_config
 
 
-@click.command()
+@click.command(short_help="Change the passphrase.")
 @volume_argument
 @passphrase_option
 @click.option(

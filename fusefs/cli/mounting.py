@@ -1,17 +1,166 @@
+"""`fusefs mount`, `umount` and `flush`."""
+
 from __future__ import annotations
+
+import os
+import select
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+
 import click
+import trio
+
+from fusefs.cli import live
+from fusefs.cli.arguments import DIRECTORY_PATH, passphrase_option, volume_argument
+from fusefs.cli.output import progress_bar, say
+from fusefs.cli.passphrase import passphrase
+from fusefs.cli.session import tell_degraded
+from fusefs.daemon import setup_logging, start
+from fusefs.mount import serve
+from fusefs.mountpoint import check_mountpoint, unmount
+from fusefs.mounts import Mount, mount_at
+from fusefs.options import MountOptions
+from storage import FlushReport, load_config
+from storage.errors import FusefsError, NotFound, Unavailable
+
+#: Seconds a process that has let go of the volume may take to end.
+EXIT_SECONDS = 60.0
 
 
-@click.command()
-def mount() -> None:
-    """x"""
+@click.command(short_help="Mount a volume on a directory.")
+@volume_argument
+@click.argument("mountpoint", type=DIRECTORY_PATH)
+@click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground, log to standard error; Ctrl-C unmounts.")
+@click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, separated by commas; see docs/commands.md.")
+@click.option("--log", type=click.Path(path_type=Path), metavar="FILE", help="Append the log to FILE instead of sending it to syslog.")
+@passphrase_option
+def mount(
+    volume: Path, mountpoint: Path, foreground: bool, options: tuple[str, ...], log: Path | None, passphrase_file: Path | None
+) -> None:
+    """Mount VOLUME on the empty directory MOUNTPOINT. Returns when it can be used; a process in the background serves it.
+
+    \b
+    Examples:
+      fusefs mount ~/volume ~/mnt
+      fusefs mount ~/volume ~/mnt -o link=deny,cache=512M --log ~/fusefs.log
+      fusefs mount -f ~/volume ~/mnt
+    """
+    # What is wrong with the arguments is said before anybody is asked for a passphrase.
+    parsed = MountOptions.parse(options)
+    load_config(volume)
+    check_mountpoint(volume, mountpoint)
+    secret = passphrase(passphrase_file)
+    if not foreground:
+        start(volume, mountpoint, secret, options, log, say)
+        return
+    setup_logging(True, log, parsed.debug)
+    # `serve` handles the signals itself: it unmounts while it goes on serving.
+    trio.run(serve, volume, mountpoint, secret, parsed, _nothing, say)
 
 
-@click.command()
-def umount() -> None:
-    """x"""
+def _nothing() -> None:
+    return
 
 
-@click.command()
-def flush() -> None:
-    """x"""
+@click.command(short_help="Send everything to the hosts and unmount.")
+@click.argument("mountpoint", type=DIRECTORY_PATH)
+def umount(mountpoint: Path) -> None:
+    """Send everything to the hosts, unmount MOUNTPOINT, and return when its process is gone.
+
+    Where a host is away, says what has fewer copies than it should. Plain umount(8) and fusermount3 -u lose nothing either, but
+    return before it is done.
+
+    \b
+    Example:
+      fusefs umount ~/mnt
+    """
+    mount = mount_at(mountpoint)
+    if mount is None:
+        # Already unmounted by umount(8), and not done: wait for it all the same, if the volume was named.
+        if not live.is_served(mountpoint):
+            raise NotFound(f"nothing of fusefs is mounted at {mountpoint}")
+        _wait(mountpoint)
+        return
+    if not live.is_served(mount.volume):
+        unmount(mount.mountpoint, lazy=True)
+        say(f"{mountpoint} was a dead mount: its process had ended; what it had committed is there at the next mount")
+        return
+    flushed: FlushReport | None = None
+    try:
+        # While it is still mounted, so that most of the waiting can be broken off without consequences.
+        flushed = _flush(mount.volume)
+    except FusefsError as error:
+        say(f"warning: {error}")
+    _tell(_stop(mount) or flushed, mount.volume)
+
+
+def _stop(mount: Mount) -> FlushReport | None:
+    """Unmount and wait for the process to end. Returns the report of its last flush, None if it was gone before it could tell."""
+    with live.client(mount.volume) as client, _ending(client.status().pid), progress_bar("to the hosts") as advance:
+        reports: list[FlushReport | None] = []
+        failures: list[BaseException] = []
+
+        def drain() -> None:
+            try:
+                reports.append(client.drain(advance))
+            except BaseException as error:  # noqa: BLE001 - raised below, in the thread that waits
+                failures.append(error)
+
+        # Asked before the unmount, in a thread: right after it the process may have nothing left to do, and be gone.
+        waiting = Thread(target=drain, daemon=True)
+        waiting.start()
+        unmount(mount.mountpoint)
+        waiting.join()
+        if failures:
+            raise failures[0]
+        return reports[0]
+
+
+@contextmanager
+def _ending(pid: int) -> Iterator[None]:
+    """Returns, after the body, once the process is gone. A descriptor, not a number, which might become another process's."""
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        # Gone already, or of another pid namespace: its letting go of the volume, which the body waits for, has to do.
+        yield
+        return
+    try:
+        yield
+        select.select([process], [], [], EXIT_SECONDS)
+    finally:
+        os.close(process)
+
+
+def _wait(volume: Path) -> None:
+    """For a process that was unmounted by others and is not done."""
+    with live.client(volume) as client, _ending(client.status().pid), progress_bar("to the hosts") as advance:
+        report = client.drain(advance)
+    _tell(report, volume)
+
+
+def _tell(report: FlushReport | None, volume: Path) -> None:
+    if report is None:
+        raise Unavailable(f"the process that had {volume} mounted ended early; what it had committed is there at the next mount")
+    tell_degraded(report)
+
+
+@click.command(short_help="Send everything to the hosts; stay mounted.")
+@click.argument("mountpoint", type=DIRECTORY_PATH)
+def flush(mountpoint: Path) -> None:
+    """Send everything written so far to the hosts; MOUNTPOINT stays mounted.
+
+    Where a host is away, says what has fewer copies than it should.
+
+    \b
+    Example:
+      fusefs flush ~/mnt
+    """
+    tell_degraded(_flush(live.mount_for(mountpoint).volume))
+
+
+def _flush(volume: Path) -> FlushReport:
+    with live.client(volume) as client, progress_bar("to the hosts") as advance:
+        return client.flush(advance)

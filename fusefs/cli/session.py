@@ -10,11 +10,9 @@ from typing import TypeVar
 
 import trio
 
-from fusefs.cli import live
 from fusefs.cli.output import Advance, progress_bar, say
-from storage.errors import Busy, FusefsError
-from storage.interfaces import FlushProgress, FlushReport
-from storage.volume import Volume, VolumeOptions, open_volume
+from storage import FlushProgress, FlushReport, Volume, VolumeOptions, open_volume
+from storage.errors import FusefsError
 
 T = TypeVar("T")
 
@@ -41,15 +39,17 @@ async def _supervised(work: Callable[[], Awaitable[T]]) -> T:
     results: list[T] = []
     received: list[int] = []
 
-    async def watch() -> None:
+    async def watch(task_status: trio.TaskStatus[None]) -> None:
         with trio.open_signal_receiver(*_SIGNALS) as signals:
+            task_status.started()
             async for number in signals:
                 received.append(number)
                 nursery.cancel_scope.cancel()
                 return
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch)
+        # Before the work, which must not meet a signal that nobody receives.
+        await nursery.start(watch)
         results.append(await work())
         nursery.cancel_scope.cancel()
     if results:
@@ -63,13 +63,6 @@ def leaves(error: BaseException) -> list[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         return [leaf for inner in error.exceptions for leaf in leaves(inner)]
     return [error]
-
-
-def refuse_if_mounted(path: Path) -> None:
-    """Busy, naming the mount point, if a process has the volume mounted."""
-    where = live.mountpoint_of(path)
-    if where is not None:
-        raise Busy(f"volume {path} is mounted at {where}: use it there")
 
 
 @asynccontextmanager

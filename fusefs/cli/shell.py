@@ -12,7 +12,7 @@ PROGRAM = "fusefs"
 COMPLETE_VARIABLE = "_FUSEFS_COMPLETE"
 
 
-@click.command()
+@click.command(short_help="Print what makes a shell complete commands.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
@@ -32,14 +32,14 @@ def completion(context: click.Context, shell: str) -> None:
     write_line((script.source_template % script.source_vars()).rstrip("\n"))
 
 
-@click.command(name="help")
+@click.command(name="help", short_help="Show help, for fusefs or for one command.")
 @click.argument("names", nargs=-1, metavar="[COMMAND]...")
 @click.pass_context
 def help_command(context: click.Context, names: tuple[str, ...]) -> None:
     """Show help, for fusefs or for one of its commands."""
     root = context.find_root()
     command: click.Command = root.command
-    shown = click.Context(command, info_name=PROGRAM)
+    shown = click.Context(command, info_name=PROGRAM, **command.context_settings)
     for name in names:
         found = command.get_command(shown, name) if isinstance(command, click.Group) else None
         if found is None:

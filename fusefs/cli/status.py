@@ -11,10 +11,12 @@ import msgspec
 
 from fusefs.cli import live
 from fusefs.cli.arguments import DIRECTORY_PATH, passphrase_option
+from fusefs.cli.notices import Notices
 from fusefs.cli.output import human_bytes, human_span, human_time, printable, style, write_line, write_table
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
-from storage.status import ContractStatus, HostStatus, VolumeStatus
+from fusefs.control_protocol import MountStatus
+from storage import ContractStatus, HostStatus, VolumeStatus
 
 #: Refusals shown to a person; --json has all that are kept.
 SHOWN_REFUSALS = 5
@@ -22,11 +24,12 @@ SHOWN_REFUSALS = 5
 SHORT_CONTRACT = 0.1
 
 
-@click.command()
+@click.command(short_help="What is stored, where, and what is wrong.")
 @click.argument("path", type=DIRECTORY_PATH, metavar="VOLUME|MOUNTPOINT")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object, for programs.")
 @passphrase_option
-def status(path: Path, as_json: bool, passphrase_file: Path | None) -> None:
+@click.pass_obj
+def status(collected: Notices, path: Path, as_json: bool, passphrase_file: Path | None) -> None:
     """Show files, bytes, sectors, what is pending, refused operations, hosts and contracts.
 
     Of a mounted volume the running process is asked, and no passphrase is needed.
@@ -37,18 +40,25 @@ def status(path: Path, as_json: bool, passphrase_file: Path | None) -> None:
       fusefs status ~/volume --json | jq .pending_bytes
     """
     target = live.resolve(path)
-    now = volume_status(target, passphrase_file, "status")
+    mount = None
+    if target.served:
+        with live.client(target.volume) as client:
+            mount = client.status()
+    now = mount.volume if mount is not None else volume_status(target, passphrase_file, "status")
+    # They are among the warnings shown.
+    collected.forget()
     if as_json:
         # Not msgspec's own encoder, which refuses the lone surrogates that stand for bytes that are not UTF-8.
         write_line(json.dumps(msgspec.to_builtins(now), indent=2))
     else:
-        _show(now, target)
+        _show(now, mount)
 
 
 def volume_status(target: live.Target, passphrase_file: Path | None, command: str) -> VolumeStatus:
     """From the process that has it mounted; else by opening the volume, which takes the passphrase."""
-    if target.mountpoint is not None:
-        return live.status(target)
+    if target.served:
+        with live.client(target.volume) as client:
+            return client.status().volume
     secret = passphrase(passphrase_file)
 
     async def work() -> VolumeStatus:
@@ -58,10 +68,10 @@ def volume_status(target: live.Target, passphrase_file: Path | None, command: st
     return run(work)
 
 
-def _show(now: VolumeStatus, target: live.Target) -> None:
+def _show(now: VolumeStatus, mount: MountStatus | None) -> None:
     for warning in warnings(now, time.time_ns()):
         write_line(style("warning: ", "bold yellow") + printable(warning))
-    for label, text in _summary(now, target):
+    for label, text in _summary(now, mount):
         write_line(style(f"{label:<10}", "bold") + printable(text))
     if now.hosts:
         write_line()
@@ -76,14 +86,14 @@ def _show(now: VolumeStatus, target: live.Target) -> None:
         )
 
 
-def _summary(now: VolumeStatus, target: live.Target) -> list[tuple[str, str]]:
+def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, str]]:
     copies = "data+parity" if "+" in now.replication else "one copy each" if now.replication == "1" else f"{now.replication} copies each"
     lookups = now.cache_hits + now.cache_misses
     hits = f", {100 * now.cache_hits // lookups} % of reads found there" if lookups else ""
     pending = f"{human_bytes(now.pending_bytes)} on no host yet" if now.pending_bytes else "nothing: what was written is on its hosts"
     lines = [
         ("volume", f"{now.path}  (id {now.volume_id})"),
-        ("mounted", f"at {target.mountpoint}" if target.mountpoint is not None else "no"),
+        ("mounted", _mounted(mount)),
         ("stored", f"{_count(now.files, 'file')}, {human_bytes(now.bytes)}, in {_count(now.sectors, 'sector')}, {copies}"),
         ("pending", pending),
         ("cache", f"{human_bytes(now.cache_bytes)} of {human_bytes(now.cache_limit)}{hits}"),
@@ -92,6 +102,14 @@ def _summary(now: VolumeStatus, target: live.Target) -> list[tuple[str, str]]:
     if now.refusals_total:
         lines.append(("refused", f"{_count(now.refusals_total, 'operation')} since it was opened"))
     return lines
+
+
+def _mounted(mount: MountStatus | None) -> str:
+    if mount is None:
+        return "no"
+    if mount.phase == "mounted":
+        return f"on {mount.mountpoint} by process {mount.pid}, {_count(mount.open_handles, 'open file')}"
+    return f"no longer: process {mount.pid} is {mount.phase}" if mount.phase != "starting" else f"starting, process {mount.pid}"
 
 
 def warnings(now: VolumeStatus, now_ns: int) -> list[str]:

@@ -20,7 +20,6 @@ class MemoryContent:
         #: Bytes it can hold, None for no limit.
         self.capacity = capacity
 
-    @property
     def used(self) -> int:
         """Bytes in objects."""
         return sum(map(len, self.objects.values()))
@@ -97,7 +96,7 @@ class MemoryHost:
     async def space(self) -> HostSpace | None:
         await trio.lowlevel.checkpoint()
         capacity = self.content.capacity
-        return None if capacity is None else HostSpace(max(0, capacity - self.content.used), capacity)
+        return None if capacity is None else HostSpace(max(0, capacity - self.content.used()), capacity)
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -112,7 +111,7 @@ class MemoryHost:
     def _put(self, name: str, data: Buffer) -> str:
         content = self.content
         if content.capacity is not None:
-            free = content.capacity - content.used + len(content.objects.get(name, b""))
+            free = content.capacity - content.used() + len(content.objects.get(name, b""))
             if len(data) > free:
                 raise NoSpace(f"host {self._url} is full: {len(data)} bytes do not fit; free space or add a host")
         content.objects[name] = stored = bytes(data)

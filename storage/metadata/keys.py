@@ -19,8 +19,8 @@
 | `i` | inode u64 | inode record | namespace |
 | `n` | parent inode u64, name | directory entry | namespace |
 | `l` | parent inode u64, cookie u64 | name of that entry | namespace |
-| `o` | inode u64 | orphan: no name, still pinned | namespace |
-| `m` | inode u64, file offset u64 | file map entry | namespace |
+| `o` | inode or map u64 | orphan: no name, still pinned; or the rest of a dropped file map | namespace |
+| `m` | map u64 (taken from the inode numbers), file offset u64 | file map entry | namespace |
 | `t` | inode u64, name | extended attribute | namespace |
 | `w` | ASCII name | settings of the volume that can change | volume |
 | `J` | ASCII name | the store's own: last sequence LMDB holds | metadata.store |

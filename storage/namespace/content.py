@@ -133,7 +133,7 @@ class Content:
         if missing == 0:
             if inode.gone or inode.rec.value != value:
                 return False
-            self._touch(inode)
+            self._inodes.written(inode, 0)
             return True
         if not await self._reserved(inode, value, missing):
             return False
@@ -188,7 +188,7 @@ class Content:
         at = self._values.append_now(inode.rec.value, data)
         if at != stored:
             raise RuntimeError(f"value {inode.rec.value}: bytes for offset {stored} went to {at}")
-        self._touch(inode)
+        self._inodes.written(inode, len(data))
 
     def _make_mapped(self, inode: Inode, stored: int) -> None:
         """NO AWAIT between this and what made it necessary."""
@@ -200,10 +200,6 @@ class Content:
         self._store.apply(batch)
         inode.rec = rec
         self._map.started(inode, stored)
-
-    def _touch(self, inode: Inode) -> None:
-        inode.rec.mtime = inode.rec.ctime = self._inodes.now()
-        self._inodes.mark_dirty(inode)
 
     def truncate(self, ino: int, size: int) -> None:
         inode = self._inodes.regular(ino)
@@ -231,8 +227,9 @@ class Content:
         spec = self._values.replication_of(old.value)
         if old.map:
             self._map.drop(change.batch, old.map)
-        self._values.free(change.batch, old.value)
         rec.value = self._values.create(change.batch, inode.ino, spec)
+        self._inodes.check_writable()
+        self._values.free(change.batch, old.value)
         change.apply()
         inode.clipped = True
         inode.tail = None

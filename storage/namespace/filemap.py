@@ -164,7 +164,7 @@ class FileMap:
         inode.tail_known = False
 
     def start_map(self, rec: InodeRecord, map_id: int, batch: Batch, stored: int) -> None:
-        """`rec` (a copy of a straight file's) becomes a mapped one's, with what there is as first entry. The caller puts it into the batch."""
+        """`rec` (a copy of a straight file's) becomes a mapped one's, with what there is as its first entry; the caller puts it."""
         rec.map = map_id
         rec.size = 0
         rec.map_bound = stored

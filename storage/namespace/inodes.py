@@ -132,6 +132,14 @@ class InodeTable:
             inode.dirty = True
             self._dirty[inode.ino] = inode
 
+    def check_writable(self) -> None:
+        """Raise what `apply` would (Fenced, NoSpace) before `Values.free` or `uncommitted_tail`: a failed `apply` cannot take those back.
+
+        Good until the next await, if nothing else is applied before: the store refuses for what it is, not for what it is given.
+        """
+        self.relieve()
+        self.store.apply(Batch())
+
     def relieve(self) -> None:
         """Put the dirty records into the store if there are too many. Fenced."""
         if len(self._dirty) >= DIRTY_LIMIT:
@@ -170,6 +178,15 @@ class InodeTable:
         old = self.counts
         # Never below zero, whatever a crash between batches left behind: a wrong total must not stop a write.
         return CountsRecord(inodes=max(0, old.inodes + inodes), files=max(0, old.files + files), bytes=max(0, old.bytes + size))
+
+    def written(self, inode: Inode, length: int) -> None:
+        """`length` bytes were appended to its value: times and totals say so at once."""
+        inode.rec.mtime = inode.rec.ctime = self.now()
+        if length:
+            inode.rec.counted += length
+            self.counts = self._counted(0, 0, length)
+            self._counts_dirty = True
+        self.mark_dirty(inode)
 
     # ---- for Change
 

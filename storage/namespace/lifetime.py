@@ -75,6 +75,7 @@ class Lifetime:
 
     def _free(self, change: Change, inode: Inode) -> None:
         rec = inode.rec
+        self._inodes.check_writable()
         if rec.value:
             self._values.free(change.batch, rec.value)
         if rec.map:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from storage import interfaces
 from storage.errors import BadArgument, Exists, IsADirectory, NameTooLong, NotADirectory, NotEmpty, NotFound, TooManyLinks
 from storage.interfaces import Attributes, Batch, Buffer, Entry, MetadataStore, Values
 from storage.metadata.counters import Counter
@@ -402,3 +404,9 @@ def _new_record(mode: int, nlink: int, uid: int, gid: int, now: int, parent: int
         replication="",
         target=b"",
     )
+
+
+if TYPE_CHECKING:
+
+    def _conforms(namespace: Namespace) -> interfaces.Namespace:
+        return namespace

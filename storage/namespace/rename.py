@@ -149,6 +149,7 @@ class Renamer:
 
     def _carry_out(self, plan: _Plan) -> None:
         """One batch. NO AWAIT inside."""
+        self._inodes.check_writable()
         now = self._inodes.now()
         change = Change(self._inodes)
         for inode, gain in self._link_gains(plan):

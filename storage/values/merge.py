@@ -18,7 +18,7 @@ from storage.sectors.manager import SectorManager
 from storage.sectors.partial import Partial
 from storage.values.packing import ENTRY_BYTES, TABLE_BYTES, TableEntry, encode_table, parse_table
 from storage.values.records import Extent, decode_value, value_key
-from storage.values.shipping import MAX_PATH, Shipper
+from storage.values.shipping import Shipper
 
 log = logging.getLogger("fusefs.values")
 
@@ -121,7 +121,7 @@ class Merger:
         for piece in pieces:
             extent = piece.extent
             owner = decode_value(self._store.get(value_key(extent.value_id)) or b"", extent.value_id).owner
-            path = (self._shipper.path_of(owner) or b"")[:MAX_PATH]
+            path = self._shipper.name_of(owner)
             output = outputs[-1] if outputs else None
             cost = extent.length + ENTRY_BYTES + len(path)
             if output is None or output.length + output.table_bytes + cost > limit:

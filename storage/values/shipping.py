@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import trio
 
-from storage.errors import Fenced, FusefsError, NoSpace
+from storage.errors import Fenced, FusefsError, NoSpace, NotFound
 from storage.interfaces import Batch, FlushProgress, FlushReport, MetadataStore
 from storage.replication import parse_replication
 from storage.seams import Seams
@@ -139,6 +139,13 @@ class Shipper:
     # ------------------------------------------------------------------------------------------------------------
     # Cutting and gathering
 
+    def name_of(self, owner: int) -> bytes:
+        """What a sector's table calls an inode: its path, empty if it has none (any more)."""
+        try:
+            return (self.path_of(owner) or b"")[:MAX_PATH]
+        except NotFound:
+            return b""
+
     def _load(self, cargo: Cargo, tail: Tail, length: int) -> None:
         flight = Flight(tail, tail.buffer_start, tail.buffer.take(length), length)
         cargo.add(flight, 0)
@@ -152,7 +159,7 @@ class Shipper:
             length = tail.buffer.length
             if not length:
                 continue
-            entry = ENTRY_BYTES + min(len(self.path_of(tail.owner) or b""), MAX_PATH)
+            entry = ENTRY_BYTES + len(self.name_of(tail.owner))
             cargo = open_cargos.get(tail.replication)
             limit = self._sectors.sector_size - TABLE_BYTES
             if cargo is not None and cargo.length + cargo.table_bytes + length + entry > limit:
@@ -200,7 +207,7 @@ class Shipper:
         commit = self._store.applied_sequence
         entries = [
             TableEntry(
-                (self.path_of(flight.tail.owner) or b"")[:MAX_PATH],
+                self.name_of(flight.tail.owner),
                 flight.tail.value_id,
                 flight.offset,
                 flight.length,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
-from storage.errors import Corrupt, FusefsError, NotFound, Unavailable
+from storage.errors import Corrupt, Fenced, FusefsError, NotFound, Unavailable
 from storage.interfaces import Batch, Buffer, FlushProgress, FlushReport, MetadataStore, TailPiece
 from storage.metadata.counters import Counter
 from storage.metadata.keys import GARBAGE, u64
@@ -126,6 +126,9 @@ class Values:
     # Appending
 
     async def reserve(self, value_id: int, length: int) -> None:
+        failure = self._store.failure
+        if failure is not None:
+            raise Fenced(failure)
         if not self.shipper.has_room(length):
             await self.shipper.wait_room(length)
 

@@ -1,0 +1,59 @@
+"""Warnings of the layers below, for the person at the terminal.
+
+The layers log what went wrong and was survived: a damaged copy while another was good, a host that did not answer. A command that succeeds says it,
+each thing once; one that fails has its one line to say, which names the cause.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from fusefs.cli.output import say
+
+#: More different ones than this are counted, not shown.
+SHOWN = 10
+
+
+class Notices(logging.Handler):
+    """Collects warnings while a command runs, in bounded memory."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._messages: dict[str, None] = {}
+        self._more = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message in self._messages:
+            return
+        if len(self._messages) < SHOWN:
+            self._messages[message] = None
+        else:
+            self._more += 1
+
+    def tell(self) -> None:
+        """Say what was collected, and forget it."""
+        for message in self._messages:
+            say(f"warning: {message}")
+        if self._more:
+            say(f"warning: and {self._more} more")
+        self.forget()
+
+    def forget(self) -> None:
+        """For a command that has shown them in another way."""
+        self._messages.clear()
+        self._more = 0
+
+
+def collect() -> Notices:
+    """From now on warnings are collected instead of printed by logging's last resort. With FUSEFS_DEBUG=1 all is logged as it happens."""
+    notices = Notices()
+    root = logging.getLogger()
+    root.handlers[:] = [notices]
+    if os.environ.get("FUSEFS_DEBUG") == "1":
+        stream = logging.StreamHandler()
+        stream.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root.addHandler(stream)
+        root.setLevel(logging.DEBUG)
+    return notices

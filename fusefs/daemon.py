@@ -1,0 +1,202 @@
+"""A mount in the background, and where log lines go.
+
+The process that serves is a new one, `python -m fusefs.daemon VOLUME MOUNTPOINT`, in a session of its own; nothing of a volume is open
+across
+a fork. The passphrase goes over its standard input, never through arguments or environment. It reports over a pipe: lines of JSON, "note"
+any
+number of times, then "ready" or "error".
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from fusefs.control_protocol import error_of
+from fusefs.mount import serve
+from fusefs.options import MountOptions
+from storage.errors import BadArgument, FusefsError, Unavailable
+
+log = logging.getLogger(__name__)
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+SYSLOG_FORMAT = "fusefs[%(process)d]: %(levelname)s %(name)s: %(message)s"
+MAX_ORDER = 1 << 20
+
+
+class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the parent asks for, on the child's standard input."""
+
+    volume: str
+    mountpoint: str
+    passphrase: str
+    options: list[str]
+    log_file: str | None
+    report_fd: int
+
+
+class Report(msgspec.Struct, frozen=True):
+    """A line from the child."""
+
+    what: str
+    kind: str = ""
+    message: str = ""
+
+
+def setup_logging(foreground: bool, log_file: Path | None, debug: bool = False) -> None:
+    """To `log_file`, else to standard error in the foreground, else to syslog. BadArgument if the file cannot be written."""
+    handler: logging.Handler
+    text = FORMAT
+    if log_file is not None:
+        try:
+            handler = logging.handlers.WatchedFileHandler(log_file, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise BadArgument(f"the log file {log_file} cannot be written: {error.strerror}") from None
+    elif foreground or not os.path.exists("/dev/log"):
+        handler = logging.StreamHandler(sys.stderr)
+    else:
+        handler = logging.handlers.SysLogHandler("/dev/log", facility=logging.handlers.SysLogHandler.LOG_DAEMON)
+        text = SYSLOG_FORMAT
+    handler.setFormatter(logging.Formatter(text))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if debug else logging.INFO)
+    logging.getLogger("pyfuse3").setLevel(logging.INFO)  # its debug lines are several per request
+
+
+def start(
+    volume: Path, mountpoint: Path, passphrase: str, options: Sequence[str], log_file: Path | None, note: Callable[[str], None]
+) -> int:
+    """Mount in the background; returns the process id once the mount is usable. Raises what the child ran into, and then it is gone."""
+    read_fd, write_fd = os.pipe()
+    try:
+        # By paths, so that neither another working directory nor the mount point as one holds the mount.
+        child = subprocess.Popen(
+            [sys.executable, "-m", "fusefs.daemon", os.path.abspath(volume), os.path.abspath(mountpoint)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(write_fd,),
+            start_new_session=True,
+            env=_environment(),
+        )
+    finally:
+        os.close(write_fd)
+    order = Order(
+        volume=os.path.abspath(volume),
+        mountpoint=os.path.abspath(mountpoint),
+        passphrase=passphrase,
+        options=list(options),
+        log_file=os.path.abspath(log_file) if log_file is not None else None,
+        report_fd=write_fd,
+    )
+    if child.stdin is None or child.stderr is None:
+        raise RuntimeError("no pipe to the child")
+    try:
+        with child.stdin:
+            child.stdin.write(msgspec.json.encode(order))
+    except BrokenPipeError:
+        pass  # it ended at once; its report or its standard error says why
+    with open(read_fd, "rb") as reports, child.stderr as said:
+        for line in reports:
+            report = msgspec.json.decode(line, type=Report)
+            if report.what == "note":
+                note(report.message)
+            elif report.what == "ready":
+                return child.pid
+            else:
+                child.wait()
+                raise error_of(report.kind, report.message)
+        last = said.read().decode("utf-8", "backslashreplace").strip().splitlines()
+    child.wait()
+    raise Unavailable(f"the mount process ended at once: {last[-1] if last else f'exit status {child.returncode}'}")
+
+
+def _environment() -> dict[str, str]:
+    """So that the child imports the same packages, wherever it is started; the passphrase, if it came that way, stays behind."""
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {name: value for name, value in os.environ.items() if name != "FUSEFS_PASSPHRASE"}
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
+    return environment
+
+
+class Reporter:
+    """The child's end of the pipe. Closed behind "ready" or "error"."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def send(self, report: Report) -> None:
+        if self._fd < 0:
+            return
+        try:
+            os.write(self._fd, msgspec.json.encode(report) + b"\n")
+        except BrokenPipeError:
+            self._fd = -1  # whoever started us is gone: serve anyway
+            return
+        if report.what != "note":
+            os.close(self._fd)
+            self._fd = -1
+
+    def note(self, message: str) -> None:
+        log.info("%s", message)
+        self.send(Report("note", message=message))
+
+    def ready(self) -> None:
+        # From here on nobody reads standard error: it must not fill up.
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 2)
+        os.close(null)
+        self.send(Report("ready"))
+
+    def error(self, error: FusefsError) -> None:
+        self.send(Report("error", kind=type(error).__name__, message=str(error)))
+
+
+def read_order(stream: Any) -> Order:
+    """BadArgument for anything that is not an order."""
+    text = stream.read(MAX_ORDER + 1)
+    if len(text) > MAX_ORDER:
+        raise BadArgument("the order for the mount process is too long")
+    try:
+        return msgspec.json.decode(text, type=Order)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadArgument(f"fusefs.daemon is started by `fusefs mount`, not by hand ({error})") from None
+
+
+def main() -> int:
+    """The child."""
+    try:
+        order = read_order(sys.stdin.buffer)
+    except BadArgument as error:
+        print(f"fusefs: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_status
+    reporter = Reporter(order.report_fd)
+    os.set_inheritable(order.report_fd, False)
+    try:
+        options = MountOptions.parse(order.options)
+        setup_logging(False, Path(order.log_file) if order.log_file else None, options.debug)
+        os.chdir("/")
+        trio.run(serve, Path(order.volume), Path(order.mountpoint), order.passphrase, options, reporter.ready, reporter.note)
+    except FusefsError as error:
+        log.error("%s", error)
+        reporter.error(error)
+        return error.exit_status
+    except Exception as error:
+        log.exception("the mount ended by a bug")
+        reporter.error(FusefsError(f"the mount process ran into a bug ({type(error).__name__}: {error}); see its log"))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

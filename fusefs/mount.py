@@ -1,0 +1,244 @@
+"""Serving a volume at a mount point, from start to end.
+
+    starting    mount point checked, a previous process waited for, volume open, mounted
+    mounted     requests are answered; every commit_interval what was written becomes durable
+    flushing    unmounted (by umount, fusermount3, or ourselves after a signal); everything goes to the hosts
+    closing     the volume is let go
+
+SIGTERM, SIGINT and SIGHUP unmount by a child process while we go on serving: the kernel first writes the dirty pages, to us. Leaving the
+loop
+instead would drop them. A second signal unmounts lazily; during the last flush a signal ends it (nothing is lost: it is all committed
+here).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from fusefs.control import ControlServer, MountState, listen, remove_socket
+from fusefs.control_client import ControlClient
+from fusefs.kernel import MountCalls, raise_read_ahead
+from fusefs.mountpoint import check_mountpoint, unmount_while_serving
+from fusefs.mounts import encode_source, mount_at
+from fusefs.operations import Operations
+from fusefs.options import MountOptions
+from storage import Volume, VolumeOptions, open_volume
+from storage.errors import Busy, FusefsError, NotFound, Unavailable
+
+log = logging.getLogger(__name__)
+
+#: Seconds to wait for the lock of a process that is about to end.
+LOCK_SECONDS = 10.0
+#: Requests answered at once. Writers that wait for room hold one each.
+MAX_TASKS = 200
+#: Attempts at an unmount that finds the mount busy, and the seconds between: what we do in threads may hold it for a moment.
+UNMOUNT_ATTEMPTS = 3
+UNMOUNT_PAUSE = 0.2
+
+Note = Callable[[str], None]
+
+
+async def serve(
+    volume_path: Path, mountpoint: Path, passphrase: str, options: MountOptions, ready: Callable[[], None], note: Note = log.info
+) -> None:
+    """Mount, call `ready` when programs can use it, serve until it is unmounted, flush, close.
+
+    `note` gets lines for the person who mounts. Raises kinds of storage.errors; then nothing stays mounted.
+    """
+    try:
+        async with trio.open_nursery() as control:
+            await _serve(Path(os.path.abspath(volume_path)), mountpoint, passphrase, options, ready, note, control)  # noqa: ASYNC240  no I/O but getcwd
+            control.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        inner: BaseException = group
+        while isinstance(inner, BaseExceptionGroup) and len(inner.exceptions) == 1:
+            inner = inner.exceptions[0]
+        if isinstance(inner, FusefsError):
+            raise inner from None
+        raise inner from group
+
+
+async def _serve(
+    volume_path: Path,
+    mountpoint: Path,
+    passphrase: str,
+    options: MountOptions,
+    ready: Callable[[], None],
+    note: Note,
+    control: trio.Nursery,
+) -> None:
+    mountpoint = await trio.to_thread.run_sync(check_mountpoint, volume_path, mountpoint)
+    await _wait_for_previous(volume_path, note)
+    settings: dict[str, float] = {}
+    if options.cache_bytes is not None:
+        settings["cache"] = options.cache_bytes
+    if options.flush_interval is not None:
+        settings["flush_interval"] = options.flush_interval
+    # commit_interval None: the commits are ours, after the kernel's dirty pages have come.
+    volume_options = VolumeOptions(commit_interval=None, purpose=f"mounted on {mountpoint}", **settings)  # type: ignore[arg-type]
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async with open_volume(volume_path, passphrase=passphrase, wait_lock=LOCK_SECONDS, options=volume_options) as volume:
+            state = MountState(volume, mountpoint, options.text())
+            listener = listen(volume_path)
+            try:
+                control.start_soon(ControlServer(state).run, listener)
+                async with trio.open_nursery() as nursery:
+                    stopper = Stopper(state)
+                    nursery.start_soon(stopper.obey, signals)
+                    await _mounted(volume, state, options, ready)
+                    await stopper.last_flush(volume)
+                    nursery.cancel_scope.cancel()
+            finally:
+                # While the lock is ours: the next process makes a socket of its own by this name.
+                remove_socket(volume_path)
+                state.phase = "closing"
+                state.finished.set()
+    log.info("%s: closed", volume_path)
+
+
+async def _wait_for_previous(volume: Path, note: Note) -> None:
+    """If a process that was unmounted still flushes this volume, say so and wait for its end. Busy if it is still mounted."""
+
+    def wait() -> None:
+        try:
+            with ControlClient.connect(volume) as client:
+                status = client.status()
+                if status.phase in ("starting", "mounted"):
+                    raise Busy(f"{volume} is in use by process {status.pid}, which has it mounted on {status.mountpoint}")
+                note(
+                    f"the previous mount of {volume} is not done yet: process {status.pid} has {status.volume.pending_bytes} bytes to "
+                    "bring to the hosts; waiting for it"
+                )
+                client.drain()
+        except (NotFound, EOFError, ConnectionError):
+            return  # nobody is there, or not any more; the lock tells for certain
+        except Unavailable:
+            return
+
+    if (volume / "control.sock").exists():
+        await trio.to_thread.run_sync(wait)
+
+
+async def _mounted(volume: Volume, state: MountState, options: MountOptions, ready: Callable[[], None]) -> None:
+    """From mount(2) to the end of the loop. Whatever happens, nothing is mounted when it returns or raises."""
+    kernel = MountCalls(state.mountpoint)
+    operations = Operations(volume, options, kernel)
+    state.open_handles = operations.handles.__len__
+    state.write_back = lambda: operations.coherence.write_back(_log_refused)
+    try:
+        pyfuse3.init(operations, os.fspath(state.mountpoint), options.kernel_options(encode_source(volume.path)))
+    except (RuntimeError, OSError, UnicodeError) as error:
+        hint = "; -o allow_other needs user_allow_other in /etc/fuse.conf" if options.others_allowed and os.geteuid() != 0 else ""
+        raise Unavailable(f"{state.mountpoint} could not be mounted ({error}){hint}") from error
+    try:
+        async with trio.open_nursery() as nursery:
+            operations.coherence.start(nursery)
+            nursery.start_soon(_announce, state, ready)
+            nursery.start_soon(_commits, volume, operations, options.commit_interval)
+            await pyfuse3.main(max_tasks=MAX_TASKS)
+            state.phase = "flushing"
+            nursery.cancel_scope.cancel()
+    finally:
+        # Only takes away what is still ours: libfuse looks whether the kernel has closed the connection.
+        pyfuse3.close(unmount=True)
+    log.info("%s: unmounted", state.mountpoint)
+
+
+def _log_refused(error: OSError) -> None:
+    log.error("the kernel could not write back all that programs wrote: %s", error)
+
+
+async def _announce(state: MountState, ready: Callable[[], None]) -> None:
+    """Once the kernel gets an answer from us the mount is usable."""
+
+    def look() -> str:
+        os.statvfs(state.mountpoint)
+        mount = mount_at(state.mountpoint)
+        return mount.device if mount is not None else ""
+
+    device = await trio.to_thread.run_sync(look)
+    if device and os.geteuid() == 0:
+        await trio.to_thread.run_sync(raise_read_ahead, device)
+    state.phase = "mounted"
+    log.info("%s: mounted on %s", state.volume.path, state.mountpoint)
+    ready()
+
+
+async def _commits(volume: Volume, operations: Operations, interval: float) -> None:
+    """Every `interval` seconds: the kernel's dirty pages come, then everything is committed."""
+    while True:
+        await volume.seams.clock.sleep(interval)
+        await operations.coherence.periodic(_log_refused)
+        try:
+            await volume.commit()
+        except FusefsError as error:
+            log.error("what was written lately is not durable yet: %s", error)
+
+
+class Stopper:
+    """What signals and `fusefs umount` ask for."""
+
+    def __init__(self, state: MountState) -> None:
+        self._state = state
+        self._flush_scope = trio.CancelScope()
+        state.unmount = self.unmount
+
+    async def unmount(self) -> None:
+        """Unmount while serving; returns once the kernel has. Busy."""
+        await self._unmount(lazy=False)
+
+    async def _unmount(self, *, lazy: bool) -> None:
+        for attempt in range(1, UNMOUNT_ATTEMPTS + 1):
+            try:
+                await unmount_while_serving(self._state.mountpoint, lazy)
+            except Busy:
+                if attempt == UNMOUNT_ATTEMPTS:
+                    raise
+                await trio.sleep(UNMOUNT_PAUSE)
+            else:
+                return
+
+    async def obey(self, signals: AsyncIterator[int]) -> None:
+        """Handle signals until cancelled. `signals` is trio's receiver."""
+        count = 0
+        async for number in signals:
+            count += 1
+            name = signal.Signals(number).name
+            if self._state.phase not in ("starting", "mounted"):
+                log.warning("%s: the last flush is broken off; what is not on the hosts yet is kept in %s", name, self._state.volume.path)
+                self._flush_scope.cancel()
+                continue
+            lazy = count > 1
+            log.info("%s: unmounting %s%s", name, self._state.mountpoint, " as soon as nobody uses it" if lazy else "")
+            try:
+                await self._unmount(lazy=lazy)
+            except FusefsError as error:
+                log.error("%s; a second signal unmounts as soon as nobody uses it", error)
+
+    async def last_flush(self, volume: Volume) -> None:
+        """After the unmount: everything to the hosts, or as far as they answer, or until a signal."""
+        state = self._state
+        state.phase = "flushing"
+        with self._flush_scope:
+            try:
+                report = await volume.flush(state.final_progress)
+            except FusefsError as error:
+                state.final_error = error
+                log.error(
+                    "not everything could be brought to the hosts: %s; it is kept in %s and goes there after the next mount",
+                    error,
+                    volume.path,
+                )
+            else:
+                state.final_report = report
+                for reason in report.reasons:
+                    log.warning("%d sectors are not at full replication: %s", report.degraded_sectors, reason)
+        if self._flush_scope.cancelled_caught:
+            state.final_error = Unavailable(f"the flush was broken off; what is not on the hosts yet is kept in {volume.path}")

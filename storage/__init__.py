@@ -1,0 +1,100 @@
+"""storage: an encrypted, append-only store on hosts nobody needs to trust. Does not know that FUSE exists.
+
+    async with storage.open_volume(path, passphrase=...) as volume:
+        fd = await volume.files.open("logs/today", write=True)
+        await volume.files.append(fd, b"a line\\n")
+
+Vocabulary (the rest is in docs/design.md): a *volume* is one filesystem with one writer at a time; a *value* is bytes that are only ever appended
+to; its *tail* is what is in no sector yet; a *sector* is the unit of storage, sealed here into *shards*, each named by its *root* and kept on a *host* under
+a *contract*; a *commit* is one atomic, numbered batch of metadata and tail bytes in the local *journal*; an *epoch* is one writer's tenure.
+
+                   Namespace: names, inodes, attributes, file map      Files: the same by path
+                      |
+                   Values: tails, extents, packing, merging, reclaim
+                      |
+                   SectorManager: ids, redundancy, placement, cache
+                      |
+                   HostIO: seals, opens, verifies     Contractor: contracts     HostDB: what hosts are like
+                      |
+                   Host: a directory; memory, for tests
+    MetadataStore (memtable, journal, LMDB) under all of them; sealing, keys, epochs; seams to the world outside at the very bottom
+
+Invariants I1 to I7 are those of docs/design.md; code and tests name them where they are kept. `storage.interfaces` has the Protocols: whoever reads that one file
+knows the architecture.
+
+The public names are those below; they are imported when first used, so that asking for an error class does not load the rest.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from storage import errors as errors
+    from storage.config import VolumeConfig as VolumeConfig
+    from storage.config import load_config as load_config
+    from storage.interfaces import Attributes as Attributes
+    from storage.interfaces import Contract as Contract
+    from storage.interfaces import Contractor as Contractor
+    from storage.interfaces import Entry as Entry
+    from storage.interfaces import Files as Files
+    from storage.interfaces import FlushProgress as FlushProgress
+    from storage.interfaces import FlushReport as FlushReport
+    from storage.interfaces import HostIO as HostIO
+    from storage.interfaces import Namespace as Namespace
+    from storage.interfaces import Refusal as Refusal
+    from storage.interfaces import SectorManager as SectorManager
+    from storage.keyfile import KEY_FILE as KEY_FILE
+    from storage.keyfile import change_passphrase as change_passphrase
+    from storage.replication import Replication as Replication
+    from storage.replication import parse_replication as parse_replication
+    from storage.seams import Seams as Seams
+    from storage.status import ContractStatus as ContractStatus
+    from storage.status import HostStatus as HostStatus
+    from storage.status import RefusalStatus as RefusalStatus
+    from storage.status import VolumeStatus as VolumeStatus
+    from storage.volume import Volume as Volume
+    from storage.volume import VolumeOptions as VolumeOptions
+    from storage.volume import create_volume as create_volume
+    from storage.volume import open_volume as open_volume
+
+_HOMES = {
+    "storage.config": ("VolumeConfig", "load_config"),
+    "storage.interfaces": (
+        "Attributes",
+        "Contract",
+        "Contractor",
+        "Entry",
+        "Files",
+        "FlushProgress",
+        "FlushReport",
+        "HostIO",
+        "Namespace",
+        "Refusal",
+        "SectorManager",
+    ),
+    "storage.keyfile": ("KEY_FILE", "change_passphrase"),
+    "storage.replication": ("Replication", "parse_replication"),
+    "storage.seams": ("Seams",),
+    "storage.status": ("ContractStatus", "HostStatus", "RefusalStatus", "VolumeStatus"),
+    "storage.volume": ("Volume", "VolumeOptions", "create_volume", "open_volume"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted([*_HOME_OF, "errors"])
+
+
+def __getattr__(name: str) -> object:
+    if name == "errors":
+        return import_module("storage.errors")
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'storage' has no attribute {name!r}")
+    value: object = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,216 @@
+"""Contracts: concluded, renewed, and written down on the host first, then here.
+
+Record under the key `k` + contract id (32 ASCII digits), a MessagePack array:
+
+| # | field | type | meaning |
+|---|---|---|---|
+| 0 | version | int | 1 |
+| 1 | ordinal | int | contracts of the volume in the order in which they were concluded, from 1 |
+| 2 | host | int | host number |
+| 3, 4 | start, end | int | nanoseconds since the Unix epoch |
+| 5 | lineage | str | contract id of the first of the chain of renewals |
+| 6 | renewed from | str or nil | contract id |
+
+A crash between the two leaves a contract on the host that nobody here knows of: it holds nothing, and ends.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import msgspec
+
+from storage.documents import MAX_DOCUMENT
+from storage.errors import BadArgument, Corrupt, NotFound
+from storage.hosts.holders import Claim
+from storage.hosts.layout import (
+    CONTRACT_FORMAT,
+    CONTRACT_VERSION,
+    ContractFile,
+    Id,
+    Nanoseconds,
+    contract_name,
+    decode_contract_file,
+    encode_json,
+    is_id,
+)
+from storage.hosts.registry import HostRegistry
+from storage.interfaces import Batch, Contract, MetadataStore
+from storage.metadata.keys import CONTRACT, prefix_end
+from storage.seams import Seams
+
+RECORD_VERSION = 1
+#: Seconds; a hundred years.
+MAX_DURATION = 100 * 365.25 * 86400
+_MAX_NS = 2**63 - 1
+_SLICE = 1000
+
+
+class _Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    version: int
+    ordinal: Annotated[int, msgspec.Meta(ge=1)]
+    host: Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
+    start_ns: Nanoseconds
+    end_ns: Nanoseconds
+    lineage: Id
+    renewed_from: Id | None
+
+
+def encode_contract(contract: Contract, ordinal: int, renewed_from: str | None) -> tuple[bytes, bytes]:
+    """(key, value) for the metadata store."""
+    record = _Record(RECORD_VERSION, ordinal, contract.host_number, contract.start_ns, contract.end_ns, contract.lineage, renewed_from)
+    return CONTRACT + contract.contract_id.encode("ascii"), msgspec.msgpack.encode(record)
+
+
+def decode_contract(key: bytes, raw: bytes) -> tuple[Contract, int, str | None]:
+    """(contract, ordinal, renewed from); Corrupt if it is no record of one."""
+    contract_id = key[1:].decode("ascii", "replace")
+    if key[:1] != CONTRACT or not is_id(contract_id):
+        raise Corrupt(f"metadata: {key[:40].hex()} is no key of a contract")
+    try:
+        record = msgspec.msgpack.decode(raw, type=_Record)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise Corrupt(f"metadata: the record of contract {contract_id} is damaged: {error}") from None
+    if record.version != RECORD_VERSION or record.start_ns >= record.end_ns:
+        raise Corrupt(f"metadata: the record of contract {contract_id} has an unknown layout (version {record.version})")
+    contract = Contract(contract_id, record.host, record.start_ns, record.end_ns, record.lineage)
+    return contract, record.ordinal, record.renewed_from
+
+
+class Contractor:
+    """See `interfaces.Contractor`. All contracts ever are in memory: a few hundred bytes per host and renewal."""
+
+    def __init__(self, volume_id: bytes, store: MetadataStore, registry: HostRegistry, seams: Seams) -> None:
+        self._volume_id = volume_id
+        self._store = store
+        self._registry = registry
+        self._seams = seams
+        self._contracts: dict[str, Contract] = {}
+        self._ordinals: dict[str, int] = {}
+        self._renewed_from: dict[str, str | None] = {}
+        self._latest = 0
+        start, stop = CONTRACT, prefix_end(CONTRACT)
+        while pairs := store.scan(start, stop, _SLICE):
+            for key, raw in pairs:
+                self._know(*decode_contract(key, raw))
+            start = pairs[-1][0] + b"\0"
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What there is
+
+    def contracts(self) -> list[str]:
+        """Ids of the active ones, by host and end."""
+        now = self._seams.clock.time_ns()
+        return [contract.contract_id for contract in self.all_contracts() if contract.active(now)]
+
+    def all_contracts(self) -> list[Contract]:
+        """Every contract on record, ended ones included, by host and end."""
+        return sorted(self._contracts.values(), key=lambda c: (c.host_number, c.end_ns, c.contract_id))
+
+    def contract(self, contract_id: str) -> Contract:
+        """NotFound if there never was one."""
+        try:
+            return self._contracts[contract_id]
+        except KeyError:
+            raise NotFound(f"this volume has no contract {contract_id[:64]!r}; 'fusefs contracts' lists them") from None
+
+    def contract_for(self, host_number: int) -> Contract | None:
+        """The one to use on a host: the active one that ends last, else the last to have ended."""
+        now = self._seams.clock.time_ns()
+        on_host = (contract for contract in self._contracts.values() if contract.host_number == host_number)
+        return max(on_host, key=lambda c: (c.active(now), c.end_ns, c.contract_id), default=None)
+
+    def claim(self, contract_id: str) -> Claim:
+        """The contract in the terms of `hosts.holders`. NotFound."""
+        contract = self.contract(contract_id)
+        chain: list[tuple[str, int]] = []
+        following: str | None = contract_id
+        # Ordinals descend along a chain, so damaged records cannot make it a circle.
+        while following is not None and following in self._contracts and (not chain or self._ordinals[following] < chain[-1][1]):
+            chain.append((following, self._ordinals[following]))
+            following = self._renewed_from[following]
+        return Claim(contract.lineage, tuple(chain))
+
+    def active_claims(self, host_number: int) -> list[Claim]:
+        """Of the contracts in force on a host."""
+        now = self._seams.clock.time_ns()
+        return [self.claim(c.contract_id) for c in self._contracts.values() if c.host_number == host_number and c.active(now)]
+
+    @property
+    def latest_ordinal(self) -> int:
+        """Of the contract concluded last; 0 before the first."""
+        return self._latest
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Changing
+
+    async def conclude_contract(self, host: str, duration: float) -> str:
+        """A new contract from now on. Durable on the host and here when it returns its id. NotFound, Unavailable, NoSpace, BadArgument."""
+        nanoseconds = _nanoseconds(duration)
+        number = self._registry.resolve(host)
+        contract_id = self._seams.random.token_bytes(16).hex()
+        return await self._write_down(contract_id, number, nanoseconds, contract_id, None)
+
+    async def renew_contract(self, contract_id: str, duration: float) -> str:
+        """A new contract of the same lineage, from now for `duration`; the old one runs on to its end. Nothing is changed by a failure.
+
+        NotFound if there is no such contract, or its host no longer has its record (it was pruned, and with it perhaps the data):
+        conclude a new one then. Corrupt if the host's record is damaged or another. Unavailable, NoSpace, BadArgument.
+        """
+        nanoseconds = _nanoseconds(duration)
+        old = self.contract(contract_id)
+        host = self._registry.get(old.host_number)
+        name = contract_name(self._volume_id, contract_id)
+        try:
+            raw = await host.get(name, MAX_DOCUMENT)
+        except NotFound:
+            raise NotFound(f"host {host.url} has no contract {contract_id} any more; conclude a new one") from None
+        stored = decode_contract_file(raw, f"host {host.url}: {name}")
+        if stored != self._file(old, self._renewed_from[contract_id]):
+            raise Corrupt(f"host {host.url}: {name} is not the contract that was concluded; conclude a new one")
+        return await self._write_down(self._seams.random.token_bytes(16).hex(), old.host_number, nanoseconds, old.lineage, contract_id)
+
+    async def _write_down(self, contract_id: str, number: int, nanoseconds: int, lineage: str, renewed_from: str | None) -> str:
+        host = self._registry.get(number)
+        now = self._seams.clock.time_ns()
+        contract = Contract(contract_id, number, now, min(now + nanoseconds, _MAX_NS), lineage)
+        self._seams.failpoints.hit("contract.before_host")
+        # The name is new, with 128 random bits: there is nothing it could replace.
+        await host.put(contract_name(self._volume_id, contract_id), encode_json(self._file(contract, renewed_from)))
+        self._seams.failpoints.hit("contract.before_apply")
+        # No await from here to the record: the ordinal says which releases came before (hosts.holders).
+        ordinal = self._latest + 1
+        batch = Batch()
+        batch.put(*encode_contract(contract, ordinal, renewed_from))
+        self._store.apply(batch)
+        self._know(contract, ordinal, renewed_from)
+        self._seams.failpoints.hit("contract.before_commit")
+        await self._store.commit()
+        return contract_id
+
+    def _know(self, contract: Contract, ordinal: int, renewed_from: str | None) -> None:
+        self._contracts[contract.contract_id] = contract
+        self._ordinals[contract.contract_id] = ordinal
+        self._renewed_from[contract.contract_id] = renewed_from
+        self._latest = max(self._latest, ordinal)
+
+    def _file(self, contract: Contract, renewed_from: str | None) -> ContractFile:
+        return ContractFile(
+            format=CONTRACT_FORMAT,
+            format_version=CONTRACT_VERSION,
+            contract=contract.contract_id,
+            volume=self._volume_id.hex(),
+            host=self._registry.record(contract.host_number).host_id,
+            start_ns=contract.start_ns,
+            end_ns=contract.end_ns,
+            lineage=contract.lineage,
+            renewed_from=renewed_from,
+        )
+
+
+def _nanoseconds(duration: float) -> int:
+    """A contract's duration in nanoseconds; BadArgument unless it is positive and at most a hundred years."""
+    if not math.isfinite(duration) or not 0 < duration <= MAX_DURATION:
+        raise BadArgument(f"a contract of {duration} seconds: it must be longer than 0 and at most {MAX_DURATION / 86400:.0f} days")
+    return max(1, round(duration * 1e9))

@@ -1,0 +1,360 @@
+"""HostIO: shards on hosts under contracts. Sealed on the way out, verified on the way in, timed and counted always.
+
+Between host and plaintext there is nothing else: whatever a host answers, bytes come out only if they verify against the one header
+that metadata says this sector id has. Blocking work above `INLINE` bytes is one hop into a thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import trio
+
+from storage.contractor import Contractor
+from storage.epochs import Epochs
+from storage.errors import BadArgument, Corrupt, Expired, NoSpace, NotFound, Unavailable
+from storage.hosts.holders import decode_holders, holders_key
+from storage.hosts.hostdb import Direction, HostDB
+from storage.hosts.layout import check_root, shard_name
+from storage.hosts.registry import HostRegistry
+from storage.interfaces import Batch, Buffer, Host, MetadataStore, SealedShard
+from storage.keys import Keys
+from storage.sealing import (
+    BLOCK,
+    HEADER_SIZE,
+    MAX_SEALED,
+    ShardHeader,
+    block_range,
+    check_header,
+    open_range,
+    open_shard,
+    root_of,
+    seal,
+    sealed_length,
+)
+from storage.seams import Seams
+
+T = TypeVar("T")
+
+#: Up to this many bytes are verified in the event loop: 20 us of AES-GCM, where a hop into a thread costs 85.
+INLINE = 2 * BLOCK + 1024
+#: Seconds any call to a host may take, besides what its bytes take at `SLOWEST`.
+TIMEOUT = 20.0
+#: Bytes per second below which a host counts as not answering.
+SLOWEST = 1024 * 1024
+#: For timing a read whose size nobody has told.
+_UNKNOWN_SIZE = 16 * 1024 * 1024
+#: Sector ids sealed lately whose roots are remembered (I1); about 4 MB.
+_REMEMBERED = 16384
+
+
+class HostIO:
+    """See `interfaces.HostIO`."""
+
+    def __init__(
+        self,
+        volume_id: bytes,
+        keys: Keys,
+        epochs: Epochs,
+        registry: HostRegistry,
+        contractor: Contractor,
+        hostdb: HostDB,
+        store: MetadataStore,
+        seams: Seams,
+        *,
+        timeout: float = TIMEOUT,
+        slowest: float = SLOWEST,
+    ) -> None:
+        self._volume_id = volume_id
+        self._keys = keys
+        self._epochs = epochs
+        self._registry = registry
+        self._contractor = contractor
+        self._hostdb = hostdb
+        self._store = store
+        self._seams = seams
+        self._timeout = timeout
+        self._slowest = slowest
+        self._sealed = _SealedIds()
+        #: One change at a time per shard and host; an entry lives as long as somebody wants it.
+        self._changing: dict[bytes, tuple[trio.Lock, int]] = {}
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Reading
+
+    async def read(self, contract_id: str, sector_root: str, sector_id: int) -> bytes:
+        """The shard's plaintext; root, header and every block verified."""
+        number = self._contractor.contract(contract_id).host_number
+        check_root(sector_root)
+        name = shard_name(self._volume_id, sector_root)
+
+        async def fetch(host: Host) -> bytes:
+            return await host.get(name, MAX_SEALED)
+
+        return await self._fetch(
+            number, sector_root, sector_id, fetch, _UNKNOWN_SIZE, lambda sealed: self._open_whole(sealed, sector_root, sector_id)
+        )
+
+    async def insecure_read(
+        self, contract_id: str, sector_root: str, sector_id: int, offset: int, length: int, plaintext_length: int | None = None
+    ) -> bytes:
+        """Plaintext bytes [offset, offset + length), clipped to the shard's end. Their blocks are verified, the root is not.
+
+        With `plaintext_length` this is one request for just the blocks; without, the header is asked for first.
+        """
+        number = self._contractor.contract(contract_id).host_number
+        check_root(sector_root)
+        name = shard_name(self._volume_id, sector_root)
+        if offset < 0 or length < 0:
+            raise BadArgument(f"sector {sector_id}: {length} bytes at {offset} is no range")
+        if length == 0:
+            return b""
+        known = plaintext_length is not None
+        if plaintext_length is None:
+
+            async def head(host: Host) -> bytes:
+                return await host.get_range(name, 0, HEADER_SIZE)
+
+            header = await self._fetch(number, sector_root, sector_id, head, HEADER_SIZE, lambda raw: self._known_header(raw, sector_id))
+        else:
+            header = self._epochs.header_for(self._volume_id, sector_id, plaintext_length)
+        clip_only = offset >= header.plaintext_length
+        if clip_only:
+            if known:
+                return b""
+            # Where the shard ends is only what its header says: the last block tells if that is true.
+            offset, length = max(0, header.plaintext_length - 1), 1
+        _, _, at, size = block_range(offset, length, header.plaintext_length)
+        if header.plaintext_length == 0:
+            at, size = HEADER_SIZE, sealed_length(0) - HEADER_SIZE
+
+        async def blocks(host: Host) -> bytes:
+            return await host.get_range(name, at, size)
+
+        def verify(raw: bytes) -> bytes:
+            key = self._epochs.key_for(sector_id, self._keys)
+            if header.plaintext_length == 0:
+                return open_shard(key, header, header.encode() + raw)
+            return open_range(key, header, offset, length, raw)
+
+        plain = await self._fetch(number, sector_root, sector_id, blocks, size, verify)
+        return b"" if clip_only else plain
+
+    def _open_whole(self, sealed: bytes, sector_root: str, sector_id: int) -> bytes:
+        found = root_of(sealed)
+        if found != sector_root:
+            raise Corrupt(f"sector {sector_id}: what is stored has the root {found[:12]} ({len(sealed)} bytes)")
+        header = self._known_header(sealed[:HEADER_SIZE], sector_id)
+        return open_shard(self._epochs.key_for(sector_id, self._keys), header, sealed)
+
+    def _known_header(self, raw: bytes, sector_id: int) -> ShardHeader:
+        """The header metadata says this id has, with the length from `raw`; Corrupt if `raw` is another. The length is unverified."""
+        length = ShardHeader.parse(raw).plaintext_length
+        expected = self._epochs.header_for(self._volume_id, sector_id, length)
+        check_header(expected, raw)
+        return expected
+
+    async def _fetch(
+        self,
+        number: int,
+        sector_root: str,
+        sector_id: int,
+        fetch: Callable[[Host], Awaitable[bytes]],
+        size: int,
+        verify: Callable[[bytes], T],
+    ) -> T:
+        """Fetch and verify; the host's record gets a success only if both went well, with the time of the fetch."""
+        what = f"sector {sector_id}, root {sector_root[:12]}"
+        try:
+            started = self._seams.clock.monotonic()
+            raw = await self._call(number, size, fetch)
+            seconds = self._seams.clock.monotonic() - started
+            result = verify(raw) if len(raw) <= INLINE else await self._seams.threads.run(verify, raw)
+        except Corrupt as error:
+            self._hostdb.failed(number, error, ("read",))
+            raise Corrupt(f"host {self._registry.url(number)}, {what}: {error}") from error
+        except NotFound as error:
+            # A shard that should be there is gone: as bad as a damaged one.
+            self._hostdb.failed(number, error, ("read",))
+            raise NotFound(f"{what}: {error}") from error
+        except Unavailable as error:
+            self._hostdb.failed(number, error)
+            raise Unavailable(f"{what}: {error}") from error
+        self._hostdb.succeeded(number, "read", len(raw), seconds)
+        return result
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Writing
+
+    def seal(self, data: Sequence[Buffer], sector_id: int) -> SealedShard:
+        """Blocking, for a thread: seal once what goes to several hosts.
+
+        I1: BadArgument if this process has sealed other data under the id, cannot remember whether it has, or the id was reserved
+        by an earlier epoch, whose process may have.
+        """
+        length = sum(memoryview(piece).nbytes for piece in data)
+        header = self._epochs.header_for(self._volume_id, sector_id, length)
+        if header.epoch != self._epochs.current.number:
+            raise BadArgument(f"sector {sector_id}: its id was reserved in epoch {header.epoch}, nothing new is sealed under it (I1)")
+        sealed = seal(self._epochs.key_for(sector_id, self._keys), header, data)
+        root = root_of(sealed)
+        # Before anybody but this function has the sealed bytes.
+        self._sealed.spend(sector_id, bytes.fromhex(root))
+        return SealedShard(root, sector_id, length, sealed)
+
+    async def write(self, contract_id: str, data: Buffer, sector_id: int) -> str:
+        """Seal and store; durable on the host when it returns the root. The caller never uses `sector_id` for other data (I1)."""
+        self._must_be_active(contract_id)
+        shard = await self._seams.threads.run(self.seal, [data], sector_id)
+        await self.write_sealed(contract_id, shard)
+        return shard.root
+
+    async def write_sealed(self, contract_id: str, shard: SealedShard) -> None:
+        """Store a sealed shard under its root; durable on the host when it returns.
+
+        That the contract holds it is applied to the metadata store, and durable with the commit that points to it.
+        """
+        self._must_be_active(contract_id)
+        contract = self._contractor.contract(contract_id)
+        number, root = contract.host_number, check_root(shard.root)
+        name, key = shard_name(self._volume_id, shard.root), holders_key(root, number)
+
+        async def put(host: Host) -> None:
+            await host.put(name, shard.sealed)
+
+        what = f"sector {shard.sector_id}, root {shard.root[:12]}"
+        async with self._exclusively(key):
+            await self._recorded(number, what, put, len(shard.sealed), ("write",))
+            self._seams.failpoints.hit("host_io.write.before_apply")
+            holders = decode_holders(self._store.get(key), root)
+            holders.write(contract.lineage)
+            batch = Batch()
+            batch.put(key, holders.encode())
+            self._store.apply(batch)
+
+    async def replace(self, contract_id: str, data: Buffer, sector_id: int, old_sector_root: str) -> str:
+        """Write, then delete `old_sector_root`, which I3 has released. After a failure the old one is still there."""
+        check_root(old_sector_root)
+        root = await self.write(contract_id, data, sector_id)
+        if root != old_sector_root:
+            self._seams.failpoints.hit("host_io.replace.before_delete")
+            await self.delete(contract_id, old_sector_root)
+        return root
+
+    async def delete(self, contract_id: str, sector_root: str) -> None:
+        """The contract no longer holds the root; it is unlinked if no active contract on that host holds it. Unknown roots are no error.
+
+        Also through a contract that has ended. After Unavailable the release stands, and calling again unlinks.
+        """
+        number = self._contractor.contract(contract_id).host_number
+        root = check_root(sector_root)
+        name, key = shard_name(self._volume_id, sector_root), holders_key(root, number)
+
+        async def unlink(host: Host) -> None:
+            await host.delete(name)
+
+        async with self._exclusively(key):
+            raw = self._store.get(key)
+            holders = decode_holders(raw, root)
+            if raw is not None:
+                holders.release(self._contractor.claim(contract_id), self._contractor.latest_ordinal)
+                batch = Batch()
+                batch.put(key, holders.encode())
+                self._store.apply(batch)
+            if holders.held(self._contractor.active_claims(number)):
+                return
+            self._seams.failpoints.hit("host_io.delete.before_unlink")
+            await self._recorded(number, f"root {sector_root[:12]}", unlink, 0, ("write",))
+            if raw is not None:
+                batch = Batch()
+                batch.delete(key)
+                self._store.apply(batch)
+
+    def _must_be_active(self, contract_id: str) -> None:
+        contract = self._contractor.contract(contract_id)
+        if not contract.active(self._seams.clock.time_ns()):
+            url = self._registry.url(contract.host_number)
+            raise Expired(
+                f"contract {contract_id} on host {url} is not in force; renew it: fusefs contracts VOLUME renew {contract_id} DAYS"
+            )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Calling hosts
+
+    async def _recorded(
+        self, number: int, what: str, call: Callable[[Host], Awaitable[None]], size: int, directions: Iterable[Direction]
+    ) -> None:
+        """A change on a host, recorded in the HostDB; errors say `what` it was about."""
+        started = self._seams.clock.monotonic()
+        try:
+            await self._call(number, size, call)
+        except NoSpace as error:
+            self._hostdb.failed(number, error, directions)
+            raise NoSpace(f"{what}: {error}") from error
+        except Unavailable as error:
+            self._hostdb.failed(number, error)
+            raise Unavailable(f"{what}: {error}") from error
+        for direction in directions:
+            self._hostdb.succeeded(number, direction, size, self._seams.clock.monotonic() - started)
+
+    async def _call(self, number: int, size: int, call: Callable[[Host], Awaitable[T]]) -> T:
+        """Unavailable if the host takes longer than `size` bytes may take. An Unavailable host is looked at again by the registry."""
+        host = self._registry.get(number)
+        limit = self._timeout + size / self._slowest
+        try:
+            with trio.move_on_after(limit):
+                return await call(host)
+            raise Unavailable(f"host {host.url} did not answer within {limit:.0f} s")
+        except Unavailable:
+            self._registry.suspect(number)
+            raise
+
+    @asynccontextmanager
+    async def _exclusively(self, key: bytes) -> AsyncIterator[None]:
+        """One write or deletion of a shard on a host at a time: the record of holders must not part from what is there."""
+        lock, users = self._changing.get(key, (trio.Lock(), 0))
+        self._changing[key] = (lock, users + 1)
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._changing[key]
+            if users == 1:
+                del self._changing[key]
+            else:
+                self._changing[key] = (lock, users - 1)
+
+    def __repr__(self) -> str:
+        return f"<HostIO of volume {self._volume_id.hex()[:8]}, {len(self._changing)} changes under way>"
+
+
+class _SealedIds:
+    """I1, within this process: which data an id was sealed with. From threads.
+
+    Ids come in ascending order, nearly, so the oldest of those remembered stand for all below: they count as spent.
+    """
+
+    def __init__(self, remembered: int = _REMEMBERED) -> None:
+        self._remembered = remembered
+        #: Guards the two below.
+        self._lock = threading.Lock()
+        self._roots: dict[int, bytes] = {}
+        #: Every id below it that is not in _roots counts as spent.
+        self._floor = 0
+
+    def spend(self, sector_id: int, root: bytes) -> None:
+        """BadArgument unless the id is unused, or was used for the very same shard."""
+        with self._lock:
+            known = self._roots.get(sector_id)
+            if known == root:
+                return
+            if known is not None or sector_id < self._floor:
+                raise BadArgument(f"sector {sector_id}: other data has been sealed under this id, which is a nonce (I1); allocate another")
+            self._roots[sector_id] = root
+            if len(self._roots) > self._remembered:
+                oldest = next(iter(self._roots))
+                del self._roots[oldest]
+                self._floor = max(self._floor, oldest + 1)

@@ -1,0 +1,320 @@
+"""Writing the journal: commits become records in segments, one flush each.
+
+`Journal` belongs to the event loop's thread and knows which segments there are and how much room is left; what blocks runs on workers it
+is given. Commits are written one at a time (`write` is awaited before the next), so the writer's own state (chain, nonce counter, the
+fields of the newest segment) is touched by one thread at a time.
+
+A commit is one record; one with more than a chunk of tail bytes begins with records of tails only, and its last record carries all
+operations: replay applies them when it has seen that one, or not at all. A segment is durable before the next one is written to, so a
+segment whose header verifies proves everything before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from os import fdatasync
+from pathlib import Path
+
+import trio
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from storage.errors import BadArgument
+from storage.interfaces import Buffer, TailPiece
+from storage.metadata.records import (
+    HEADER_SIZE,
+    RECORD_HEAD,
+    Op,
+    SegmentHeader,
+    TailEntry,
+    encode_body,
+    encode_record,
+    padded,
+)
+from storage.metadata.segments import SPARES, Segment, prepare, retire, write_at
+from storage.seams import Failpoints, Worker
+
+#: Tail bytes in one record, at most.
+MAX_CHUNK = 1024 * 1024
+MIN_SEGMENT = 4096
+#: Segments under the limit that only urgent commits may use.
+RESERVED = 2
+#: Prepared segments kept in hand.
+_AHEAD = 1
+#: Upper bounds of what stands beside the bytes themselves: an operation is counted by the memtable; a tail entry with its tag; a record.
+_ENTRY = 64
+_RECORD = RECORD_HEAD + 64
+#: The least worth cutting off a piece for; smaller remainders of a chunk stay empty.
+_SLIVER = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One commit on its way into the journal."""
+
+    sequence: int
+    ops: list[Op]
+    tails: list[TailPiece]
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """What the epoch seals and signs with."""
+
+    epoch: int
+    salt: bytes
+    aead: AESGCM
+
+
+class Journal:
+    """See the module. `live`: segments in use, oldest first, as replay found them; `chain`: the hash to go on from."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        segment_size: int,
+        limit_bytes: int,
+        failpoints: Failpoints,
+        live: list[Segment],
+        spares: list[Path],
+        chain: bytes,
+        next_number: int,
+    ) -> None:
+        if segment_size < MIN_SEGMENT or segment_size % 8 or limit_bytes < (RESERVED + 2) * segment_size:
+            raise BadArgument(
+                f"journal: segments of {MIN_SEGMENT} bytes or more (multiples of 8), and a limit of {RESERVED + 2} of them or more"
+            )
+        self._directory = directory
+        self.segment_size = segment_size
+        self.limit_bytes = limit_bytes
+        self._failpoints = failpoints
+        self._chunk = min(MAX_CHUNK, segment_size // 4)
+        #: # Invariant: oldest first; the last is the newest, which is never recycled.
+        self.live = live
+        self._prepared: list[Segment] = []
+        self._spares = spares
+        self._discarded: list[Segment] = []
+        self._next_number = next_number
+        #: The segment being written; None: the next commit begins a new one.
+        self._current: Segment | None = None
+        self._writer: _Writer | None = None
+        # The journal thread's own while a commit is being written.
+        self._chain = chain
+        self._nonce = 0
+        #: Segments are numbered in the order in which they are prepared, so by one task at a time.
+        self._preparing = trio.Lock()
+
+    # ---- the epoch
+
+    def begin_epoch(self, epoch: int, salt: bytes, key: bytes) -> None:
+        """From the next commit on: a new segment, sealed under `key`. BadArgument for an epoch or salt that was here before (I1)."""
+        known = [(segment.epoch, segment.salt) for segment in self.live]
+        if self._writer is not None:
+            known.append((self._writer.epoch, self._writer.salt))
+        if any(epoch <= older or salt == other for older, other in known):
+            raise BadArgument(f"journal: epoch {epoch} or its salt was used before")
+        if not 0 < epoch < 1 << 32 or len(salt) != 16:
+            raise BadArgument(f"journal: epoch {epoch} with a salt of {len(salt)} bytes")
+        self._writer = _Writer(epoch, salt, AESGCM(key))
+        self._nonce = 0
+        self._current = None
+
+    @property
+    def ready(self) -> bool:
+        """An epoch has begun."""
+        return self._writer is not None
+
+    # ---- room
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of segments that may still be begun under the limit."""
+        return self.limit_bytes - sum(segment.size for segment in self.live)
+
+    @property
+    def fill(self) -> float:
+        """Share of the limit in use."""
+        used = sum(segment.size for segment in self.live[:-1]) + (self.live[-1].used if self.live else 0)
+        return min(1.0, used / self.limit_bytes)
+
+    def needed(self, ops_bytes: int, tail_bytes: int, tail_count: int) -> list[int]:
+        """Sizes of the segments a commit of that many bytes may have to begin, in order: an upper bound."""
+        chunks = tail_bytes // (self._chunk - _SLIVER - _ENTRY) + 1
+        tails = tail_bytes + _ENTRY * (tail_count + chunks) + _RECORD * chunks
+        total = tails + ops_bytes + _RECORD
+        room = self.segment_size - HEADER_SIZE
+        if self._current is not None and total <= self._current.size - self._current.used:
+            return []
+        if total <= room:
+            return [self.segment_size]
+        # Each segment may stay empty at its end by less than one record of tails.
+        count = -(-tails // (room - self._chunk - 2 * _RECORD))
+        last = ops_bytes + self._chunk + 2 * _RECORD
+        if last <= room:
+            return [self.segment_size] * (count + 1)
+        return [self.segment_size] * count + [-(-(HEADER_SIZE + last) // 4096) * 4096]
+
+    def admits(self, sizes: list[int], urgent: bool) -> bool:
+        """May a commit that begins segments of these sizes be written now?"""
+        return self.free_bytes - sum(sizes) >= (0 if urgent else RESERVED * self.segment_size)
+
+    def prepared(self, sizes: list[int]) -> bool:
+        """Are they at hand?"""
+        return [segment.size for segment in self._prepared[: len(sizes)]] == sizes
+
+    async def prepare(self, sizes: list[int], worker: Worker) -> None:
+        """Have them at hand. NoSpace, IOFailure: nothing is lost."""
+        async with self._preparing:
+            for index, size in enumerate(sizes):
+                if index < len(self._prepared) and self._prepared[index].size != size:
+                    # Segments are used in the order of their numbers, so what is in the way cannot wait for its turn.
+                    self._discarded += self._prepared[index:]
+                    del self._prepared[index:]
+                if index == len(self._prepared):
+                    self._prepared.append(await self._make(size, worker))
+
+    async def prepare_ahead(self, worker: Worker) -> None:
+        """Have the next segment at hand before it is needed. NoSpace, IOFailure."""
+        async with self._preparing:
+            if self.wants_segment:
+                self._prepared.append(await self._make(self.segment_size, worker))
+
+    @property
+    def wants_segment(self) -> bool:
+        """`prepare_ahead` has something to do."""
+        return self._writer is not None and len(self._prepared) < _AHEAD and self.free_bytes >= self.segment_size
+
+    async def _make(self, size: int, worker: Worker) -> Segment:
+        number = self._next_number
+        self._next_number += 1
+        spare = self._spares.pop() if self._spares and size == self.segment_size else None
+        return await worker.run(prepare, self._directory, number, size, spare, self._failpoints)
+
+    # ---- recycling
+
+    def oldest(self) -> Segment | None:
+        """The segment that would be recycled next, if it may be one day: the newest never is, it says where the log ends."""
+        return self.live[0] if len(self.live) > 1 else None
+
+    async def recycle(self, worker: Worker) -> None:
+        """The oldest segment is not needed any more. IOFailure: it stays."""
+        await self._retire(self.live[0], worker)
+        del self.live[0]
+
+    async def tidy(self, worker: Worker) -> None:
+        """Put away prepared segments that were passed over. IOFailure."""
+        while self._discarded:
+            await self._retire(self._discarded[0], worker)
+            del self._discarded[0]
+
+    async def _retire(self, segment: Segment, worker: Worker) -> None:
+        keep = segment.size == self.segment_size and len(self._spares) < SPARES
+        spare = await worker.run(retire, self._directory, segment, keep, self._failpoints)
+        if spare is not None:
+            self._spares.append(spare)
+
+    def close(self) -> None:
+        for segment in [*self.live, *self._prepared, *self._discarded]:
+            segment.close()
+
+    # ---- writing
+
+    async def write(self, group: Group, worker: Worker) -> bytes:
+        """Durable when it returns the chain hash after it. What it needs must be `prepared`.
+
+        OSError or anything else: nobody knows what is on the disk, and nothing may be written any more.
+        """
+        fresh = list(self._prepared)
+        chain, used, held = await worker.run(self._write, group, fresh)
+        if used:
+            taken = fresh.index(used[-1]) + 1
+            self._discarded += [segment for segment in fresh[:taken] if segment not in used]
+            del self._prepared[:taken]
+            self.live += used
+            self._current = used[-1]
+        for segment, entry in held:
+            segment.hold(entry.value_id, entry.offset, entry.offset + entry.length)
+        return chain
+
+    def _write(self, group: Group, fresh: list[Segment]) -> tuple[bytes, list[Segment], list[tuple[Segment, TailEntry]]]:
+        """In the journal thread. Returns the chain hash, the segments begun, and where tails went."""
+        writer = self._writer
+        if writer is None:
+            raise RuntimeError("a commit before the epoch has begun")
+        self._failpoints.hit("journal.append.before_write")
+        used: list[Segment] = []
+        held: list[tuple[Segment, TailEntry]] = []
+        remaining = iter(fresh)
+        segment = self._current
+        out: list[Buffer] = []
+        at = segment.used if segment is not None else 0
+        for part, (pieces, last) in enumerate(_records(group.tails, self._chunk)):
+            entries, sealed = self._seal(writer, group.sequence, pieces)
+            body = encode_body(group.ops if last else [], entries)
+            length = padded(RECORD_HEAD + len(body) + sum(map(len, sealed)))
+            if segment is None or at + length > segment.size:
+                if segment is not None and out:
+                    self._flush(segment, out, at)
+                # StopIteration cannot be: `needed` is an upper bound, and `prepared` was asked.
+                segment = next(candidate for candidate in remaining if HEADER_SIZE + length <= candidate.size)
+                used.append(segment)
+                header = SegmentHeader(writer.epoch, segment.number, group.sequence, writer.salt, self._chain)
+                segment.epoch, segment.salt = writer.epoch, writer.salt
+                out, at, self._chain = [header.encode()], HEADER_SIZE, header.checksum
+            record, length, self._chain = encode_record(
+                last=last, number=segment.number, sequence=group.sequence, part=part, previous=self._chain, body=body, sealed=sealed
+            )
+            out += record
+            at += length
+            segment.last_sequence = group.sequence
+            held += [(segment, entry) for entry in entries]
+        if segment is not None:
+            self._flush(segment, out, at)
+        return self._chain, used, held
+
+    def _flush(self, segment: Segment, pieces: list[Buffer], end: int) -> None:
+        """Write what goes before `end`, durably. What stands before it in the segment is durable already."""
+        write_at(segment.fd, pieces, end - sum(map(len, pieces)))
+        self._failpoints.hit("journal.append.before_fsync")
+        fdatasync(segment.fd)
+        self._failpoints.hit("journal.append.after_fsync")
+        segment.used = end
+
+    def _seal(self, writer: _Writer, sequence: int, pieces: list[_Piece]) -> tuple[list[TailEntry], list[bytes]]:
+        entries, sealed = [], []
+        for value_id, offset, data in pieces:
+            # I1: taken before it is used, and never given back.
+            entry = TailEntry(value_id, offset, len(data), self._nonce)
+            self._nonce += 1
+            entries.append(entry)
+            sealed.append(writer.aead.encrypt(entry.nonce_bytes(), data, entry.aad(sequence)))
+        return entries, sealed
+
+
+#: value id, offset, bytes
+_Piece = tuple[int, int, Buffer]
+
+
+def _records(tails: list[TailPiece], chunk: int) -> Iterator[tuple[list[_Piece], bool]]:
+    """The tails of each record of a commit, and whether it is the last one; large tails are cut."""
+    pieces: list[_Piece] = []
+    weight = 0
+    for tail in tails:
+        data: Buffer = tail.data[0] if len(tail.data) == 1 else b"".join(tail.data)
+        at, length = 0, len(data)
+        while at < length:
+            room = chunk - weight - _ENTRY
+            if room < min(_SLIVER, length - at):
+                yield pieces, False
+                pieces, weight = [], 0
+                continue
+            step = min(room, length - at)
+            pieces.append((tail.value_id, tail.offset + at, data if step == length else memoryview(data)[at : at + step]))
+            at += step
+            weight += step + _ENTRY
+    yield pieces, True
+
+
+#: For the key of an epoch: salt -> 32 bytes.
+KeyOf = Callable[[bytes], bytes]

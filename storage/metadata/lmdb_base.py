@@ -1,0 +1,147 @@
+"""The lowest layer of the store: LMDB, read on the event loop through one snapshot, written by one thread.
+
+The snapshot is renewed after each takeover, so no reader is ever long: an old one would keep LMDB from reusing pages.
+The file grows as it must inside a huge map that is reserved from the start (address space, not disk).
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+import lmdb
+
+from storage.errors import BadArgument, Corrupt, FusefsError, IOFailure, NoSpace
+from storage.metadata.keys import STORE, read_u64, u64
+from storage.metadata.records import HASH
+
+#: The store's own keys. Layouts: u64 | 32 bytes | u64.
+SEQUENCE_KEY = STORE + b"sequence"
+CHAIN_KEY = STORE + b"chain"
+FORMAT_KEY = STORE + b"format"
+FORMAT = 1
+
+#: Operations between two pauses of a takeover: LMDB calls of this many microseconds each hold the GIL.
+_SLICE = 128
+#: Long enough for the event loop's thread to take the GIL.
+_PAUSE = 0.0002
+
+
+def local_error(error: lmdb.Error, path: Path) -> FusefsError:
+    """The kind for what LMDB said."""
+    if isinstance(error, lmdb.MapFullError) or error.code in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(f"{path}: no room for metadata on the local disk; free some space")
+    if isinstance(error, (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError)):
+        return Corrupt(f"{path}: the metadata database is damaged ({error}); recover the volume from its hosts")
+    if isinstance(error, lmdb.MemoryError):
+        return IOFailure(f"{path}: cannot map the metadata database ({error}); lift the limit on address space (ulimit -v)")
+    return IOFailure(f"{path}: the metadata database failed ({error}); check the disk")
+
+
+class LmdbBase:
+    """A MetadataReader over what LMDB durably holds. All but `take_over` belong to the event loop's thread."""
+
+    def __init__(self, path: Path, map_size: int) -> None:
+        """Open or create. Blocking. Corrupt, NoSpace, IOFailure; BadArgument: a newer format, or open in this process already."""
+        self._path = path
+        try:
+            self._env = lmdb.open(
+                str(path), map_size=map_size, mode=0o600, readahead=False, max_readers=8, max_spare_txns=1, metasync=True, sync=True
+            )
+        except lmdb.Error as error:
+            if "already open" in str(error):
+                raise BadArgument(f"{path} is open in this process already") from error
+            raise local_error(error, path) from error
+        except OSError as error:
+            raise IOFailure(f"{path}: {error.strerror}; check the disk") from error
+        try:
+            self._begin()
+            found = self.get(FORMAT_KEY)
+            if found is not None and found != u64(FORMAT):
+                raise BadArgument(f"{path} has format {found.hex()}, this program knows {FORMAT}: use a newer fusefs")
+            #: Sequence number of the last commit LMDB holds, and the journal's chain hash there.
+            self.sequence, self.chain = self._position()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> None:
+        self._txn = self._env.begin()
+        self._cursor = self._txn.cursor()
+
+    def _position(self) -> tuple[int, bytes]:
+        sequence, chain = self.get(SEQUENCE_KEY), self.get(CHAIN_KEY)
+        if sequence is None and chain is None:
+            return 0, bytes(HASH)
+        if sequence is None or chain is None or len(sequence) != 8 or len(chain) != HASH:
+            raise Corrupt(f"{self._path}: the record of the last commit is damaged; recover the volume from its hosts")
+        return read_u64(sequence), chain
+
+    def get(self, key: bytes) -> bytes | None:
+        try:
+            found: bytes | None = self._txn.get(key)
+        except lmdb.Error as error:
+            raise local_error(error, self._path) from error
+        return found
+
+    def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
+        """See MetadataReader."""
+        return list(islice(self.pairs(start, stop, reverse), max(limit, 0)))
+
+    def pairs(self, start: bytes, stop: bytes, reverse: bool) -> Iterator[tuple[bytes, bytes]]:
+        """The pairs of [start, stop) in order, lazily. There is one cursor: finish with one iterator before beginning the next."""
+        cursor = self._cursor
+        try:
+            if reverse:
+                if not (cursor.prev() if cursor.set_range(stop) else cursor.last()):
+                    return
+                for pair in cursor.iterprev():
+                    if pair[0] < start:
+                        return
+                    yield pair
+            elif start < stop and cursor.set_range(start):
+                for pair in cursor.iternext():
+                    if pair[0] >= stop:
+                        return
+                    yield pair
+        except lmdb.Error as error:
+            raise local_error(error, self._path) from error
+
+    def take_over(self, keys: Iterable[bytes], values: Mapping[bytes, bytes | None], sequence: int, chain: bytes, gentle: bool) -> None:
+        """One durable transaction: these keys with their values (None: delete), and where in the journal that is.
+
+        Blocking, for the one thread that writes. `gentle`: let the event loop have the GIL in between. Raises as `local_error`;
+        then nothing of it was stored.
+        """
+        try:
+            with self._env.begin(write=True) as txn:
+                for count, key in enumerate(keys, 1):
+                    value = values[key]
+                    if value is None:
+                        txn.delete(key)
+                    else:
+                        txn.put(key, value)
+                    if gentle and count % _SLICE == 0:
+                        time.sleep(_PAUSE)
+                txn.put(FORMAT_KEY, u64(FORMAT))
+                txn.put(SEQUENCE_KEY, u64(sequence))
+                txn.put(CHAIN_KEY, chain)
+        except lmdb.Error as error:
+            raise local_error(error, self._path) from error
+
+    def renew(self) -> None:
+        """Read from what is durable now. Iterators of before are dead."""
+        self._cursor.close()
+        self._txn.abort()
+        try:
+            self._begin()
+        except lmdb.Error as error:
+            raise local_error(error, self._path) from error
+        self.sequence, self.chain = self._position()
+
+    def close(self) -> None:
+        """Let go of the files; no other method may be called afterwards."""
+        self._env.close()

@@ -1,0 +1,191 @@
+"""Recent changes in memory, above LMDB: what was applied and is not in LMDB yet.
+
+Two layers at most: `active`, which takes every change, and `frozen`, which LMDB is taking over and which no longer changes.
+What was applied since the last commit was taken (`pending`) is in `active` like everything else, and once more by itself, with what it
+replaced (`_undo`): so a layer of durable changes only can be split off at any moment, also when no commit is possible.
+
+All methods belong to the event loop's thread and await nothing. # Invariant: reader's view = active over frozen over LMDB, at any moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from sortedcontainers import SortedList
+
+from storage.errors import BadArgument
+from storage.metadata.records import MAX_KEY, MAX_VALUE, Op
+
+#: Memory of one entry besides its bytes, roughly: keys, values, dict and list slots.
+ENTRY_COST = 200
+
+
+class _Missing:
+    """The key had no entry in the layer."""
+
+
+_MISSING = _Missing()
+
+
+class Base(Protocol):
+    """What a memtable lies over."""
+
+    def get(self, key: bytes) -> bytes | None: ...
+    def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]: ...
+    def pairs(self, start: bytes, stop: bytes, reverse: bool) -> Iterator[tuple[bytes, bytes]]: ...
+
+
+class Layer:
+    """Keys with their newest value (None: deleted), in order."""
+
+    __slots__ = ("chain", "cost", "keys", "sequence", "values")
+
+    def __init__(self) -> None:
+        self.values: dict[bytes, bytes | None] = {}
+        self.keys: SortedList = SortedList()
+        #: Bytes of memory, about.
+        self.cost = 0
+        #: Of a frozen layer: the last commit in it, and the chain hash there once that commit is durable.
+        self.sequence = 0
+        self.chain: bytes | None = None
+
+    def put(self, key: bytes, value: bytes | None) -> None:
+        if key not in self.values:
+            self.keys.add(key)
+            self.cost += len(key) + ENTRY_COST
+        self.values[key] = value
+        # Not exact where a value is replaced: `cost` is only there to say when a takeover is due.
+        if value is not None:
+            self.cost += len(value)
+
+    def pairs(self, start: bytes, stop: bytes, reverse: bool) -> Iterator[tuple[bytes, bytes | None]]:
+        values = self.values
+        return ((key, values[key]) for key in self.keys.irange(start, stop, (True, False), reverse))
+
+
+class Memtable:
+    """See the module. `base` is what lies below."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self.active = Layer()
+        self.frozen: Layer | None = None
+        #: What was applied since the last `take`, newest value of each key.
+        self.pending: dict[bytes, bytes | None] = {}
+        #: Upper bound of the bytes of `pending` in a journal record.
+        self.pending_bytes = 0
+        #: Of each pending key: what `active` had before.
+        self._undo: dict[bytes, bytes | _Missing | None] = {}
+
+    def get(self, key: bytes) -> bytes | None:
+        values = self.active.values
+        if key in values:
+            return values[key]
+        if self.frozen is not None:
+            values = self.frozen.values
+            if key in values:
+                return values[key]
+        return self._base.get(key)
+
+    def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
+        """See MetadataReader."""
+        if limit <= 0 or start >= stop:
+            return []
+        layers = (self.active,) if self.frozen is None else (self.active, self.frozen)
+        # Newest first.
+        heads = [_Head(layer.pairs(start, stop, reverse)) for layer in layers if layer.values]
+        heads = [head for head in heads if head.advance()]
+        if not heads:
+            return self._base.scan(start, stop, limit, reverse)
+        below = _Head(self._base.pairs(start, stop, reverse))
+        if below.advance():
+            heads.append(below)
+        return _merge(heads, limit, reverse)
+
+    def apply(self, ops: Sequence[Op]) -> None:
+        """All of `ops`, or nothing and BadArgument."""
+        for key, value in ops:
+            if not 0 < len(key) <= MAX_KEY or (value is not None and len(value) > MAX_VALUE):
+                raise BadArgument(f"metadata key {key[:16].hex()}: keys have 1 to {MAX_KEY} bytes, values up to {MAX_VALUE}")
+        pending, undo, active = self.pending, self._undo, self.active
+        values, put = active.values, active.put
+        size = 0
+        for key, value in ops:
+            if key not in pending:
+                undo[key] = values.get(key, _MISSING)
+            pending[key] = value
+            put(key, value)
+            size += len(key) + 16 if value is None else len(key) + len(value) + 16
+        self.pending_bytes += size
+
+    def load(self, ops: Sequence[Op]) -> None:
+        """As `apply`, for what is durable already (replay)."""
+        for key, value in ops:
+            self.active.put(key, value)
+
+    def take(self) -> list[Op]:
+        """Everything pending, for a commit; from now on it counts as committed here."""
+        ops = list(self.pending.items())
+        self.pending, self._undo, self.pending_bytes = {}, {}, 0
+        return ops
+
+    def freeze(self, sequence: int) -> Layer:
+        """Split off everything but what is pending: all of it, and nothing else, is in the commits up to `sequence`.
+
+        Costs nothing right after `take`, else time in proportion to what is pending. There must be no frozen layer.
+        """
+        layer = self.active
+        fresh = Layer()
+        for key, value in self.pending.items():
+            fresh.put(key, value)
+        for key, old in self._undo.items():
+            if isinstance(old, _Missing):
+                del layer.values[key]
+                layer.keys.remove(key)
+            else:
+                layer.values[key] = old
+        self._undo = dict.fromkeys(self.pending, _MISSING)
+        layer.sequence, layer.chain = sequence, None
+        self.active, self.frozen = fresh, layer
+        return layer
+
+    def drop_frozen(self) -> None:
+        """The base holds it now."""
+        self.frozen = None
+
+
+class _Head:
+    """Where a merge stands in one of its sources."""
+
+    __slots__ = ("key", "source", "value")
+
+    def __init__(self, source: Iterator[tuple[bytes, bytes | None]]) -> None:
+        self.source = source
+        self.key = b""
+        self.value: bytes | None = None
+
+    def advance(self) -> bool:
+        """Go on to the next pair; False if there is none."""
+        pair = next(self.source, None)
+        if pair is None:
+            return False
+        self.key, self.value = pair
+        return True
+
+
+def _merge(heads: list[_Head], limit: int, reverse: bool) -> list[tuple[bytes, bytes]]:
+    """The first `limit` pairs that are not deletions; of equal keys the first head's counts. No head is exhausted."""
+    out: list[tuple[bytes, bytes]] = []
+    while heads:
+        best = heads[0]
+        key = best.key
+        for head in heads[1:]:
+            if head.key > key if reverse else head.key < key:
+                best, key = head, head.key
+        if best.value is not None:
+            out.append((key, best.value))
+            if len(out) == limit:
+                break
+        heads = [head for head in heads if head.key != key or head.advance()]
+    return out

@@ -1,0 +1,451 @@
+"""The metadata store: memtable, journal and LMDB behind `MetadataStore`.
+
+Two tasks of its own: the committer, which writes one commit after the other, and `Takeover`. Two threads of their own: one writes the
+journal, the other LMDB. State is changed on the event loop only.
+
+A *round* is what callers of `commit` wait for: everything pending now, and whatever is applied before it is taken. While one is being
+written (the flight), the next one gathers. A round that finds no room ends with NoSpace; what is pending stays pending, in the next round.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from storage.durable import from_os_error, fsync_dir
+from storage.errors import BadArgument, Fenced, FusefsError, NoSpace
+from storage.interfaces import Batch, TailPiece
+from storage.metadata.journal import Group, Journal, KeyOf
+from storage.metadata.lmdb_base import LmdbBase
+from storage.metadata.memtable import Memtable
+from storage.metadata.replay import RecoveredTails, Replayed, replay
+from storage.metadata.takeover import MAX_COST, MAX_KEYS, Progress, TailNeeded, Takeover
+from storage.seams import Failpoints, Seams, Worker
+
+log = logging.getLogger(__name__)
+
+SEGMENT_SIZE = 8 * 1024 * 1024
+LIMIT_BYTES = 256 * 1024 * 1024
+#: Address space, not disk: LMDB's file grows as it must.
+MAP_SIZE = 1 << 40
+#: Seconds a commit waits for room in the journal.
+ROOM_WAIT = 30.0
+
+
+class _Round:
+    """Callers waiting for one commit."""
+
+    __slots__ = ("done", "error", "sequence", "urgent", "wanted")
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error: FusefsError | None = None
+        self.sequence = 0
+        #: Somebody waits for it; somebody who may use the reserve does.
+        self.wanted = self.urgent = False
+
+    def end(self, error: FusefsError | None = None) -> None:
+        self.error = error
+        self.done.set()
+
+
+class Store:
+    """A MetadataStore; made by `open_store`."""
+
+    def __init__(
+        self, base: LmdbBase, journal: Journal, memtable: Memtable, replayed: Replayed, seams: Seams, key_of: KeyOf, tail_needed: TailNeeded
+    ) -> None:
+        self._base, self._journal, self._memtable = base, journal, memtable
+        self._seams, self._key_of = seams, key_of
+        self._recovered = replayed.tails
+        self._progress = Progress(taken=replayed.sequence, durable=replayed.sequence, chain=replayed.chain)
+        self._writer: Worker = seams.worker("fusefs-journal")
+        self._mover: Worker = seams.worker("fusefs-lmdb")
+        self._takeover = Takeover(memtable, base, journal, self._progress, seams, self._mover, tail_needed, self._ask)
+        #: Called when a commit has to wait for room in the journal: move tails into sectors and commit that with `urgent`.
+        self.on_pressure: Callable[[], None] | None = None
+        self._hooks: list[Callable[[], None]] = []
+        self._tails: list[TailPiece] = []
+        self._tail_bytes = 0
+        self._next = _Round()
+        self._flight: _Round | None = None
+        self._wake = trio.Event()
+        if memtable.active.values:
+            self._takeover.since = seams.clock.monotonic()
+
+    def get(self, key: bytes) -> bytes | None:
+        """See MetadataReader."""
+        return self._memtable.get(key)
+
+    def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
+        """See MetadataReader."""
+        return self._memtable.scan(start, stop, limit, reverse)
+
+    # ---- state
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be written any more; None while all is well."""
+        return self._progress.failure
+
+    @property
+    def durable_sequence(self) -> int:
+        return self._progress.durable
+
+    @property
+    def applied_sequence(self) -> int:
+        return self._progress.taken + 1 if self._pending else self._progress.taken
+
+    @property
+    def journal_fill(self) -> float:
+        return self._journal.fill
+
+    def pinned_tails(self) -> list[tuple[int, int]]:
+        return self._takeover.pinned(self)
+
+    def recovered_tails(self) -> RecoveredTails:
+        """Tails the journal held at open, of values that need them. The store forgets them: ask once, before anything is appended."""
+        tails, self._recovered = self._recovered, []
+        return RecoveredTails(tails, lambda value_id, end: self._takeover.tail_needed(self, value_id, end), self._key_of)
+
+    @property
+    def _pending(self) -> bool:
+        return bool(self._memtable.pending or self._tails)
+
+    def _check(self) -> None:
+        if self._progress.failure is not None:
+            raise Fenced(self._progress.failure)
+
+    # ---- changes
+
+    def begin_epoch(self, epoch: int, salt: bytes) -> None:
+        """What is committed from now on goes into segments of this epoch. Before the first commit. BadArgument: used before (I1)."""
+        self._journal.begin_epoch(epoch, salt, self._key_of(salt))
+
+    def add_commit_hook(self, hook: Callable[[], None]) -> None:
+        self._hooks.append(hook)
+
+    def apply(self, batch: Batch, tails: Sequence[TailPiece] = ()) -> None:
+        """See MetadataStore. Besides, BadArgument for keys and values no record can have, and NoSpace once more is pending than the
+        journal can hold.
+        """
+        self._check()
+        memtable = self._memtable
+        if memtable.pending_bytes > self._journal.limit_bytes:
+            raise NoSpace("more metadata changes wait for a commit than the journal can hold; free some space on the local disk")
+        memtable.apply(batch.ops)
+        for tail in tails:
+            if tail.length:
+                self._tails.append(tail)
+                self._tail_bytes += tail.length
+        if self._takeover.since is None and batch.ops:
+            self._takeover.since = self._seams.clock.monotonic()
+        if memtable.active.cost >= MAX_COST or len(memtable.active.values) >= MAX_KEYS:
+            self._overfull()
+
+    def _overfull(self) -> None:
+        """The memtable is large: LMDB must take it over; and if nobody commits, it is time somebody did."""
+        self._takeover.consider()
+        if self._memtable.pending_bytes >= MAX_COST or len(self._memtable.pending) >= MAX_KEYS:
+            self._ask()
+
+    def _ask(self) -> None:
+        """Have a commit made that nobody waits for."""
+        if self._journal.ready:
+            self._next.wanted = True
+            self._wake.set()
+
+    async def commit(self, urgent: bool = False) -> int:
+        """See MetadataStore. A caller that is cancelled does not hold up or break the commit. BadArgument before `begin_epoch`."""
+        self._check()
+        if not self._pending:
+            self._run_hooks()
+        if self._pending:
+            if not self._journal.ready:
+                raise BadArgument("a commit before the epoch has begun")
+            waited = self._next
+            waited.wanted = True
+            waited.urgent |= urgent
+            self._wake.set()
+        elif self._flight is not None:
+            waited = self._flight
+        else:
+            await trio.lowlevel.checkpoint()
+            return self._progress.durable
+        await waited.done.wait()
+        if waited.error is not None:
+            raise type(waited.error)(str(waited.error))
+        return waited.sequence
+
+    def _run_hooks(self) -> None:
+        for hook in self._hooks:
+            hook()
+
+    # ---- the committer
+
+    async def run_committer(self) -> None:
+        """For ever; one commit at a time."""
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake = trio.Event()
+                while self._next.wanted:
+                    await self._commit_next()
+        except trio.Cancelled:
+            raise
+        except BaseException as error:
+            # A bug, or a crash on order: whoever waits must not wait for ever.
+            self._fail(f"committing failed ({error!r})")
+            self._end_next()
+            raise
+
+    async def run_takeover(self) -> None:
+        """For ever."""
+        await self._takeover.run()
+
+    async def _commit_next(self) -> None:
+        """Write the next round, or end it with an error."""
+        try:
+            await self._make_room(self._next)
+        except FusefsError as error:
+            refused, self._next = self._next, _Round()
+            refused.end(error)
+            return
+        # No await from the admission in _make_room to the end of _take.
+        if not self._pending:
+            # It was asked for by nobody who had applied anything, or only for tails that are superfluous by now.
+            idle, self._next = self._next, _Round()
+            idle.sequence = self._progress.durable
+            idle.end()
+            return
+        group, this = self._take()
+        try:
+            chain = await self._journal.write(group, self._writer)
+        except (OSError, FusefsError) as error:
+            self._fail(f"writing the journal failed ({error})")
+        except BaseException as error:
+            self._fail(f"writing the journal failed ({error!r})")
+            raise
+        else:
+            self._progress.durable, self._progress.chain = group.sequence, chain
+            frozen = self._memtable.frozen
+            if frozen is not None and frozen.sequence == group.sequence:
+                frozen.chain = chain
+        finally:
+            self._flight = self._progress.flight = None
+            failure = self._progress.failure
+            this.end(None if failure is None else Fenced(failure))
+        if failure is not None:
+            self._end_next()
+        self._takeover.consider()
+
+    def _end_next(self) -> None:
+        """After a failure, for whoever had joined before."""
+        stranded, self._next = self._next, _Round()
+        stranded.end(Fenced(self._progress.failure or ""))
+
+    def _take(self) -> tuple[Group, _Round]:
+        """Everything pending becomes the commit being written. No await inside."""
+        this, self._next = self._next, _Round()
+        self._flight = this
+        self._progress.taken += 1
+        this.sequence = self._progress.taken
+        self._progress.flight = this.done
+        tails, self._tails, self._tail_bytes = self._tails, [], 0
+        group = Group(this.sequence, self._memtable.take(), tails)
+        if self._takeover.freeze_next and self._memtable.frozen is None:
+            self._takeover.freeze()
+        return group, this
+
+    def _fail(self, reason: str) -> None:
+        """Nothing is acknowledged any more: what the disk holds is not known."""
+        if self._progress.failure is None:
+            self._progress.failure = f"{reason}; the volume is read-only now: check the local disk, then mount it again"
+            log.error("%s", self._progress.failure)
+
+    # ---- room in the journal
+
+    async def _make_room(self, waiting: _Round) -> None:
+        """Returns, without a further await, when all that is pending (hooks run) can be written. NoSpace, IOFailure; the hooks' errors."""
+        journal, takeover = self._journal, self._takeover
+        begun = trio.current_time()
+        asked_at, asked_pass = -math.inf, 0
+        try:
+            while True:
+                self._run_hooks()
+                sizes = journal.needed(self._memtable.pending_bytes, self._tail_bytes, len(self._tails))
+                if journal.admits(sizes, waiting.urgent):
+                    if journal.prepared(sizes):
+                        return
+                    await journal.prepare(sizes, self._writer)
+                    continue
+                if self._drop_tails():
+                    continue
+                now = trio.current_time()
+                if waiting.urgent and 0 < asked_pass <= takeover.ended:
+                    raise NoSpace("the journal is full, its reserve included: see that hosts are reachable and have room")
+                if now >= begun + ROOM_WAIT:
+                    raise NoSpace("the journal is full of tails no host has taken yet: see that hosts are reachable and have room")
+                if now >= asked_at + 1.0:
+                    # A pass that has begun already may not have seen what is durable now.
+                    asked_at, asked_pass = now, takeover.begun + 1
+                    takeover.pressed = True
+                    takeover.kick()
+                    if self.on_pressure is not None:
+                        self.on_pressure()
+                # Not for every pass: those that find nothing to do would have us go round and round.
+                self._wake = trio.Event()
+                await _any_of(asked_at + 1.0, self._wake, takeover.passed if takeover.ended < asked_pass else None)
+        finally:
+            takeover.pressed = False
+
+    def _drop_tails(self) -> bool:
+        """Forget pending tails that what is applied has made superfluous (their extents are in this commit); True if there were any.
+
+        Without this a full journal could not be emptied: the commit that points to the sectors would have to carry the tails, too.
+        """
+        kept = [t for t in self._tails if self._takeover.tail_needed(self, t.value_id, t.offset + t.length)]
+        if len(kept) == len(self._tails):
+            return False
+        self._tails, self._tail_bytes = kept, sum(t.length for t in kept)
+        return True
+
+    # ---- the end
+
+    async def close(self) -> None:
+        """Commit what is pending (the hooks' too). Raises what that raises. The tasks must still run."""
+        if self._progress.failure is None and self._journal.ready:
+            await self.commit(urgent=True)
+
+    async def release(self) -> None:
+        """Have LMDB take over everything durable, and let go of threads and files. The tasks must have ended."""
+        try:
+            await self._takeover.finish()
+        finally:
+            self._writer.close()
+            self._mover.close()
+            self._journal.close()
+            self._base.close()
+
+
+class _Background:
+    """A task that ends when it is told to, not when what is around it is cancelled: a commit may still be wanted."""
+
+    def __init__(self, nursery: trio.Nursery, run: Callable[[], Awaitable[None]]) -> None:
+        self._scope = trio.CancelScope(shield=True)
+        self._ended = trio.Event()
+        nursery.start_soon(self._run, run)
+
+    async def _run(self, run: Callable[[], Awaitable[None]]) -> None:
+        try:
+            with self._scope:
+                await run()
+        finally:
+            self._ended.set()
+
+    async def stop(self) -> None:
+        self._scope.cancel()
+        await self._ended.wait()
+
+
+async def _any_of(deadline: float, *events: trio.Event | None) -> None:
+    """Until one of the events is set, or the deadline."""
+    with trio.move_on_at(deadline):
+        async with trio.open_nursery() as nursery:
+
+            async def first(event: trio.Event) -> None:
+                await event.wait()
+                nursery.cancel_scope.cancel()
+
+            for event in events:
+                if event is not None:
+                    nursery.start_soon(first, event)
+
+
+def _make_directories(directory: Path) -> tuple[Path, Path]:
+    """(journal, metadata) below `directory`, durably there."""
+    journal, metadata = directory / "journal", directory / "metadata"
+    try:
+        for path in (journal, metadata):
+            path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise from_os_error(error, f"making {journal} and {metadata}") from error
+    fsync_dir(directory)
+    return journal, metadata
+
+
+def _load(directory: Path, failpoints: Failpoints, sizes: tuple[int, int], map_size: int) -> tuple[LmdbBase, Journal, Memtable, Replayed]:
+    """Open LMDB and replay the journal. Blocking."""
+    journal_dir, metadata_dir = _make_directories(directory)
+    base = LmdbBase(metadata_dir, map_size)
+    try:
+        memtable = Memtable(base)
+        replayed = replay(journal_dir, base.sequence, base.chain, memtable.load)
+        try:
+            journal = Journal(
+                journal_dir,
+                segment_size=sizes[0],
+                limit_bytes=sizes[1],
+                failpoints=failpoints,
+                live=replayed.live,
+                spares=replayed.spares,
+                chain=replayed.chain,
+                next_number=replayed.next_number,
+            )
+        except BaseException:
+            for segment in replayed.live:
+                segment.close()
+            raise
+    except BaseException:
+        base.close()
+        raise
+    return base, journal, memtable, replayed
+
+
+@asynccontextmanager
+async def open_store(
+    directory: Path,
+    seams: Seams,
+    *,
+    journal_key: KeyOf,
+    tail_needed: TailNeeded,
+    segment_size: int = SEGMENT_SIZE,
+    limit_bytes: int = LIMIT_BYTES,
+    map_size: int = MAP_SIZE,
+) -> AsyncIterator[Store]:
+    """The store in `directory` (journal/ and metadata/ are made if need be), with its tasks; what it had acknowledged is there.
+
+    Only for whoever holds the volume's lock. `journal_key(salt)`: the 32-byte key of an epoch. `tail_needed(reader, value_id, end)`: do the
+    value's bytes below `end` need a tail, going by what `reader` shows (I3)? On the way out everything pending is committed and LMDB takes
+    over all of it; the error of that commit is raised, unless the block raised one. Corrupt, BadArgument, NoSpace, IOFailure.
+    """
+    base, journal, memtable, replayed = await seams.threads.run(_load, directory, seams.failpoints, (segment_size, limit_bytes), map_size)
+    store = Store(base, journal, memtable, replayed, seams, journal_key, tail_needed)
+    failed: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            tasks = [_Background(nursery, store.run_committer), _Background(nursery, store.run_takeover)]
+            try:
+                yield store
+            except BaseException as error:  # noqa: BLE001 (raised below, outside the nursery: it comes out as itself, not in a group)
+                failed = error
+            with trio.CancelScope(shield=True):
+                try:
+                    await store.close()
+                except FusefsError as error:
+                    if failed is None:
+                        failed = error
+                    else:
+                        log.error("closing the metadata store: %s", error)
+                for task in tasks:
+                    await task.stop()
+    finally:
+        with trio.CancelScope(shield=True):
+            await store.release()
+    if failed is not None:
+        raise failed

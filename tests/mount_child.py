@@ -1,0 +1,182 @@
+"""The process that serves a mount in tests: `fusefs.mount.serve`, with places to look in and to put faults.
+
+    python -m tests.mount_child VOLUME MOUNTPOINT OPTIONS DIRECTORY [--without RULE]...
+
+DIRECTORY holds what the test and this process tell each other:
+    ready          made once the mount is usable
+    trace          one line per WRITE that came: "inode offset length outcome"
+    faults/NAME    as long as the file exists, the fault NAME happens (see `Tapped`)
+
+--without takes one rule of fusefs out, so that a test can show that it would notice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pyfuse3
+import trio
+
+import fusefs.mount
+from fusefs import coherence, contents, directories
+from fusefs.daemon import setup_logging
+from fusefs.options import MountOptions
+from storage import open_volume
+from storage.errors import FusefsError, IOFailure, NoSpace, Unavailable
+
+PASSPHRASE = "correct horse"
+
+
+class Tapped:
+    """A namespace (or the values) as the mount sees it, with faults in front."""
+
+    def __init__(self, inner: Any, directory: Path) -> None:
+        self._inner = inner
+        self._faults = directory / "faults"
+        self._trace = open(directory / "trace", "a", buffering=1)  # noqa: SIM115
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def _fault(self, name: str) -> str | None:
+        try:
+            return (self._faults / name).read_text()
+        except FileNotFoundError:
+            return None
+
+    def accepting(self) -> bool:
+        return self._fault("not-accepting") is None and bool(self._inner.accepting())
+
+    def last_page_local(self, ino: int) -> bool:
+        return self._fault("not-local") is None and bool(self._inner.last_page_local(ino))
+
+    def lookup(self, parent: int, name: bytes) -> int:
+        if name.startswith(b"bug"):
+            raise ZeroDivisionError("a bug, on purpose")
+        return int(self._inner.lookup(parent, name))
+
+    async def read(self, *args: Any) -> bytes:
+        if self._fault("read-unavailable") is not None:
+            raise Unavailable("no host answers, on purpose")
+        return bytes(await self._inner.read(*args))
+
+    async def write(self, ino: int, offset: int, data: bytes) -> None:
+        delay = self._fault("slow-write")
+        if delay is not None:
+            await trio.sleep(float(delay))
+        outcome = "ok"
+        try:
+            if self._fault("no-space") is not None:
+                raise NoSpace("hosts are full, on purpose")
+            if self._fault("io-failure") is not None:
+                raise IOFailure("the disk is broken, on purpose")
+            if self._fault("write-bug") is not None:
+                raise ZeroDivisionError("a bug, on purpose")
+            await self._inner.write(ino, offset, data)
+        except Exception as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            self._trace.write(f"{ino} {offset} {len(data)} {outcome}\n")
+
+    async def commit(self, *args: Any) -> None:
+        await self._inner.commit(*args)
+        self._trace.write(f"commit {args[0] if args else ''}\n")
+
+    async def rename(self, *args: Any, **kwargs: Any) -> None:
+        await self._inner.rename(*args, **kwargs)
+        self._trace.write("rename\n")
+
+
+async def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def take_out(rule: str) -> None:
+    """Replace a rule by nothing."""
+    match rule:
+        case "write-back-before-rename":
+            directories.DirectoryHandlers._write_back = _nothing  # type: ignore[method-assign]
+        case "taint":
+            coherence.Coherence.write_refused = lambda self, *args: None  # type: ignore[method-assign]
+        case "repair":
+            coherence.Coherence.schedule_repair = lambda self, inode: None  # type: ignore[method-assign]
+        case "direct":
+            # Every writer is cached, as far as the kernel is concerned.
+            real = contents.ContentHandlers._file_info
+
+            def cached(self: Any, *args: Any, **kwargs: Any) -> pyfuse3.FileInfo:
+                info = real(self, *args, **kwargs)
+                info.direct_io = False
+                return info
+
+            contents.ContentHandlers._file_info = cached  # type: ignore[method-assign]
+        case "mtime":
+            coherence.Coherence.settle_times = lambda self, inode: None  # type: ignore[method-assign]
+        case "accepting":
+            Tapped.accepting = lambda self: True  # type: ignore[method-assign]
+        case "periodic":
+            coherence.Coherence.periodic = _nothing  # type: ignore[method-assign]
+        case "unmount-while-serving":
+            fusefs.mount.Stopper._unmount = _terminate  # type: ignore[method-assign]
+        case "guard":
+            directories.DirectoryHandlers.lookup = directories.DirectoryHandlers.lookup.__wrapped__  # type: ignore[attr-defined, method-assign]
+        case "flush-enosys":
+            contents.ContentHandlers.flush = _nothing  # type: ignore[method-assign]
+        case "old-kernel":
+            # Not a rule: pretend the kernel does not drop pages under direct writes.
+            contents.ContentHandlers.kernel_drops_pages = False
+        case _:
+            raise SystemExit(f"no rule {rule}")
+
+
+async def _terminate(self: Any, *, lazy: bool) -> None:
+    pyfuse3.terminate()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("volume", type=Path)
+    parser.add_argument("mountpoint", type=Path)
+    parser.add_argument("options")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--without", action="append", default=[])
+    arguments = parser.parse_args()
+    for rule in arguments.without:
+        take_out(rule)
+    directory = arguments.directory
+
+    @asynccontextmanager
+    async def tapped(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async with open_volume(*args, **kwargs) as volume:
+            inner = volume.namespace
+            volume.namespace = Tapped(inner, directory)  # type: ignore[assignment]
+            volume.values = Tapped(volume.values, directory)  # type: ignore[assignment]
+            yield volume
+
+    fusefs.mount.open_volume = tapped  # type: ignore[attr-defined]
+    setup_logging(foreground=True, log_file=None)
+    try:
+        options = MountOptions.parse([arguments.options])
+        trio.run(
+            fusefs.mount.serve,
+            arguments.volume,
+            arguments.mountpoint,
+            os.environ.get("TEST_PASSPHRASE", PASSPHRASE),
+            options,
+            (directory / "ready").touch,
+        )
+    except FusefsError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

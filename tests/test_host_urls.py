@@ -1,0 +1,109 @@
+"""Host URLs: every text is a URL with one canonical form, or refused with a reason."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage.errors import BadArgument, Unavailable
+from storage.hosts.directory import DirectoryHost
+from storage.hosts.memory import MemoryHost
+from storage.hosts.urls import HostURL, open_host, parse_url
+from tests.fakes import make_seams
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "domain", "canonical"),
+    [
+        ("dir:/mnt/disk1", "/mnt/disk1", "", "dir:/mnt/disk1"),
+        ("dir:/mnt/disk1#domain=rack1", "/mnt/disk1", "rack1", "dir:/mnt/disk1#domain=rack1"),
+        ("DIR:/mnt//disk1/", "/mnt/disk1", "", "dir:/mnt/disk1"),
+        ("dir:///mnt/disk1", "/mnt/disk1", "", "dir:/mnt/disk1"),
+        ("dir://mnt", "/mnt", "", "dir:/mnt"),
+        ("dir:/a/./b/../c", "/a/c", "", "dir:/a/c"),
+        ("dir:/with%20blank/%23/%25", "/with blank/#/%", "", "dir:/with%20blank/%23/%25"),
+        ("dir:/with blank/ä", "/with blank/ä", "", "dir:/with%20blank/%C3%A4"),
+        ("dir:/%ff", "/\udcff", "", "dir:/%FF"),
+        ("dir:sub/dir", "/base/sub/dir", "", "dir:/base/sub/dir"),
+        ("dir:.", "/base", "", "dir:/base"),
+        ("dir:/a#", "/a", "", "dir:/a"),
+        ("mem:one", "one", "", "mem:one"),
+        ("mem:one#domain=a-b", "one", "a-b", "mem:one#domain=a-b"),
+    ],
+)
+def test_what_urls_mean(text: str, path: str, domain: str, canonical: str) -> None:
+    url = parse_url(text, Path("/base"))
+    assert (url.path, url.domain, str(url)) == (path, domain, canonical)
+    assert parse_url(canonical) == url
+
+
+def test_relative_paths_are_resolved_where_they_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_url("dir:disk").path == str(tmp_path / "disk")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "no URL"),
+        ("/mnt/disk1", "dir:/mnt/disk1"),
+        ("disk1", "dir:disk1"),
+        ("ftp://host/x", "known are dir:, mem:"),
+        ("s3://bucket/prefix?endpoint=x", "not supported by this version"),
+        ("gs://bucket", "not supported by this version"),
+        ("az://bucket", "not supported by this version"),
+        ("dir:", "no directory"),
+        ("dir:/a?b=c", "%3F"),
+        ("dir:/a%", "%25"),
+        ("dir:/a%zz", "%25"),
+        ("dir:/a%00b", "NUL"),
+        ("dir:/a\0b", "NUL"),
+        ("dir:/a#rack1", "domain=NAME"),
+        ("dir:/a#domain=", "failure domain"),
+        ("dir:/a#domain=a/b", "failure domain"),
+        ("mem:", "name"),
+        ("mem:a/b", "name"),
+        ("dir:/" + "x" * 5000, "characters"),
+    ],
+)
+def test_what_is_no_host_url_is_refused_with_a_reason(text: str, says: str) -> None:
+    with pytest.raises(BadArgument) as caught:
+        parse_url(text)
+    assert says in str(caught.value)
+
+
+@given(st.text(st.characters(), max_size=60) | st.builds("dir:{}".format, st.text(max_size=60)) | st.builds("mem:{}".format, st.text()))
+def test_any_text_parses_to_a_canonical_url_or_is_refused(text: str) -> None:
+    try:
+        url = parse_url(text)
+    except BadArgument:
+        return
+    assert parse_url(str(url)) == url
+    assert parse_url(url.base).base == url.base
+    assert str(url).isascii()
+
+
+@given(st.binary(min_size=1, max_size=60).filter(lambda raw: 0 not in raw))
+def test_every_path_can_be_written_as_a_url(raw: bytes) -> None:
+    path = "/" + os.path.normpath("/" + os.fsdecode(raw)).lstrip("/")
+    url = HostURL("dir", path)
+    assert parse_url(str(url)) == url
+
+
+async def test_urls_are_opened(tmp_path: Path) -> None:
+    url = parse_url(f"dir:{tmp_path}/with%20blank#domain=x")
+    with pytest.raises(Unavailable, match="with%20blank"):
+        await open_host(url, make_seams())
+    host = await open_host(url, make_seams(), create=True)
+    assert isinstance(host, DirectoryHost)
+    assert host.url == f"dir:{tmp_path}/with%20blank"
+    assert (tmp_path / "with blank").is_dir()
+    one = await open_host(parse_url("mem:same"), make_seams())
+    two = await open_host(parse_url("mem:same"), make_seams())
+    assert isinstance(one, MemoryHost)
+    await one.put("a", b"1")
+    assert await two.get("a", 1) == b"1"

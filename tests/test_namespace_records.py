@@ -1,0 +1,154 @@
+"""The namespace's formats: as in the golden file, and whatever a disk may hold decodes or is Corrupt."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage.errors import Corrupt
+from storage.namespace.records import (
+    MAX_OFFSET,
+    CountsRecord,
+    Dirent,
+    InodeRecord,
+    MapRecord,
+    cookie_key,
+    decode_counts,
+    decode_dirent,
+    decode_inode,
+    decode_map,
+    encode_counts,
+    encode_dirent,
+    encode_inode,
+    encode_map,
+    inode_key,
+    map_key,
+    name_key,
+    orphan_key,
+    xattr_key,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "namespace-records-1.json"
+
+
+def inode(**changes: object) -> InodeRecord:
+    fields: dict[str, object] = {
+        "mode": stat.S_IFREG | 0o640,
+        "nlink": 2,
+        "uid": 1000,
+        "gid": 100,
+        "rdev": 0,
+        "value": 77,
+        "map": 12,
+        "size": 1 << 40,
+        "map_bound": 5000,
+        "counted": 4999,
+        "atime": 1_735_689_600_000_000_000,
+        "mtime": -1,
+        "ctime": 1_735_689_600_123_456_789,
+        "parent": 1,
+        "name": b"name \xff",
+        "flags": 2,
+        "replication": "",
+        "target": b"",
+    }
+    return InodeRecord(**(fields | changes))  # type: ignore[arg-type]
+
+
+def samples() -> dict[str, bytes]:
+    return {
+        "inode: mapped file": encode_inode(inode()),
+        "inode: directory": encode_inode(
+            inode(mode=stat.S_IFDIR | 0o2755, value=0, map=0, size=0, map_bound=0, counted=0, flags=1, replication="4+2")
+        ),
+        "inode: symlink": encode_inode(
+            inode(mode=stat.S_IFLNK | 0o777, value=0, map=0, size=0, map_bound=0, counted=0, flags=0, target=b"to/where")
+        ),
+        "directory entry": encode_dirent(Dirent(ino=70000, type=stat.S_IFREG, cookie=3)),
+        "map entry": encode_map(MapRecord(length=1 << 33, value_offset=9)),
+        "counts": encode_counts(CountsRecord(inodes=3, files=1, bytes=4999)),
+        "key: inode": inode_key(258),
+        "key: name": name_key(1, b"name"),
+        "key: cookie": cookie_key(1, 3),
+        "key: map entry": map_key(12, 1 << 32),
+        "key: orphan": orphan_key(258),
+        "key: attribute": xattr_key(258, b"user.x"),
+    }
+
+
+def test_formats_are_as_in_the_golden_file() -> None:
+    """Breaks if a volume written by an earlier program would read differently. A new format needs a new version and a new file."""
+    golden: dict[str, str] = json.loads(GOLDEN.read_text())
+    assert {name: raw.hex() for name, raw in samples().items()} == golden
+    assert decode_inode(1, bytes.fromhex(golden["inode: mapped file"])) == inode()
+    assert decode_dirent(1, bytes.fromhex(golden["directory entry"])) == Dirent(ino=70000, type=stat.S_IFREG, cookie=3)
+    assert decode_map(1, 0, bytes.fromhex(golden["map entry"])) == MapRecord(length=1 << 33, value_offset=9)
+    assert decode_counts(bytes.fromhex(golden["counts"])) == CountsRecord(inodes=3, files=1, bytes=4999)
+
+
+def test_an_ordinary_inode_record_is_small() -> None:
+    assert len(encode_inode(inode())) < 90
+
+
+decoders: list[Callable[[bytes], object]] = [
+    lambda raw: decode_inode(1, raw),
+    lambda raw: decode_dirent(1, raw),
+    lambda raw: decode_map(1, 5, raw),
+    decode_counts,
+]
+
+
+@given(st.sampled_from(decoders), st.one_of(st.binary(max_size=60), st.binary(max_size=60).map(lambda raw: b"\1" + raw)))
+def test_any_bytes_decode_or_are_corrupt(decode: Callable[[bytes], object], raw: bytes) -> None:
+    try:
+        decode(raw)
+    except Corrupt:
+        pass
+
+
+@given(st.sampled_from(sorted(samples().items())), st.integers(0, 200), st.integers(1, 255), st.integers(0, 200))
+def test_damaged_records_decode_or_are_corrupt(sample: tuple[str, bytes], at: int, flip: int, cut: int) -> None:
+    raw = bytearray(sample[1])
+    raw[at % len(raw)] ^= flip
+    for damaged in (bytes(raw), bytes(raw[: cut % len(raw)])):
+        for decode in decoders:
+            try:
+                decode(damaged)
+            except Corrupt:
+                pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": 0o644},
+        {"mode": 0o170000},
+        {"value": 0},
+        {"mode": stat.S_IFDIR, "value": 5, "map": 0},
+        {"mode": stat.S_IFDIR, "value": 0, "map": 0, "parent": 0},
+        {"mode": stat.S_IFLNK, "value": 0, "map": 7},
+        {"name": b"x" * 256},
+        {"target": b"x" * 4096},
+        {"uid": -1},
+        {"size": MAX_OFFSET + 1},
+        {"replication": "1" * 16},
+    ],
+)
+def test_records_that_contradict_themselves_are_corrupt(changes: dict[str, object]) -> None:
+    with pytest.raises(Corrupt, match="inode 5"):
+        decode_inode(5, encode_inode(inode(**changes)))
+
+
+def test_map_entries_reach_nowhere_beyond_a_file() -> None:
+    with pytest.raises(Corrupt):
+        decode_map(1, 10, encode_map(MapRecord(length=MAX_OFFSET - 9, value_offset=0)))
+    with pytest.raises(Corrupt):
+        decode_map(1, 0, encode_map(MapRecord(length=2, value_offset=MAX_OFFSET - 1)))
+    with pytest.raises(Corrupt):
+        decode_map(1, 0, encode_map(MapRecord(length=0, value_offset=0)))
