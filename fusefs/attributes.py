@@ -127,11 +127,12 @@ class AttributeHandlers(HandlerBase):
         if self._known_space is None or now - self._known_space_at > 5:
             with trio.move_on_after(3):
                 self._known_space = Space.of(await self.volume.status())
-                self._known_space_at = now
+                if self._known_space.total:  # else the hosts have not told yet: ask again with the next df
+                    self._known_space_at = now
         return self._known_space or Space(files=0, free=0, total=0)
 
     _known_space: Space | None = None
-    _known_space_at = 0.0
+    _known_space_at = float("-inf")
 
     # ----------------------------------------------------------------------------------------------------------------
     # Extended attributes: only with -o xattr. ENOSYS tells the kernel never to ask again, which saves a request with every write(2).

@@ -485,7 +485,9 @@ class Namespace(Protocol):
 
     def rmdir(self, parent: int, name: bytes) -> int: ...
 
-    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, noreplace: bool = False, exchange: bool = False) -> None:
+    async def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, noreplace: bool = False, exchange: bool = False
+    ) -> None:
         """Over an existing file: what was appended to the source before the call is in the same commit as the rename."""
         ...
 
@@ -584,5 +586,3 @@ class Files(Protocol):
     async def delete(self, name: str) -> None:
         """NotFound if there is no such file. Directories left empty stay."""
         ...
-
-

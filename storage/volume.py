@@ -386,6 +386,7 @@ async def _wire(volume: Volume, store: Store, keys: Keys, nursery: trio.Nursery,
     await volume.hosts.open_all()
     if not create:
         await _check_servable(volume)
+    # Nothing before this may load an inode: a file's map is compared with its value's size, tail included.
     volume.sectors.drop_fresh()
     volume.sectors.partials.load()
     recovered = volume.values.recover(store.recovered_tails())

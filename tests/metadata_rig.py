@@ -11,8 +11,6 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import trio
-
 from storage.interfaces import Batch, MetadataReader, TailPiece
 from storage.metadata.keys import VALUE, read_u64, u64
 from storage.metadata.records import digest
@@ -96,7 +94,7 @@ async def take_over(store: Store) -> None:
         wanted = takeover.begun + 1
         takeover.kick()
         while takeover.ended < wanted:
-            await trio.sleep(0.0005)
+            await takeover.passed.wait()
 
 
 def copy(directory: Path, to: Path) -> Path:

@@ -167,6 +167,9 @@ class Mounting:
 @contextmanager
 def mounting_in(base: Path) -> Iterator[Mounting]:
     base.chmod(0o755)
+    for parent in base.parents:
+        if parent.name.startswith("pytest-"):
+            parent.chmod(0o711)  # so that other users get to the mount
     made = Mounting(base)
     try:
         yield made

@@ -171,19 +171,19 @@ def make_machine(fresh: Callable[[], tuple[Path, Path, Callable[[], None]]]) -> 
 
             self.both(call)
 
-        @rule(source=PATHS, target=PATHS)
-        def rename(self, source: str, target: str) -> None:
-            self.both(lambda root: os.rename(root / source, root / target))
+        @rule(source=PATHS, destination=PATHS)
+        def rename(self, source: str, destination: str) -> None:
+            self.both(lambda root: os.rename(root / source, root / destination))
 
-        @rule(source=PATHS, target=PATHS)
-        def link(self, source: str, target: str) -> None:
-            self.both(lambda root: os.link(root / source, root / target, follow_symlinks=False))
+        @rule(source=PATHS, destination=PATHS)
+        def link(self, source: str, destination: str) -> None:
+            self.both(lambda root: os.link(root / source, root / destination, follow_symlinks=False))
 
-        @rule(target=PATHS, text=st.sampled_from(["a", "dir/a", "nowhere", "../x"]))
-        def symlink(self, target: str, text: str) -> None:
-            if (self.model / target).parent.is_symlink():
+        @rule(destination=PATHS, text=st.sampled_from(["a", "dir/a", "nowhere", "../x"]))
+        def symlink(self, destination: str, text: str) -> None:
+            if (self.model / destination).parent.is_symlink():
                 return
-            self.both(lambda root: os.symlink(text, root / target))
+            self.both(lambda root: os.symlink(text, root / destination))
 
         @rule(path=PATHS)
         def unlink(self, path: str) -> None:

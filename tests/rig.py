@@ -15,7 +15,9 @@ from storage.volume import Volume, VolumeOptions, create_volume, open_volume
 PASSPHRASE = "correct horse"
 SECTOR = 256 * 1024
 #: Nothing happens by itself: tests gather, commit and flush when they mean to.
-QUIET = VolumeOptions(flush_interval=1e6, commit_interval=None, journal_segment=1024 * 1024, journal_limit=32 * 1024 * 1024, cache=8 * 1024 * 1024)
+QUIET = VolumeOptions(
+    flush_interval=1e6, commit_interval=None, journal_segment=1024 * 1024, journal_limit=32 * 1024 * 1024, cache=8 * 1024 * 1024
+)
 
 
 def host_dirs(tmp_path: Path, count: int) -> list[str]:
@@ -27,13 +29,9 @@ def host_dirs(tmp_path: Path, count: int) -> list[str]:
     return urls
 
 
-async def make(
-    path: Path, hosts: Sequence[str] = (), replication: str = "1", sector_size: int = SECTOR, seams: Seams | None = None
-) -> str:
+async def make(path: Path, hosts: Sequence[str] = (), replication: str = "1", sector_size: int = SECTOR, seams: Seams | None = None) -> str:
     """A volume with a cheap key slot; returns its phrase."""
-    return await create_volume(
-        path, PASSPHRASE, hosts=hosts, replication=replication, sector_size=sector_size, seams=seams, argon2=CHEAP
-    )
+    return await create_volume(path, PASSPHRASE, hosts=hosts, replication=replication, sector_size=sector_size, seams=seams, argon2=CHEAP)
 
 
 @asynccontextmanager

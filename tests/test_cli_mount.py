@@ -51,7 +51,11 @@ def is_mounted(path: Path) -> bool:
 
 
 def alive(pid: int) -> bool:
-    return os.path.exists(f"/proc/{pid}")
+    """Neither gone nor a zombie, which only waits for init to look at it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:

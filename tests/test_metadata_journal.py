@@ -397,7 +397,7 @@ async def test_a_tail_that_was_tampered_with_does_not_open(tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------------------------------- anything
 
 
-def survives(build: Callable[[Path], None]) -> None:
+def survives(build: Callable[[Path], object]) -> None:
     with quick_directory() as directory:
         (directory / "journal").mkdir()
         build(directory / "journal")
@@ -424,7 +424,7 @@ def test_a_segment_changed_anywhere_raises_nothing_but_our_errors(changes: list[
     raw = bytearray(GOLDEN.read_bytes())
     for at, byte in changes:
         raw[at % len(raw)] = byte
-    survives(lambda journal: journal.joinpath(f"segment-{1:016x}").write_bytes(bytes(raw[: cut or None])) and None)
+    survives(lambda journal: journal.joinpath(f"segment-{1:016x}").write_bytes(bytes(raw[: cut or None])))
 
 
 @settings(max_examples=300, deadline=None)
@@ -432,8 +432,8 @@ def test_a_segment_changed_anywhere_raises_nothing_but_our_errors(changes: list[
 def test_an_arbitrary_body_is_decoded_or_corrupt(raw: bytes) -> None:
     try:
         decode_body(raw, 0, "here")
-    except Corrupt as error:
-        assert "here" in str(error)
+    except Corrupt:
+        return
 
 
 def test_a_body_whose_lengths_do_not_agree_is_corrupt() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -31,7 +32,7 @@ class DictBase:
         return list(self.pairs(start, stop, reverse))[: max(limit, 0)]
 
     def absorb(self, layer: Layer) -> None:
-        for key in layer.keys:
+        for key in layer.ordered():
             value = layer.values[key]
             if value is None:
                 self.content.pop(key, None)
@@ -53,7 +54,7 @@ steps = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(steps)
-def test_reads_equal_a_dict_whatever_is_taken_frozen_and_absorbed(plan: list[tuple[str, object]]) -> None:
+def test_reads_equal_a_dict_whatever_is_taken_frozen_and_absorbed(plan: list[tuple[str, Any]]) -> None:
     base = DictBase()
     table = Memtable(base)
     now: dict[bytes, bytes] = {}
@@ -67,8 +68,8 @@ def test_reads_equal_a_dict_whatever_is_taken_frozen_and_absorbed(plan: list[tup
 
     for step, argument in plan:
         if step == "apply":
-            table.apply(argument)  # type: ignore[arg-type]
-            update(now, argument)  # type: ignore[arg-type]
+            table.apply(argument)
+            update(now, argument)
         elif step == "take":
             update(committed, table.take())
             assert committed == now
@@ -78,7 +79,7 @@ def test_reads_equal_a_dict_whatever_is_taken_frozen_and_absorbed(plan: list[tup
             base.absorb(table.frozen)
             table.drop_frozen()
         elif step == "scan":
-            start, stop, limit, reverse = argument  # type: ignore[misc]
+            start, stop, limit, reverse = argument
             expected = sorted(((k, v) for k, v in now.items() if start <= k < stop), reverse=reverse)
             assert table.scan(start, stop, limit, reverse) == expected[: max(limit, 0)]
         for key in {*now, *committed, b"\0", b"\1\1"}:

@@ -33,7 +33,9 @@ def appender(path: Path, flags: int = 0) -> int:
 
 def sync_range(fd: int, offset: int, length: int) -> None:
     """Have the kernel write just these dirty pages."""
-    assert libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), SYNC_FILE_RANGE_ALL) == 0, os.strerror(ctypes.get_errno())
+    assert libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), SYNC_FILE_RANGE_ALL) == 0, os.strerror(
+        ctypes.get_errno()
+    )
 
 
 def errno_of(call: object, *args: object) -> int:
@@ -181,7 +183,9 @@ def test_pages_sent_again_are_taken_as_what_they_are(mounting: Mounting) -> None
         expected += piece
         os.fsync(fd)
     os.close(fd)
-    assert any(offset + length > 0 and offset == 0 for offset, length, _ in mounted.writes(path)[1:]), "no page was sent again: nothing was tested"
+    assert any(offset + length > 0 and offset == 0 for offset, length, _ in mounted.writes(path)[1:]), (
+        "no page was sent again: nothing was tested"
+    )
     assert {outcome for _, _, outcome in mounted.writes(path)} == {"ok"}
     mounted.unmount()
     assert (mounting.mount(NEVER).path / "f").read_bytes() == expected

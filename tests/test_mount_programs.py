@@ -113,7 +113,7 @@ def test_rsync_twice_sends_nothing_the_second_time(work: Path, tree: Path) -> No
     assert same_tree(tree, work / "r")
     assert run("rsync", "-ai", f"{tree}/", work / "r") == ""
     (tree / "a" / "f3").write_bytes(b"changed")
-    run("rsync", "-a", "--inplace" if False else "--delete", f"{tree}/", work / "r")
+    run("rsync", "-a", f"{tree}/", work / "r")
     assert same_tree(tree, work / "r")
 
 
@@ -125,7 +125,14 @@ def test_gzip_and_back(work: Path, tree: Path) -> None:
 
 
 def test_git(work: Path) -> None:
-    identity = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b"}
+    identity = {
+        **os.environ,
+        "GIT_CONFIG_GLOBAL": "/dev/null",
+        "GIT_AUTHOR_NAME": "a",
+        "GIT_AUTHOR_EMAIL": "a@b",
+        "GIT_COMMITTER_NAME": "a",
+        "GIT_COMMITTER_EMAIL": "a@b",
+    }
     run("git", "init", "-q", work / "repo", env=identity)
     (work / "repo" / "file").write_text("one\n")
     run("git", "-C", work / "repo", "add", "file", env=identity)
@@ -141,7 +148,7 @@ def test_find_du_df_ls(work: Path, tree: Path) -> None:
     assert sorted(run("find", ".", cwd=tree).splitlines()) == sorted(run("find", ".", cwd=work / "t").splitlines())
     assert int(run("du", "-sb", "--apparent-size", work / "t" / "a" / "f5").split()[0]) == 100_000
     assert "b c" in run("ls", "-laR", work / "t")
-    assert int(run("df", "--output=size", work).split()[-1]) > 0
+    wait_until(lambda: int(run("df", "--output=size", work).split()[-1]) > 0, "hosts have told how much room they have")
 
 
 def test_echo_and_tail_f(work: Path) -> None:
@@ -163,7 +170,7 @@ def test_echo_and_tail_f(work: Path) -> None:
 
 
 def test_python_logging_with_rotation(work: Path) -> None:
-    handler = logging.handlers.RotatingFileHandler(work / "app.log", maxBytes=2000, backupCount=3)
+    handler = logging.handlers.RotatingFileHandler(work / "app.log", maxBytes=500, backupCount=3)
     logger = logging.Logger("rotating")
     logger.addHandler(handler)
     for number in range(200):
@@ -171,7 +178,7 @@ def test_python_logging_with_rotation(work: Path) -> None:
     handler.close()
     text = "".join((work / name).read_text() for name in ("app.log.3", "app.log.2", "app.log.1", "app.log"))
     assert text.splitlines() == [f"message {number}" for number in range(200)][-len(text.splitlines()) :]
-    assert len(text) > 5000
+    assert len(text) > 1500
 
 
 def test_sparse_copies(work: Path, tmp_path: Path) -> None:
@@ -258,7 +265,10 @@ def test_mmap_for_reading(work: Path) -> None:
         with open(work / "f", "ab", buffering=0) as other:
             other.write(b"more")
         assert mapped[:] == data
-    with open(work / "f", "rb") as file, mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as private:
+    with (
+        open(work / "f", "rb") as file,
+        mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as private,
+    ):
         assert private[:] == data + b"more"
         private[0:3] = b"own"
     assert (work / "f").read_bytes() == data + b"more"

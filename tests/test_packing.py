@@ -18,7 +18,15 @@ GOLDEN = Path(__file__).parent / "golden"
 
 U63 = st.integers(0, 2**63)
 ENTRIES = st.lists(
-    st.builds(TableEntry, path=st.binary(max_size=80), value_id=U63, offset=U63, length=st.integers(0, 20), position=st.integers(0, 80), commit=U63),
+    st.builds(
+        TableEntry,
+        path=st.binary(max_size=80),
+        value_id=U63,
+        offset=U63,
+        length=st.integers(0, 20),
+        position=st.integers(0, 80),
+        commit=U63,
+    ),
     max_size=40,
 )
 

@@ -14,7 +14,11 @@ def _bytes(seed: int, size: int) -> bytes:
     return bytes((seed * 31 + i * 7) & 0xFF for i in range(size))
 
 
-@given(st.lists(st.one_of(st.tuples(st.just("append"), SIZES), st.tuples(st.just("take"), SIZES), st.tuples(st.just("read"), SIZES)), max_size=30))
+@given(
+    st.lists(
+        st.one_of(st.tuples(st.just("append"), SIZES), st.tuples(st.just("take"), SIZES), st.tuples(st.just("read"), SIZES)), max_size=30
+    )
+)
 def test_a_buffer_is_the_concatenation_of_what_was_appended(steps: list[tuple[str, int]]) -> None:
     buffer, model = ChunkBuffer(), b""
     for seed, (what, size) in enumerate(steps):

@@ -1,7 +1,7 @@
 """Warnings of the layers below, for the person at the terminal.
 
-The layers log what went wrong and was survived: a damaged copy while another was good, a host that did not answer. A command that succeeds says it,
-each thing once; one that fails has its one line to say, which names the cause.
+The layers log what went wrong and was survived: a damaged copy while another was good, a host that did not answer. A command that succeeds
+says it, each thing once; one that fails has its one line to say, which names the cause.
 """
 
 from __future__ import annotations

@@ -39,11 +39,13 @@ class Base(Protocol):
 class Layer:
     """Keys with their newest value (None: deleted), in order."""
 
-    __slots__ = ("chain", "cost", "keys", "sequence", "values")
+    __slots__ = ("_keys", "_new", "chain", "cost", "sequence", "values")
 
     def __init__(self) -> None:
         self.values: dict[bytes, bytes | None] = {}
-        self.keys: SortedList = SortedList()
+        self._keys: SortedList = SortedList()
+        #: Keys that are not in `_keys` yet: sorting in is left until somebody wants the order.
+        self._new: list[bytes] = []
         #: Bytes of memory, about.
         self.cost = 0
         #: Of a frozen layer: the last commit in it, and the chain hash there once that commit is durable.
@@ -52,16 +54,28 @@ class Layer:
 
     def put(self, key: bytes, value: bytes | None) -> None:
         if key not in self.values:
-            self.keys.add(key)
+            self._new.append(key)
             self.cost += len(key) + ENTRY_COST
         self.values[key] = value
         # Not exact where a value is replaced: `cost` is only there to say when a takeover is due.
         if value is not None:
             self.cost += len(value)
 
+    def ordered(self) -> SortedList:
+        """All keys, in order."""
+        if self._new:
+            self._keys.update(self._new)
+            self._new = []
+        return self._keys
+
+    def remove(self, key: bytes) -> None:
+        """Forget the key, as if it had never been put."""
+        self.ordered().remove(key)
+        del self.values[key]
+
     def pairs(self, start: bytes, stop: bytes, reverse: bool) -> Iterator[tuple[bytes, bytes | None]]:
         values = self.values
-        return ((key, values[key]) for key in self.keys.irange(start, stop, (True, False), reverse))
+        return ((key, values[key]) for key in self.ordered().irange(start, stop, (True, False), reverse))
 
 
 class Memtable:
@@ -141,12 +155,12 @@ class Memtable:
             fresh.put(key, value)
         for key, old in self._undo.items():
             if isinstance(old, _Missing):
-                del layer.values[key]
-                layer.keys.remove(key)
+                layer.remove(key)
             else:
                 layer.values[key] = old
         self._undo = dict.fromkeys(self.pending, _MISSING)
         layer.sequence, layer.chain = sequence, None
+        layer.ordered()  # from now on another thread may read it
         self.active, self.frozen = fresh, layer
         return layer
 

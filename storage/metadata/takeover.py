@@ -211,7 +211,7 @@ class Takeover:
     def _write(self, layer: Layer, chain: bytes, gentle: bool) -> None:
         """In the thread that writes LMDB."""
         self._seams.failpoints.hit("lmdb.takeover.before")
-        self._base.take_over(layer.keys, layer.values, layer.sequence, chain, gentle)
+        self._base.take_over(layer.ordered(), layer.values, layer.sequence, chain, gentle)
         self._seams.failpoints.hit("lmdb.takeover.after")
 
     # ---- recycling

@@ -327,5 +327,3 @@ class _Upload:
             )
         self._decided.set()
         self._manager._end_upload(self._slot)
-
-

@@ -77,9 +77,7 @@ class PartialIndex:
             return
         if known is None or known.size_class != size_class:
             batch.put(self._key(size_class, sector_id), record.replication.encode())
-        self._partials[sector_id] = Partial(
-            sector_id, size_class, record.replication, record.live, max(record.data - record.live, 0)
-        )
+        self._partials[sector_id] = Partial(sector_id, size_class, record.replication, record.live, max(record.data - record.live, 0))
 
     def remove(self, batch: Batch, sector_id: int) -> None:
         known = self._partials.pop(sector_id, None)

@@ -37,7 +37,10 @@ class Placement:
                 f"replication {replication} needs {replication.write_quorum} hosts for writing, {len(by_host)} can be used now; "
                 f"bring hosts back, or conclude contracts (fusefs contracts)"
             )
-        return [by_host[number] for number in self._hostdb.rank_for_write(list(by_host), {number: space.free for number, space in self._space.items()})]
+        return [
+            by_host[number]
+            for number in self._hostdb.rank_for_write(list(by_host), {number: space.free for number, space in self._space.items()})
+        ]
 
     async def poll_space(self) -> None:
         """Ask every reachable host for its room; one that does not tell, or does not answer, is left out."""

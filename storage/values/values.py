@@ -255,19 +255,25 @@ class Values:
 
     async def commit(self, value_id: int) -> None:
         await self.settle(value_id, self.size_of(value_id))
-        # No await between taking the tail and applying it: `journaled` says the store has it.
-        pieces = self.uncommitted_tail(value_id)
-        if pieces:
-            self._store.apply(Batch(), pieces)
+        self._hand_over(value_id)
         await self._store.commit()
 
     async def commit_all(self) -> None:
         for value_id, size in [(tail.value_id, tail.size) for tail in self._tails.values()]:
             await self.settle(value_id, size)
-            pieces = self.uncommitted_tail(value_id)
-            if pieces:
-                self._store.apply(Batch(), pieces)
+            self._hand_over(value_id)
         await self._store.commit()
+
+    def _hand_over(self, value_id: int) -> None:
+        """Give the store what it does not have of the tail. No await between taking and applying: `journaled` says the store has it."""
+        pieces = self.uncommitted_tail(value_id)
+        if pieces:
+            try:
+                self._store.apply(Batch(), pieces)
+            except FusefsError:
+                # It does not: the next commit must offer the bytes again, not report them as safe.
+                self._tails[value_id].journaled = pieces[0].offset
+                raise
 
     def accepting(self) -> bool:
         return self.shipper.accepting()
