@@ -51,8 +51,12 @@ class AttributeHandlers(HandlerBase):
             if own.ino != inode:
                 raise pyfuse3.FUSEError(errno.ESTALE)  # reached by path, and another file has that path now
             if own.expected_mtime_ns is None:
+                if fields.update_mtime:  # the kernel thinks that truncating is a change, and moves its time
+                    self.namespace.set_attributes(inode, mtime_ns=attr.st_mtime_ns, ctime_ns=attr.st_mtime_ns)
                 if opened is not None:
                     opened.taint = None  # with this answer the kernel's size is the stored one again
+                    if fields.update_mtime:
+                        opened.kernel_mtime_ns = attr.st_mtime_ns
                 return entry_of(self.namespace.attributes(inode))
             if self.namespace.attributes(inode).mtime_ns != own.expected_mtime_ns:
                 raise pyfuse3.FUSEError(errno.ESTALE)  # written to or touched meanwhile: that is the newer word

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 
 import pyfuse3
@@ -22,11 +23,8 @@ from storage.errors import FusefsError, NotFound
 def drops_pages_under_direct_writes(release: str) -> bool:
     """Whether Linux `release` drops the cached pages that a direct write covers. It does since 6.6; before, a reader may see zeros
     there."""
-    major, _, rest = release.partition(".")
-    minor = rest.partition(".")[0]
-    if not (major.isdigit() and minor.isdigit()):
-        return False
-    return (int(major), int(minor)) >= (6, 6)
+    version = re.match(r"(\d+)\.(\d+)", release)
+    return version is not None and (int(version[1]), int(version[2])) >= (6, 6)
 
 
 class ContentHandlers(HandlerBase):

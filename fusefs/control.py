@@ -41,7 +41,7 @@ from fusefs.control_protocol import (
     error_answer,
 )
 from storage import FlushProgress, FlushReport
-from storage.errors import BadArgument, Busy, FusefsError, Unavailable
+from storage.errors import BadArgument, Busy, FusefsError, NotPermitted, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class ControlServer:
                 if self._connections > MAX_CONNECTIONS:
                     await self._send(stream, error_answer(Busy("too many commands are talking to this mount; try again")))
                 elif peer_uid(stream.socket) not in (0, os.geteuid()):
-                    await self._send(stream, error_answer(FusefsError("only the owner of the volume may control its mount")))
+                    await self._send(stream, error_answer(NotPermitted("only the owner of the volume may control its mount")))
                 else:
                     await self._converse(stream)
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):

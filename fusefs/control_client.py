@@ -50,6 +50,8 @@ class ControlClient:
         """NotFound: nobody serves the volume. NotPermitted: somebody else's. Unavailable: no answer within `timeout` seconds."""
         try:
             directory = os.open(volume, os.O_PATH | os.O_DIRECTORY)
+        except PermissionError:
+            raise NotPermitted(f"{volume} belongs to another user, who alone may control its mount") from None
         except OSError as error:
             raise NotFound(f"{volume} is not a volume: {error.strerror}") from None
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -144,7 +146,10 @@ class ControlClient:
 
     def _ask(self, request: Request, progress: ShowProgress | None = None) -> AnyAnswer:
         """EOFError, ConnectionError: the process ended."""
-        self._connection.sendall(encode(request))
+        try:
+            self._connection.sendall(encode(request))
+        except BrokenPipeError:
+            pass  # refused before it was asked: the reason can still be read
         while True:
             answer = decode_answer(self._line())
             if isinstance(answer, Progress):

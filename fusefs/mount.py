@@ -135,8 +135,7 @@ async def _mounted(volume: Volume, state: MountState, options: MountOptions, rea
     try:
         pyfuse3.init(operations, os.fspath(state.mountpoint), options.kernel_options(encode_source(volume.path)))
     except (RuntimeError, OSError, UnicodeError) as error:
-        hint = "; -o allow_other needs user_allow_other in /etc/fuse.conf" if options.others_allowed and os.geteuid() != 0 else ""
-        raise Unavailable(f"{state.mountpoint} could not be mounted ({error}){hint}") from error
+        raise Unavailable(f"{state.mountpoint} could not be mounted ({error}){_hint(options)}") from error
     try:
         async with trio.open_nursery() as nursery:
             operations.coherence.start(nursery)
@@ -149,6 +148,17 @@ async def _mounted(volume: Volume, state: MountState, options: MountOptions, rea
         # Only takes away what is still ours: libfuse looks whether the kernel has closed the connection.
         pyfuse3.close(unmount=True)
     log.info("%s: unmounted", state.mountpoint)
+
+
+def _hint(options: MountOptions) -> str:
+    """The usual reasons for which fusermount3 refuses; what it says itself goes to standard error."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "; /dev/fuse is not open to this user: root can chmod 666 it"
+    if options.others_allowed and os.geteuid() != 0:
+        return "; -o allow_other needs user_allow_other in /etc/fuse.conf"
+    if os.geteuid() != 0:
+        return "; is the package fuse3 installed, and the mount point yours?"
+    return ""
 
 
 def _log_refused(error: OSError) -> None:

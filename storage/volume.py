@@ -22,6 +22,7 @@ from storage.files import Files
 from storage.host_io import HostIO
 from storage.hosts.hostdb import HostDB
 from storage.hosts.registry import HostRegistry, Opener
+from storage.hosts.urls import parse_url
 from storage.interfaces import Batch, FlushProgress, FlushReport, Refusal
 from storage.keyfile import KEY_FILE, Argon2Parameters, load_keyfile, make_keyfile, make_slot, open_slots, save_keyfile
 from storage.keys import SALT_SIZE, Keys, phrase_of
@@ -205,6 +206,7 @@ async def create_volume(
             f"replication {config.replication} needs {spec.hosts_needed} hosts, {len(urls)} given; "
             f"add --host for {spec.hosts_needed - len(urls)} more"
         )
+    _check_urls(urls)
     made = _make_directory(path)
     try:
         if not hosts:
@@ -225,6 +227,17 @@ async def create_volume(
         await trio.to_thread.run_sync(_remove_volume, path, made)
         raise
     return phrase_of(master)
+
+
+def _check_urls(urls: Sequence[str]) -> None:
+    """BadArgument for what is no host URL, and for two that are one directory: before anything is written, here or on a host."""
+    places: dict[str, str] = {}
+    for url in urls:
+        parsed = parse_url(url)
+        place = f"{parsed.scheme}:{os.path.realpath(parsed.path) if parsed.scheme == 'dir' else parsed.path}"
+        if place in places:
+            raise BadArgument(f"{places[place]} and {url} are the same host; each copy needs a host of its own")
+        places[place] = url
 
 
 def _make_directory(path: Path) -> bool:

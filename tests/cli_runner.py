@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from fusefs.cli import main
+
 ROOT = Path(__file__).resolve().parent.parent
 PASSPHRASE = "correct horse"
 TIMEOUT_S = 60
@@ -45,6 +49,14 @@ def environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]
         else:
             variables[key] = value
     return variables
+
+
+def quick(capfd: pytest.CaptureFixture[str], *arguments: str, expect: int = 0) -> Result:
+    """As `fusefs`, in this process: for what opens no volume and needs no terminal. Output is text."""
+    status = main(arguments)
+    captured = capfd.readouterr()
+    assert status == expect, f"{arguments} ended with {status}: {captured.err}"
+    return Result(status, captured.out.encode(), captured.err)
 
 
 def fusefs(

@@ -54,9 +54,8 @@ class Mounted:
         (base / "ready").unlink(missing_ok=True)
         arguments = [item for rule in without for item in ("--without", rule)]
         if user is not None:
-            for item in (base, base / "faults", volume, mountpoint):
-                for path in [item, *item.rglob("*")]:
-                    os.chown(path, user, user, follow_symlinks=False)
+            for item in (base, base / "faults", mountpoint):
+                os.chown(item, user, user)
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.mount_child", volume, mountpoint, options, base, *arguments],
@@ -147,12 +146,24 @@ class Mounting:
             trio.run(make)
         return path
 
+    def volume_of(self, user: int) -> Path:
+        """A volume made by that user, whose root directory is his."""
+        path = self.base / "theirs" / "volume"
+        if not path.exists():
+            path.parent.mkdir()
+            os.chown(path.parent, user, user)
+            code = f"import trio, storage; from pathlib import Path; trio.run(storage.create_volume, Path({str(path)!r}), {PASSPHRASE!r})"
+            subprocess.run([sys.executable, "-c", code], cwd=ROOT, user=user, group=user, extra_groups=[], check=True)
+        return path
+
     def mount(
         self, options: str = "commit_interval=600", *, volume: Path | None = None, without: Sequence[str] = (), user: int | None = None
     ) -> Mounted:
-        volume = volume or self.volume()
+        if volume is None:
+            volume = self.volume() if user is None else self.volume_of(user)
         mountpoint = self.base / "mnt"
-        mountpoint.mkdir(exist_ok=True)
+        if mount_at(mountpoint) is None:
+            mountpoint.mkdir(exist_ok=True)
         self._count += 1
         mounted = Mounted(self.base / f"run{self._count}", volume, mountpoint, options, without, user)
         self._mounted.append(mounted)
@@ -168,8 +179,8 @@ class Mounting:
 def mounting_in(base: Path) -> Iterator[Mounting]:
     base.chmod(0o755)
     for parent in base.parents:
-        if parent.name.startswith("pytest-"):
-            parent.chmod(0o711)  # so that other users get to the mount
+        if parent.stat().st_mode & 0o077 == 0 and len(parent.parts) > 2:
+            parent.chmod(0o711)  # pytest's own: so that other users get to the mount
     made = Mounting(base)
     try:
         yield made

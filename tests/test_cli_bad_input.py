@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_runner import PASSPHRASE, environment, fusefs
+from tests.cli_runner import PASSPHRASE, environment, fusefs, quick
 
 COMMAND_NAMES = "init mount umount flush status hosts contracts ls put append cat rm passwd worm completion".split()  # noqa: SIM905
 
@@ -46,26 +46,29 @@ def tree(path: Path) -> list[str]:
         ["help", "init", "frobnicate"],
     ],
 )
-def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], tmp_path: Path) -> None:
-    result = fusefs(*arguments, cwd=tmp_path, expect=2)
+def test_wrong_usage_is_one_line_and_status_2(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = quick(capfd, *arguments, expect=2)
     assert result.out == b""
     assert result.error_line
     assert tree(tmp_path) == []
 
 
-def test_help_and_version_go_to_standard_output() -> None:
+def test_help_and_version_go_to_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
     assert fusefs("--version").text.startswith("fusefs ")
-    assert "Examples:" in fusefs("init", "--help").text
-    assert fusefs("help", "init").text == fusefs("init", "--help").text
-    overview = fusefs("help").text
+    assert "Examples:" in quick(capfd, "init", "--help").text
+    assert quick(capfd, "help", "init").text == quick(capfd, "init", "--help").text
+    overview = quick(capfd, "help").text
     for command in COMMAND_NAMES:
         assert f"\n  {command} " in overview
-        assert "Example" in fusefs("help", command).text
+        assert "Example" in quick(capfd, "help", command).text
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_a_script(shell: str) -> None:
-    assert "_FUSEFS_COMPLETE" in fusefs("completion", shell).text
+def test_completion_prints_a_script(shell: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "_FUSEFS_COMPLETE" in quick(capfd, "completion", shell).text
 
 
 def test_completion_knows_commands_and_options() -> None:

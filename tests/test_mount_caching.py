@@ -1,4 +1,4 @@
-"""Cached and direct handles: each consequence in docs/design.md, on a real mount, and that its test would notice if the rule were missing."""
+"""Cached and direct handles: each consequence in docs/design.md, on a real mount; and that its test would notice a missing rule."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ NEVER = "commit_interval=600"
 
 @pytest.fixture
 def mounting(tmp_path: Path) -> Iterator[Mounting]:
-    with mounting_in(tmp_path / "m" if (tmp_path / "m").mkdir() is None else tmp_path) as made:
+    base = tmp_path / "m"
+    base.mkdir()
+    with mounting_in(base) as made:
         yield made
 
 

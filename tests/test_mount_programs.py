@@ -157,7 +157,8 @@ def test_echo_and_tail_f(work: Path) -> None:
     with subprocess.Popen(["tail", "-n+1", "-f", log], stdout=subprocess.PIPE) as tail:
         lines: list[bytes] = []
         assert tail.stdout is not None
-        reader = threading.Thread(target=lambda: lines.extend(iter(tail.stdout.readline, b"")), daemon=True)
+        readline = tail.stdout.readline
+        reader = threading.Thread(target=lambda: lines.extend(iter(readline, b"")), daemon=True)
         reader.start()
         for number in range(5):
             run("sh", "-c", f"echo line {number} >> {log}")

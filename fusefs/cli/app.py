@@ -93,13 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    collected = notices.collect()
     try:
-        with cli.make_context(shell.PROGRAM, arguments) as context:
-            # `status` shows the warnings it collects in its own way.
+        with notices.collecting() as collected, cli.make_context(shell.PROGRAM, arguments) as context:
+            # `status` shows what was collected in its own way.
             context.obj = collected
             cli.invoke(context)
-        collected.tell()
+            collected.tell()
     except click.exceptions.Exit as leave:
         return leave.exit_code
     return 0

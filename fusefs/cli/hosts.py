@@ -9,10 +9,10 @@ import click
 
 from fusefs.cli import live
 from fusefs.cli.arguments import DAY, DIRECTORY_PATH, Days, passphrase_option
-from fusefs.cli.output import human_bytes, human_time, write_line, write_table
+from fusefs.cli.output import human_bytes, human_span, write_line, write_table
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
-from fusefs.cli.status import hosts_table, until, volume_status
+from fusefs.cli.status import day, hosts_table, volume_status
 
 
 @click.command(short_help="List the hosts of a volume.")
@@ -79,10 +79,16 @@ def contracts(path: Path, action: str, what: str | None, days: float | None, pas
 def _list(target: live.Target, passphrase_file: Path | None) -> None:
     now = volume_status(target, passphrase_file, "contracts")
     rows = [
-        (c.contract_id, str(c.host_number), c.url, human_time(c.start_ns), human_time(c.end_ns), until(c.end_ns, time.time_ns()))
+        (
+            c.contract_id,
+            str(c.host_number),
+            day(c.start_ns),
+            day(c.end_ns),
+            f"{human_span((c.end_ns - time.time_ns()) / 1e9)} left" if c.active else "ended",
+        )
         for c in sorted(now.contracts, key=lambda c: (c.host_number, c.end_ns))
     ]
-    write_table(("contract", "host", "url", "from", "to", "state"), rows, right=(1,))
+    write_table(("contract", "host", "from", "to", "state"), rows, right=(1,))
 
 
 def _change(target: live.Target, action: str, what: str, seconds: float, passphrase_file: Path | None) -> str:

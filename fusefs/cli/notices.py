@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fusefs.cli.output import say
 
@@ -46,14 +48,22 @@ class Notices(logging.Handler):
         self._more = 0
 
 
-def collect() -> Notices:
-    """From now on warnings are collected instead of printed by logging's last resort. With FUSEFS_DEBUG=1 all is logged as it happens."""
-    notices = Notices()
+@contextmanager
+def collecting() -> Iterator[Notices]:
+    """While the body runs, warnings are collected instead of printed by logging's last resort; FUSEFS_DEBUG=1 logs all at once."""
+    handlers: list[logging.Handler] = [notices := Notices()]
     root = logging.getLogger()
-    root.handlers[:] = [notices]
+    level = root.level
     if os.environ.get("FUSEFS_DEBUG") == "1":
         stream = logging.StreamHandler()
         stream.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        root.addHandler(stream)
+        handlers.append(stream)
         root.setLevel(logging.DEBUG)
-    return notices
+    for handler in handlers:
+        root.addHandler(handler)
+    try:
+        yield notices
+    finally:
+        for handler in handlers:
+            root.removeHandler(handler)
+        root.setLevel(level)

@@ -81,7 +81,7 @@ def _show(now: VolumeStatus, mount: MountStatus | None) -> None:
         shown = sorted(now.refusals, key=lambda refusal: refusal.when_ns)[-SHOWN_REFUSALS:]
         write_table(
             ("refused", "program", "file", "offset", "why"),
-            [(human_time(r.when_ns), r.program, r.path, str(r.offset), r.reason) for r in shown],
+            [(human_time(r.when_ns), r.program, r.path, str(r.offset), r.reason.removeprefix(f"{r.path}: ")) for r in shown],
             right=(3,),
         )
 
@@ -151,18 +151,15 @@ def hosts_table(now: VolumeStatus) -> None:
                 human_bytes(host.free) if host.free is not None else "?",
                 f"{host.latency_ms:.1f} ms" if host.latency_ms is not None else "?",
                 f"{host.failures:.0f}",
-                until(max(ends), time.time_ns()) if ends else "none",
+                f"to {day(max(ends))}" if ends else "none",
             )
         )
     write_table(("host", "url", "state", "free", "latency", "failures", "contract"), rows, right=(0, 3, 4, 5))
 
 
-def until(end_ns: int, now_ns: int) -> str:
-    """`to 2027-02-20 (89 days)`, or how long ago it ended."""
-    day = human_time(end_ns).split()[0]
-    if end_ns <= now_ns:
-        return f"ended {day}"
-    return f"to {day} ({human_span((end_ns - now_ns) / 1e9)})"
+def day(ns: int) -> str:
+    """Local date."""
+    return human_time(ns).split()[0]
 
 
 def _count(number: int, noun: str) -> str:
