@@ -51,7 +51,9 @@ class AttributeHandlers(HandlerBase):
             if own.ino != inode:
                 raise pyfuse3.FUSEError(errno.ESTALE)  # reached by path, and another file has that path now
             if own.expected_mtime_ns is None:
-                if fields.update_mtime:  # the kernel thinks that truncating is a change, and moves its time
+                if fields.update_mtime and not own.forced:
+                    raise pyfuse3.FUSEError(errno.EAGAIN)  # appended to meanwhile: see `MountCalls.truncate_to_stored`
+                if fields.update_mtime:
                     self.namespace.set_attributes(inode, mtime_ns=attr.st_mtime_ns, ctime_ns=attr.st_mtime_ns)
                 if opened is not None:
                     opened.taint = None  # with this answer the kernel's size is the stored one again

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 NOTICEABLE_NS = 1_000_000_000
 #: Inodes whose times are told to the kernel in one round of the periodic task.
 TIMES_PER_ROUND = 200
+#: Attempts to set the kernel's size back at a moment when nobody appends.
+CAREFUL_ATTEMPTS = 20
 
 
 class Coherence:
@@ -74,9 +76,7 @@ class Coherence:
     async def _repair(self, inode: OpenInode) -> None:
         try:
             if inode.taint is not None:
-                # The SETATTR handler answers with the stored size and clears the taint in the same step: no WRITE of what was dirty before
-                # comes after that (the kernel waits for those it sent and drops the others), and what comes then starts at the stored end.
-                await self._kernel.truncate_to_stored(inode.ino, self._volume.namespace.path_of(inode.ino))
+                await self._shorten(inode, inode.taint)
             await self._kernel.invalidate(inode.ino)
             inode.failed_repairs = 0
             log.warning("inode %d: the kernel's copy was set back to what is stored, after a refused write", inode.ino)
@@ -91,6 +91,24 @@ class Coherence:
         finally:
             inode.repairing = False
             self._handles.forget_if_idle(inode)
+
+    async def _shorten(self, inode: OpenInode, number: int) -> None:
+        """Make the kernel's size the stored one. The SETATTR handler answers with it and clears the taint in the same step.
+
+        WRITEs of what was dirty before do not come after that: the kernel waits for those it sent and drops the others. So what is dirty
+        is written
+        first, and refused with an error that programs hear of; only if nobody appended meanwhile is anything dropped. A program that never
+        stops appending would keep us from it for ever: in the end it is done in spite of that, and then fsync(2) tells.
+        """
+        for _ in range(CAREFUL_ATTEMPTS):
+            if await self._kernel.truncate_to_stored(inode.ino, self._volume.namespace.path_of(inode.ino), force=False):
+                return
+        # Before the request, not after: what is dropped must not be confirmed by an fsync in between.
+        for handle in self._handles.cached_handles(inode):
+            handle.lost = number
+        await self._kernel.truncate_to_stored(inode.ino, self._volume.namespace.path_of(inode.ino), force=True)
+        for handle in self._handles.cached_handles(inode):
+            handle.lost = number
 
     # ----------------------------------------------------------------------------------------------------------------
     # Modification times

@@ -90,8 +90,10 @@ class ContentHandlers(HandlerBase):
         else:
             lock.acquire_nowait()  # the usual case, without a checkpoint
         try:
-            if inode.taint is not None and off > self.namespace.attributes(inode.ino).size:
-                raise pyfuse3.FUSEError(inode.taint)  # R3
+            # R3. Also where it begins within the file: the kernel may have dropped what was refused, and have read its page anew, with
+            # zeros.
+            if inode.taint is not None and off + len(buf) > self.namespace.attributes(inode.ino).size:
+                raise pyfuse3.FUSEError(inode.taint)
             try:
                 await self.namespace.write(inode.ino, off, buf)
             except FusefsError as error:
@@ -144,4 +146,8 @@ class ContentHandlers(HandlerBase):
 
     @guarded
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await self.namespace.commit(self.handles.get(fh).ino)
+        handle = self.handles.get(fh)
+        if handle.lost is not None:
+            number, handle.lost = handle.lost, None
+            raise pyfuse3.FUSEError(number)
+        await self.namespace.commit(handle.ino)

@@ -99,11 +99,10 @@ def listen(volume: Path) -> socket.socket:
             os.unlink(SOCKET_NAME, dir_fd=directory)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            mask = os.umask(0o177)  # a mode at birth, so that nobody connects before a chmod
-            try:
-                listener.bind(socket_address(directory))
-            finally:
-                os.umask(mask)
+            listener.bind(socket_address(directory))
+            # Before `listen`, without which nobody can connect. Not by a umask: that is every thread's, and what another one
+            # made meanwhile (a directory on a host) would have the wrong mode for good.
+            os.chmod(socket_address(directory), 0o600)
             listener.listen(MAX_CONNECTIONS)
         except BaseException:
             listener.close()

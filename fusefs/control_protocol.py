@@ -12,7 +12,7 @@ Requests are answered in order. After an unreadable request the connection is cl
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -128,8 +128,19 @@ _encoder = msgspec.json.Encoder()
 
 
 def encode(message: Request | Answer) -> bytes:
-    """One line."""
-    return _encoder.encode(message) + b"\n"
+    """One line. What is no text (a path's bytes that are not UTF-8) is escaped."""
+    try:
+        return _encoder.encode(message) + b"\n"
+    except UnicodeEncodeError:
+        return _encoder.encode(_escaped(msgspec.to_builtins(message))) + b"\n"
+
+
+def _escaped(part: Any) -> Any:
+    if isinstance(part, str):
+        return part.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(part, dict):
+        return {key: _escaped(value) for key, value in part.items()}
+    return [_escaped(value) for value in part] if isinstance(part, list | tuple) else part
 
 
 def decode_request(line: bytes) -> AnyRequest:

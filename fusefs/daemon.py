@@ -31,10 +31,15 @@ log = logging.getLogger(__name__)
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 SYSLOG_FORMAT = "fusefs[%(process)d]: %(levelname)s %(name)s: %(message)s"
 MAX_ORDER = 1 << 20
+#: Environment variables that may hold a passphrase (fusefs/cli/passphrase.py).
+SECRETS = ("FUSEFS_PASSPHRASE", "FUSEFS_NEW_PASSPHRASE")
 
 
 class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the parent asks for, on the child's standard input."""
+    """What the parent asks for, on the child's standard input.
+
+    Paths and passphrases need not be UTF-8, JSON must be: each string stands for its bytes, one character each (`pack`, `unpack`).
+    """
 
     volume: str
     mountpoint: str
@@ -42,6 +47,23 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: list[str]
     log_file: str | None
     report_fd: int
+
+    def __repr__(self) -> str:
+        # Never the passphrase.
+        return f"<Order to mount {self.volume!r}>"
+
+
+def pack(text: str) -> str:
+    """For an `Order`: a string as it came from the operating system, its bytes as characters."""
+    return text.encode("utf-8", "surrogateescape").decode("latin-1")
+
+
+def unpack(packed: str) -> str:
+    """What was packed; for what is no `Order`'s, BadArgument."""
+    try:
+        return packed.encode("latin-1").decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise BadArgument("the order for the mount process is not encoded as it should be") from None
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -81,7 +103,8 @@ def start(
     try:
         # By paths, so that neither another working directory nor the mount point as one holds the mount.
         child = subprocess.Popen(
-            [sys.executable, "-m", "fusefs.daemon", os.path.abspath(volume), os.path.abspath(mountpoint)],
+            # -P: modules are never taken from the working directory, which may be anybody's.
+            [sys.executable, "-P", "-m", "fusefs.daemon", os.path.abspath(volume), os.path.abspath(mountpoint)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -92,11 +115,11 @@ def start(
     finally:
         os.close(write_fd)
     order = Order(
-        volume=os.path.abspath(volume),
-        mountpoint=os.path.abspath(mountpoint),
-        passphrase=passphrase,
-        options=list(options),
-        log_file=os.path.abspath(log_file) if log_file is not None else None,
+        volume=pack(os.path.abspath(volume)),
+        mountpoint=pack(os.path.abspath(mountpoint)),
+        passphrase=pack(passphrase),
+        options=[pack(option) for option in options],
+        log_file=pack(os.path.abspath(log_file)) if log_file is not None else None,
         report_fd=write_fd,
     )
     if child.stdin is None or child.stderr is None:
@@ -122,9 +145,9 @@ def start(
 
 
 def _environment() -> dict[str, str]:
-    """So that the child imports the same packages, wherever it is started; the passphrase, if it came that way, stays behind."""
+    """So that the child imports the same packages, wherever it is started; passphrases, if they came that way, stay behind."""
     root = str(Path(__file__).resolve().parent.parent)
-    environment = {name: value for name, value in os.environ.items() if name != "FUSEFS_PASSPHRASE"}
+    environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
     environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
     return environment
 
@@ -139,7 +162,9 @@ class Reporter:
         if self._fd < 0:
             return
         try:
-            os.write(self._fd, msgspec.json.encode(report) + b"\n")
+            # Messages name paths, which need not be UTF-8.
+            message = report.message.encode("utf-8", "backslashreplace").decode("utf-8")
+            os.write(self._fd, msgspec.json.encode(Report(report.what, report.kind, message)) + b"\n")
         except BrokenPipeError:
             self._fd = -1  # whoever started us is gone: serve anyway
             return
@@ -183,10 +208,11 @@ def main() -> int:
     reporter = Reporter(order.report_fd)
     os.set_inheritable(order.report_fd, False)
     try:
-        options = MountOptions.parse(order.options)
-        setup_logging(False, Path(order.log_file) if order.log_file else None, options.debug)
+        options = MountOptions.parse([unpack(option) for option in order.options])
+        setup_logging(False, Path(unpack(order.log_file)) if order.log_file else None, options.debug)
         os.chdir("/")
-        trio.run(serve, Path(order.volume), Path(order.mountpoint), order.passphrase, options, reporter.ready, reporter.note)
+        volume, mountpoint = Path(unpack(order.volume)), Path(unpack(order.mountpoint))
+        trio.run(serve, volume, mountpoint, unpack(order.passphrase), options, reporter.ready, reporter.note)
     except FusefsError as error:
         log.error("%s", error)
         reporter.error(error)

@@ -47,7 +47,8 @@ class Handle:
     cached: bool
     #: A writer who is not root clears the setuid and setgid bits with his first write.
     clears_setuid: bool = False
-    wrote: bool = False
+    #: errno for the next fsync(2): a repair may have dropped what was written through this handle.
+    lost: int | None = None
 
     @property
     def ino(self) -> int:
@@ -99,6 +100,9 @@ class HandleTable:
     def inode(self, ino: int) -> OpenInode | None:
         """None unless a handle is open on it, or it is tainted."""
         return self._inodes.get(ino)
+
+    def cached_handles(self, inode: OpenInode) -> list[Handle]:
+        return [handle for handle in self._handles.values() if handle.inode is inode and handle.cached]
 
     def inodes(self) -> list[OpenInode]:
         return list(self._inodes.values())

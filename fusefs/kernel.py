@@ -45,6 +45,8 @@ class OwnRequest:
     ino: int
     #: The modification time that must still be the stored one when the request arrives; None: the request sets the size.
     expected_mtime_ns: int | None = None
+    #: Set the size even if somebody wrote to the file since the thread looked at its size.
+    forced: bool = False
 
 
 class KernelCalls(Protocol):
@@ -58,9 +60,13 @@ class KernelCalls(Protocol):
         """The kernel writes the inode's dirty pages, waits for that, and drops all its pages. Never while handling SETATTR(size) of it."""
         ...
 
-    async def truncate_to_stored(self, ino: int, path: bytes | None) -> None:
-        """The kernel takes over the stored size (the SETATTR handler answers it) and drops pages beyond. OSError where it cannot be
-        done."""
+    async def truncate_to_stored(self, ino: int, path: bytes | None, *, force: bool) -> bool:
+        """The kernel writes the dirty pages there are, then takes over the stored size (the SETATTR handler answers it) and drops all
+        beyond.
+
+        False: somebody appended between the two, and nothing was dropped. With `force` it is dropped nevertheless. OSError where it
+        cannot be done at all.
+        """
         ...
 
     async def set_mtime(self, ino: int, path: bytes | None, mtime_ns: int, expected_ns: int) -> None:
@@ -93,9 +99,24 @@ class MountCalls:
 
         await trio.to_thread.run_sync(call, limiter=self._limiter)
 
-    async def truncate_to_stored(self, ino: int, path: bytes | None) -> None:
-        # The length is a placeholder: what counts is the size in the answer to SETATTR. Not 0, which the kernel may treat specially.
-        await self._on_inode(OwnRequest(ino), path, lambda proc_path: os.truncate(proc_path, 1))
+    async def truncate_to_stored(self, ino: int, path: bytes | None, *, force: bool) -> bool:
+        # The kernel adds its time to SETATTR(size) if and only if the length differs from the size it has, which it compares under the
+        # lock that
+        # appends take. So: look at its size, have what is dirty written, truncate to the size seen. Without a time in the request there was
+        # no append since, and no dirty page is dropped; with one, the handler answers EAGAIN.
+        done = True
+
+        def shorten(proc_path: str) -> None:
+            nonlocal done
+            size = os.stat(proc_path).st_size
+            pyfuse3.invalidate_inode(ino)
+            try:
+                os.truncate(proc_path, size)
+            except BlockingIOError:
+                done = False
+
+        await self._on_inode(OwnRequest(ino, forced=force), path, shorten)
+        return done
 
     async def set_mtime(self, ino: int, path: bytes | None, mtime_ns: int, expected_ns: int) -> None:
         def touch(proc_path: str) -> None:

@@ -42,7 +42,7 @@ class Refusals:
         if path is None:
             shown = f"inode {ino} (no name any more)"
         elif name is None:
-            shown = readable(path)
+            shown = readable(path) or "/"
         else:
             shown = readable(path + b"/" + name if path else name)
         refusal = Refusal(when_ns=self._volume.seams.clock.time_ns(), program=program_of(pid), path=shown, offset=offset, reason=reason)

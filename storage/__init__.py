@@ -4,9 +4,10 @@
         fd = await volume.files.open("logs/today", write=True)
         await volume.files.append(fd, b"a line\\n")
 
-Vocabulary (the rest is in docs/design.md): a *volume* is one filesystem with one writer at a time; a *value* is bytes that are only ever appended
-to; its *tail* is what is in no sector yet; a *sector* is the unit of storage, sealed here into *shards*, each named by its *root* and kept on a *host* under
-a *contract*; a *commit* is one atomic, numbered batch of metadata and tail bytes in the local *journal*; an *epoch* is one writer's tenure.
+Vocabulary (the rest is in docs/design.md): a *volume* is one filesystem with one writer at a time; a *value* is bytes that are only ever
+appended to; its *tail* is what is in no sector yet; a *sector* is the unit of storage, sealed here into *shards*, each named by its *root*
+and kept on a *host* under a *contract*; a *commit* is one atomic, numbered batch of metadata and tail bytes in the local *journal*; an
+*epoch* is one writer's tenure.
 
                    Namespace: names, inodes, attributes, file map      Files: the same by path
                       |
@@ -19,8 +20,8 @@ a *contract*; a *commit* is one atomic, numbered batch of metadata and tail byte
                    Host: a directory; memory, for tests
     MetadataStore (memtable, journal, LMDB) under all of them; sealing, keys, epochs; seams to the world outside at the very bottom
 
-Invariants I1 to I7 are those of docs/design.md; code and tests name them where they are kept. `storage.interfaces` has the Protocols: whoever reads that one file
-knows the architecture.
+Invariants I1 to I7 are those of docs/design.md; code and tests name them where they are kept. `storage.interfaces` has the Protocols:
+whoever reads that one file knows the architecture.
 
 The public names are those below; they are imported when first used, so that asking for an error class does not load the rest.
 """

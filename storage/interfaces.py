@@ -229,7 +229,8 @@ class Contractor(Protocol):
         ...
 
     async def conclude_contract(self, host: str, duration: float) -> str:
-        """`host`: a host id, URL or number of this volume. Durable on the host and here when it returns. NotFound, Unavailable, BadArgument."""
+        """`host`: a host id, URL or number of this volume. Durable on the host and here when it returns. NotFound, Unavailable,
+        BadArgument."""
         ...
 
     async def renew_contract(self, contract_id: str, duration: float) -> str:
@@ -243,7 +244,8 @@ class Contractor(Protocol):
 class HostIO(Protocol):
     """Shards on hosts under contracts: sealed on the way out, verified on the way in. `sector_id` is the nonce (I1).
 
-    Raises NotFound (no such contract; no such shard on the host), Expired (write, replace under a contract not in force), Corrupt, NoSpace, Unavailable.
+    Raises NotFound (no such contract; no such shard on the host), Expired (write, replace under a contract not in force), Corrupt,
+    NoSpace, Unavailable.
     Every call records its latency and outcome in the HostDB.
     """
 
@@ -269,11 +271,13 @@ class HostIO(Protocol):
         ...
 
     async def delete(self, contract_id: str, sector_root: str) -> None:
-        """The contract no longer holds the root; it is unlinked once no active contract on that host holds it. Unknown roots are no error."""
+        """The contract no longer holds the root; it is unlinked once no active contract on that host holds it. Unknown roots are no
+        error."""
         ...
 
     def seal(self, data: Sequence[Buffer], sector_id: int) -> SealedShard:
-        """Blocking, for a thread: seal once what goes to several hosts. At most once per id in this process (I1): BadArgument on a second, different use."""
+        """Blocking, for a thread: seal once what goes to several hosts. At most once per id in this process (I1): BadArgument on a second,
+        different use."""
         ...
 
     async def write_sealed(self, contract_id: str, shard: SealedShard) -> None:
@@ -303,7 +307,8 @@ class SectorManager(Protocol):
         ...
 
     async def insecure_read_sector_at(self, sector_id: int, offset: int, length: int) -> bytes:
-        """A range, clipped to the sector's end; its blocks are verified, the whole sector's root is not. Served from the block cache where possible."""
+        """A range, clipped to the sector's end; its blocks are verified, the whole sector's root is not. Served from the block cache where
+        possible."""
         ...
 
     async def allocate_sector(self) -> int:
@@ -378,7 +383,8 @@ class Values(Protocol):
         ...
 
     def uncommitted_tail(self, value_id: int) -> list[TailPiece]:
-        """For `MetadataStore.apply`: what the journal does not have yet, up to the first byte in flight; from then on it counts as handed over."""
+        """For `MetadataStore.apply`: what the journal does not have yet, up to the first byte in flight; from then on it counts as handed
+        over."""
         ...
 
     async def commit(self, value_id: int) -> None:
@@ -480,7 +486,8 @@ class Namespace(Protocol):
     def link(self, ino: int, parent: int, name: bytes) -> None: ...
 
     def unlink(self, parent: int, name: bytes) -> int:
-        """Returns the inode. With the last name goes the content, once nothing pins the inode; until then an orphan entry (same commit) keeps it."""
+        """Returns the inode. With the last name goes the content, once nothing pins the inode; until then an orphan entry (same commit)
+        keeps it."""
         ...
 
     def rmdir(self, parent: int, name: bytes) -> int: ...
@@ -556,7 +563,8 @@ class Files(Protocol):
     ) -> int:
         """existing=True: must exist. False: must not. None: either. Missing parent directories are made when a file is made.
 
-        replication "" or None: the file's own, or inherited from directory and volume; one that differs from an existing file's is BadArgument.
+        replication "" or None: the file's own, or inherited from directory and volume; one that differs from an existing file's is
+        BadArgument.
         Returns a descriptor; one unused for `idle_timeout` may be closed by the collector, and using it then raises NotFound, saying so.
         """
         ...

@@ -151,7 +151,7 @@ def _open(keyfile: KeyFile, passphrase: str) -> tuple[int, bytes]:
             return index, AESGCM(key).decrypt(slot.nonce, slot.wrapped, _associated(slot, keyfile.volume_id))
         except InvalidTag:
             continue
-    raise WrongPassphrase(f"no key slot of volume {keyfile.volume_id} opens with this passphrase; try again, or recover with the 24 words")
+    raise WrongPassphrase(f"no key slot of volume {keyfile.volume_id} opens with this passphrase; try again")
 
 
 def passphrase_bytes(passphrase: str) -> bytes:

@@ -1,7 +1,7 @@
 """The lock on a volume's directory: one process at a time opens a volume (I5, on this machine).
 
-flock(2) on VOLUME/lock, held as long as the file is open: it goes with the process, however that ends. The file's content, "PID what", is only for
-the message that others read.
+flock(2) on VOLUME/lock, held as long as the file is open: it goes with the process, however that ends. The file's content, "PID what", is
+only for the message that others read.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ class InlineWorker:
 class NoFailpoints:
     """Production: nothing ever fails on purpose."""
 
-    def hit(self, name: str) -> None:
+    def hit(self, name: str) -> None:  # noqa: ARG002 (the Protocol's)
         return None
 
 

@@ -15,7 +15,6 @@ import trio
 
 from storage.config import DEFAULT_CONTRACT_DAYS, DEFAULT_SECTOR_SIZE, VolumeConfig, load_config, new_config, save_config
 from storage.contractor import Contractor
-from storage.durable import from_os_error
 from storage.epochs import Epochs
 from storage.errors import BadArgument, Exists, FusefsError, Unavailable
 from storage.files import Files
@@ -107,7 +106,8 @@ class Volume:
         await self.values.commit_all()
 
     async def flush(self, progress: FlushProgress | None = None) -> FlushReport:
-        """As `commit`, and on the hosts at full replication (or at write quorum: then the report says so). NoSpace, Unavailable: what hosts said."""
+        """As `commit`, and on the hosts at full replication (or at write quorum: then the report says so). NoSpace, Unavailable: what
+        hosts said."""
         return await self.values.flush(progress)
 
     async def add_host(self, url: str, contract_days: float | None = None) -> int:
@@ -188,7 +188,7 @@ async def create_volume(
 
     Without `hosts`, one directory host inside it. BadArgument names what is wrong or missing, and then nothing of the volume is left here.
     """
-    path = Path(path).absolute()
+    path = _absolute(path)
     seams = seams or Seams()
     config = new_config(
         seams.random.token_bytes(16),
@@ -240,6 +240,11 @@ def _check_urls(urls: Sequence[str]) -> None:
         places[place] = url
 
 
+def _absolute(path: Path | str) -> Path:
+    """As seen from the working directory of now."""
+    return Path(path).absolute()
+
+
 def _make_directory(path: Path) -> bool:
     """True if it was made, False if it was there and empty."""
     try:
@@ -275,10 +280,10 @@ async def open_volume(
 ) -> AsyncIterator[Volume]:
     """Open a volume for reading and writing; a new epoch begins. What was appended is committed when the block ends.
 
-    BadArgument (not a volume, newer format), WrongPassphrase, Corrupt (damaged key file or metadata), Busy (in use for longer than `wait_lock`
-    seconds), Unavailable (hosts that are needed do not answer: which sectors need which host).
+    BadArgument (not a volume, newer format), WrongPassphrase, Corrupt (damaged key file or metadata), Busy (in use for longer than
+    `wait_lock` seconds), Unavailable (hosts that are needed do not answer: which sectors need which host).
     """
-    path = Path(path).absolute()
+    path = _absolute(path)
     seams = seams or Seams()
     options = options or VolumeOptions()
     config = await seams.threads.run(load_config, path)
@@ -397,6 +402,8 @@ async def _wire(volume: Volume, store: Store, keys: Keys, nursery: trio.Nursery,
     volume.files = Files(volume.namespace, seams)
 
     await volume.hosts.open_all()
+    # Now, so that df and status know from the first moment.
+    await volume.placement.poll_space()
     if not create:
         await _check_servable(volume)
     # Nothing before this may load an inode: a file's map is compared with its value's size, tail included.

@@ -24,7 +24,7 @@ import pyfuse3
 import trio
 
 import fusefs.mount
-from fusefs import coherence, contents, directories
+from fusefs import coherence, contents, directories, kernel
 from fusefs.daemon import setup_logging
 from fusefs.options import MountOptions
 from storage import open_volume
@@ -117,6 +117,13 @@ def take_out(rule: str) -> None:
                 return info
 
             contents.ContentHandlers._file_info = cached  # type: ignore[method-assign]
+        case "careful-repair":
+            real_truncate = kernel.MountCalls.truncate_to_stored
+
+            async def careless(self: Any, ino: int, path: bytes | None, *, force: bool) -> bool:
+                return await real_truncate(self, ino, path, force=True)
+
+            kernel.MountCalls.truncate_to_stored = careless  # type: ignore[method-assign]
         case "mtime":
             coherence.Coherence.settle_times = lambda self, inode: None  # type: ignore[method-assign]
         case "accepting":
@@ -173,7 +180,7 @@ def main() -> int:
             (directory / "ready").touch,
         )
     except FusefsError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_status
     return 0
 

@@ -233,6 +233,14 @@ def volume(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def shared_volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For tests that must not change it."""
+    path = tmp_path_factory.mktemp("shared") / "volume"
+    fusefs("init", path)
+    return path
+
+
 COMMANDS = [
     ["ls"],
     ["status"],
@@ -256,12 +264,12 @@ def content(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_wrong_passphrase_has_a_status_of_its_own_and_changes_nothing(command: list[str], volume: Path) -> None:
-    before = content(volume)
-    result = fusefs(*with_volume(command, volume), env={"FUSEFS_PASSPHRASE": "wrong horse"}, expect=12)
+def test_a_wrong_passphrase_has_a_status_of_its_own_and_changes_nothing(command: list[str], shared_volume: Path) -> None:
+    before = content(shared_volume)
+    result = fusefs(*with_volume(command, shared_volume), env={"FUSEFS_PASSPHRASE": "wrong horse"}, expect=12)
     assert "passphrase" in result.error_line
     assert result.out == b""
-    assert content(volume) == before
+    assert content(shared_volume) == before
 
 
 def test_a_damaged_key_file_is_told_from_a_wrong_passphrase(volume: Path) -> None:
@@ -306,9 +314,9 @@ def test_local_files_that_cannot_be_put(volume: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["/", "", "a//b", "../x", "a/./b", "x" * 256])
-def test_names_that_are_none_are_refused(name: str, volume: Path) -> None:
-    assert fusefs("put", volume, "-", name, stdin=b"x", expect=2).error_line
-    assert fusefs("ls", volume).out == b""
+def test_names_that_are_none_are_refused(name: str, shared_volume: Path) -> None:
+    assert fusefs("put", shared_volume, "-", name, stdin=b"x", expect=2).error_line
+    assert fusefs("ls", shared_volume).out == b""
 
 
 def test_a_locked_volume_is_busy(volume: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -499,3 +500,51 @@ def test_each_kernel_is_known() -> None:
     known = {"6.1.0-18-amd64": False, "5.15.2": False, "6.6.0": True, "6.18.44-fc": True, "7.0-rc1": True, "strange": False, "6": False}
     assert {release: drops_pages_under_direct_writes(release) for release in known} == known
     assert re.match(r"\d+\.\d+", os.uname().release)
+
+
+APPENDER = """
+import os, sys, time
+path, pause, seconds = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+end, number, pending, failed = time.monotonic() + seconds, 0, [], 0
+while time.monotonic() < end:
+    for _ in range(25):
+        number += 1
+        os.write(fd, b"line %08d\\n" % number)
+        pending.append(number)
+        if pause:
+            time.sleep(pause)
+    try:
+        os.fsync(fd)
+    except OSError:
+        failed += 1
+    else:
+        print(*pending, sep="\\n")
+    pending = []
+print("failed", failed)
+"""
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.0005])
+def test_what_fsync_confirmed_is_there_however_often_space_runs_out(mounting: Mounting, pause: float) -> None:
+    """A program goes on appending whatever fsync says; what was appended between two fsyncs of which the second succeeded must be there."""
+    mounted = mounting.mount("commit_interval=0.5")
+    path = mounted.path / "log"
+    with subprocess.Popen([sys.executable, "-c", APPENDER, path, str(pause), "5"], stdout=subprocess.PIPE, text=True) as program:
+        for number in range(60):
+            time.sleep(0.02 + 0.01 * (number % 7))
+            mounted.fault("no-space")
+            time.sleep(0.005 + 0.004 * (number % 5))
+            mounted.clear("no-space")
+        said = program.communicate(timeout=60)[0].splitlines()
+    assert int(said[-1].split()[1]) > 3, "space never ran out: nothing was tested"
+    confirmed = [int(line) for line in said[:-1]]
+    assert len(confirmed) > 100
+    content = path.read_bytes()
+    assert b"\0" not in content
+    present = [int(line.split()[1]) for line in content.splitlines()]
+    missing = set(confirmed) - set(present)
+    assert not missing, f"{len(missing)} of {len(confirmed)} confirmed lines are not there, such as {sorted(missing)[:5]}"
+    assert present == sorted(present)
+    mounted.unmount()
+    assert (mounting.mount(NEVER).path / "log").read_bytes() == content

@@ -33,7 +33,8 @@ def new_passphrase(file: Path | None) -> str:
 def _obtain(file: Path | None, option: str, variable: str, question: str, twice: bool) -> str:
     if file is not None:
         return _checked(_first_line(file), f"first line of {file}")
-    given = os.environ.get(variable)
+    # Taken out: no process that this one starts (fusermount3, the mount in the background) inherits it.
+    given = os.environ.pop(variable, None)
     if given is not None:
         return _checked(given, variable)
     return _checked(_ask(question, option, variable, twice), "passphrase")

@@ -175,7 +175,8 @@ class HostDB:
         for direction in directions:
             self._speed(host, direction).fail(now)
         host.failed += 1
-        host.last_error = str(error)[:MAX_ERROR]
+        # Paths in it need not be UTF-8, the record must be.
+        host.last_error = str(error).encode("utf-8", "backslashreplace").decode("utf-8")[:MAX_ERROR]
         host.last_error_ns = self._seams.clock.time_ns()
         host.dirty = True
 

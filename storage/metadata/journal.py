@@ -109,10 +109,14 @@ class Journal:
 
     def begin_epoch(self, epoch: int, salt: bytes, key: bytes) -> None:
         """From the next commit on: a new segment, sealed under `key`. BadArgument for an epoch or salt that was here before (I1)."""
-        known = [(segment.epoch, segment.salt) for segment in self.live]
+        salts = {segment.salt for segment in self.live}
+        # A crash in an epoch's first commit can leave its segment without a whole commit. Then nobody knows of the epoch, and the next
+        # process gives the same number to its own: with another salt, so under another key.
+        numbers = [segment.epoch for segment in self.live if segment.used > HEADER_SIZE]
         if self._writer is not None:
-            known.append((self._writer.epoch, self._writer.salt))
-        if any(epoch <= older or salt == other for older, other in known):
+            salts.add(self._writer.salt)
+            numbers.append(self._writer.epoch)
+        if salt in salts or any(epoch <= older for older in numbers):
             raise BadArgument(f"journal: epoch {epoch} or its salt was used before")
         if not 0 < epoch < 1 << 32 or len(salt) != 16:
             raise BadArgument(f"journal: epoch {epoch} with a salt of {len(salt)} bytes")

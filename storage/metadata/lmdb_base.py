@@ -7,6 +7,7 @@ The file grows as it must inside a huge map that is reserved from the start (add
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -49,7 +50,7 @@ class LmdbBase:
         self._path = path
         try:
             self._env = lmdb.open(
-                str(path), map_size=map_size, mode=0o600, readahead=False, max_readers=8, max_spare_txns=1, metasync=True, sync=True
+                os.fsencode(path), map_size=map_size, mode=0o600, readahead=False, max_readers=8, max_spare_txns=1, metasync=True, sync=True
             )
         except lmdb.Error as error:
             if "already open" in str(error):

@@ -9,6 +9,7 @@ copies every shard is the same sealed bytes under the same root. A *fresh* secto
     Values --account-------> live bytes change: fresh mark goes, partial index follows
     Values --delete--------> record -> freed queue --(commit durable, I3)--> HostIO.delete on every host
 
-Invariants kept here: I1 (`allocate_sector` reserves durably; `write_sector` seals once per id), I2 (`write_sector` returns at write quorum),
-I3 (`Deleter` deletes after the commit that freed is durable), I7 (a limit on sealed shards in memory; the block cache has a budget).
+Invariants kept here: I1 (`allocate_sector` reserves durably; `write_sector` seals once per id), I2 (`write_sector` returns at write
+quorum), I3 (`Deleter` deletes after the commit that freed is durable), I7 (a limit on sealed shards in memory; the block cache has a
+budget).
 """

@@ -1,7 +1,7 @@
 """Deletes the shards of freed sectors on their hosts, once the commit that freed them is durable (I3).
 
-Queue key `z`, commit sequence u64 (no smaller than the commit that freed it), sector id u64; value: the sector's record, with the hosts it is still to
-be deleted on. The sequence is what later lets a superblock generation hold deletions back.
+Queue key `z`, commit sequence u64 (no smaller than the commit that freed it), sector id u64; value: the sector's record, with the hosts it
+is still to be deleted on. The sequence is what later lets a superblock generation hold deletions back.
 """
 
 from __future__ import annotations

@@ -85,7 +85,8 @@ class PartialIndex:
             batch.delete(self._key(known.size_class, sector_id))
 
     def due(self) -> list[Partial] | None:
-        """A group that should be merged now: eight of one class, or so many that their dead bytes make up a sector. None if there is none."""
+        """A group that should be merged now: eight of one class, or so many that their dead bytes make up a sector. None if there is
+        none."""
         groups: dict[tuple[str, int], list[Partial]] = {}
         wasted: dict[str, list[Partial]] = {}
         for partial in self._partials.values():

@@ -6,12 +6,17 @@ host numbers, and a number stands for one host id (see hosts.registry), so two U
 
 from __future__ import annotations
 
+import trio
+
 from storage.contractor import Contractor
-from storage.errors import Unavailable
+from storage.errors import FusefsError, Unavailable
 from storage.hosts.hostdb import HostDB
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Contract, HostSpace
 from storage.replication import Replication
+
+#: Seconds all hosts together have to tell their room.
+POLL_TIMEOUT = 5.0
 
 
 class Placement:
@@ -45,15 +50,21 @@ class Placement:
     async def poll_space(self) -> None:
         """Ask every reachable host for its room; one that does not tell, or does not answer, is left out."""
         known: dict[int, HostSpace] = {}
-        for number in self._registry.numbers():
-            if not self._registry.available(number):
-                continue
+
+        async def ask(number: int) -> None:
             try:
                 space = await self._registry.get(number).space()
-            except Unavailable:
-                continue
+            except FusefsError:
+                return
             if space is not None:
                 known[number] = space
+
+        # One hung host must not keep us from knowing the others.
+        with trio.move_on_after(POLL_TIMEOUT):
+            async with trio.open_nursery() as nursery:
+                for number in self._registry.numbers():
+                    if self._registry.available(number):
+                        nursery.start_soon(ask, number)
         self._space = known
 
     def space(self, number: int) -> HostSpace | None:

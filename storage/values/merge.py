@@ -1,7 +1,7 @@
 """Merging: partly filled sectors are copied together into fuller ones, each value's bytes side by side.
 
-What a sector holds says its own table; what of it is live, the extents. So merging needs no index from sectors to values. A value freed meanwhile is left
-out, or becomes garbage in the new sector like anywhere else.
+What a sector holds says its own table; what of it is live, the extents. So merging needs no index from sectors to values. A value freed
+meanwhile is left out, or becomes garbage in the new sector like anywhere else.
 """
 
 from __future__ import annotations

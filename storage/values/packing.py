@@ -12,8 +12,8 @@ A sector's bytes:
 | 4 | packed length |
 | 4 | unpacked length |
 
-All integers big-endian. `path` is the file's path when the sector was written (bytes, may be empty), `commit` the sequence number of the commit
-that was to come next.
+All integers big-endian. `path` is the file's path when the sector was written (bytes, may be empty), `commit` the sequence number of the
+commit that was to come next.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def parse_table(sector: bytes | memoryview) -> list[TableEntry]:
     magic, version, zero, packed, unpacked = _TRAILER.unpack_from(sector, size - TRAILER_SIZE)
     if magic != _MAGIC or version != VERSION or zero != 0:
         raise Corrupt("a sector does not end with a table of a known version")
-    if packed > size - TRAILER_SIZE or unpacked > MAX_TABLE:
+    # No table is empty; and zlib would take a limit of 0 for none.
+    if packed > size - TRAILER_SIZE or not 0 < unpacked <= MAX_TABLE:
         raise Corrupt("a sector's table claims a length that cannot be")
     body = memoryview(sector)[size - TRAILER_SIZE - packed : size - TRAILER_SIZE]
     inflater = zlib.decompressobj()

@@ -26,7 +26,8 @@ PRESSURE = 0.5
 RETRY_FIRST, RETRY_LAST = 1.0, 30.0
 #: A refused writer has parked cargos tried again, at most so often (seconds).
 KICK_SECONDS = 1.0
-#: Below this much room (or a twentieth of the host, if that is less) on the host that would be the last to take a copy, new handles are direct and write(2) itself says ENOSPC.
+#: Below this much room (or a twentieth of the host, if that is less) on the host that would be the last to take a copy, new handles are
+#: direct and write(2) itself says ENOSPC.
 SPACE_RESERVE = 64 * 1024 * 1024
 #: Seconds between two looks at the hosts' room.
 SPACE_INTERVAL = 10.0
@@ -153,7 +154,8 @@ class Shipper:
         self._buffered -= length
 
     def gather(self) -> None:
-        """Put every tail in memory into cargos, many files to a sector, each file's bytes together, files of one directory near each other."""
+        """Put every tail in memory into cargos, many files to a sector, each file's bytes together, files of one directory near each
+        other."""
         open_cargos: dict[str, Cargo] = {}
         for tail in sorted(self._tails.values(), key=lambda tail: tail.owner):
             length = tail.buffer.length

@@ -125,7 +125,7 @@ class Values:
     # ------------------------------------------------------------------------------------------------------------
     # Appending
 
-    async def reserve(self, value_id: int, length: int) -> None:
+    async def reserve(self, value_id: int, length: int) -> None:  # noqa: ARG002 (the Protocol's: a budget per value may come)
         failure = self._store.failure
         if failure is not None:
             raise Fenced(failure)

@@ -1,4 +1,5 @@
-"""What every implementation of `storage.interfaces.SectorManager` promises. Each check gets one with three hosts and `"2"` as a possible replication."""
+"""What every implementation of `storage.interfaces.SectorManager` promises. Each check gets one with three hosts and `"2"` as a possible
+replication."""
 
 from __future__ import annotations
 

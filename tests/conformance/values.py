@@ -1,4 +1,5 @@
-"""What every implementation of `storage.interfaces.Values` promises. Each check gets an empty one, its store, and how to die and come back."""
+"""What every implementation of `storage.interfaces.Values` promises. Each check gets an empty one, its store, and how to die and come
+back."""
 
 from __future__ import annotations
 
