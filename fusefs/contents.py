@@ -78,7 +78,11 @@ class ContentHandlers(HandlerBase):
     @guarded
     async def read(self, fh: int, off: int, size: int) -> bytes:
         # May come on a write-only handle: the kernel completes a page it is about to write.
-        return await self.namespace.read(self.handles.get(fh).ino, off, size)
+        inode = self.handles.get(fh).inode
+        if inode.taint is not None and off + size > self.namespace.attributes(inode.ino).size:
+            # R3: the kernel believes that there is more, and would show zeros for what was refused.
+            raise pyfuse3.FUSEError(inode.taint)
+        return await self.namespace.read(inode.ino, off, size)
 
     @guarded
     async def write(self, fh: int, off: int, buf: bytes) -> int:

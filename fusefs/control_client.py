@@ -32,7 +32,7 @@ from fusefs.control_protocol import (
     error_of,
 )
 from storage import ContractStatus, FlushReport, HostStatus
-from storage.errors import BadArgument, NotFound, NotPermitted, Unavailable
+from storage.errors import BadArgument, FusefsError, NotFound, NotPermitted, Unavailable
 
 #: (bytes done, bytes in all)
 ShowProgress = Callable[[int, int], None]
@@ -105,14 +105,23 @@ class ControlClient:
     def drain(self, progress: ShowProgress | None = None) -> FlushReport | None:
         """For after an unmount: the report of the process's last flush, once the process has let go of the volume. None if it ended
         without one."""
+        failure: FusefsError | None = None
+        answer: AnyAnswer | None = None
         try:
-            answer = self._ask(Drain(), progress)
-            if not isinstance(answer, FlushedAnswer):
-                raise _unexpected(answer)
+            try:
+                answer = self._ask(Drain(), progress)
+            except FusefsError as error:
+                failure = error  # known; the end of the process is still to come
             while self._connection.recv(4096):
                 continue
         except (ConnectionError, EOFError):
+            pass
+        if failure is not None:
+            raise failure
+        if answer is None:
             return None
+        if not isinstance(answer, FlushedAnswer):
+            raise _unexpected(answer)
         return FlushReport(answer.degraded_sectors, tuple(answer.reasons))
 
     def worm(self, ino: int) -> None:

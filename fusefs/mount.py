@@ -26,7 +26,7 @@ from fusefs.control import ControlServer, MountState, listen, remove_socket
 from fusefs.control_client import ControlClient
 from fusefs.kernel import MountCalls, raise_read_ahead
 from fusefs.mountpoint import check_mountpoint, unmount_while_serving
-from fusefs.mounts import encode_source, mount_at
+from fusefs.mounts import encode_source, mount_at, mount_of_volume
 from fusefs.operations import Operations
 from fusefs.options import MountOptions
 from storage import Volume, VolumeOptions, open_volume
@@ -110,20 +110,24 @@ async def _wait_for_previous(volume: Path, note: Note) -> None:
         try:
             with ControlClient.connect(volume) as client:
                 status = client.status()
-                if status.phase in ("starting", "mounted"):
+                other = mount_of_volume(volume)
+                if other is not None or status.phase == "starting":
                     raise Busy(f"{volume} is in use by process {status.pid}, which has it mounted on {status.mountpoint}")
+                # Not "mounted" by its own word: it may not have noticed yet, or a program may keep a file open after a lazy unmount.
                 note(
                     f"the previous mount of {volume} is not done yet: process {status.pid} has {status.volume.pending_bytes} bytes to "
                     "bring to the hosts; waiting for it"
                 )
-                client.drain()
-        except (NotFound, EOFError, ConnectionError):
+                try:
+                    client.drain()
+                except FusefsError as error:
+                    note(f"the previous mount of {volume} could not bring everything to the hosts: {error}")
+        except (NotFound, Unavailable, EOFError, ConnectionError):
             return  # nobody is there, or not any more; the lock tells for certain
-        except Unavailable:
-            return
 
     if (volume / "control.sock").exists():
-        await trio.to_thread.run_sync(wait)
+        # A person may give up waiting.
+        await trio.to_thread.run_sync(wait, abandon_on_cancel=True)
 
 
 async def _mounted(volume: Volume, state: MountState, options: MountOptions, ready: Callable[[], None]) -> None:

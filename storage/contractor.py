@@ -17,12 +17,14 @@ A crash between the two leaves a contract on the host that nobody here knows of:
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from collections.abc import Awaitable
+from typing import Annotated, TypeVar
 
 import msgspec
+import trio
 
 from storage.documents import MAX_DOCUMENT
-from storage.errors import BadArgument, Corrupt, NotFound
+from storage.errors import BadArgument, Corrupt, NotFound, Unavailable
 from storage.hosts.holders import Claim
 from storage.hosts.layout import (
     CONTRACT_FORMAT,
@@ -43,8 +45,12 @@ from storage.seams import Seams
 RECORD_VERSION = 1
 #: Seconds; a hundred years.
 MAX_DURATION = 100 * 365.25 * 86400
+#: Seconds a host has to give or to take the record of a contract.
+TIMEOUT = 20.0
 _MAX_NS = 2**63 - 1
 _SLICE = 1000
+
+T = TypeVar("T")
 
 
 class _Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -163,7 +169,7 @@ class Contractor:
         host = self._registry.get(old.host_number)
         name = contract_name(self._volume_id, contract_id)
         try:
-            raw = await host.get(name, MAX_DOCUMENT)
+            raw = await self._answer(old.host_number, host.get(name, MAX_DOCUMENT))
         except NotFound:
             raise NotFound(f"host {host.url} has no contract {contract_id} any more; conclude a new one") from None
         stored = decode_contract_file(raw, f"host {host.url}: {name}")
@@ -177,7 +183,7 @@ class Contractor:
         contract = Contract(contract_id, number, now, min(now + nanoseconds, _MAX_NS), lineage)
         self._seams.failpoints.hit("contract.before_host")
         # The name is new, with 128 random bits: there is nothing it could replace.
-        await host.put(contract_name(self._volume_id, contract_id), encode_json(self._file(contract, renewed_from)))
+        await self._answer(number, host.put(contract_name(self._volume_id, contract_id), encode_json(self._file(contract, renewed_from))))
         self._seams.failpoints.hit("contract.before_apply")
         # No await from here to the record: the ordinal says which releases came before (hosts.holders).
         ordinal = self._latest + 1
@@ -188,6 +194,13 @@ class Contractor:
         self._seams.failpoints.hit("contract.before_commit")
         await self._store.commit()
         return contract_id
+
+    async def _answer(self, number: int, call: Awaitable[T]) -> T:
+        """Unavailable if the host hangs: whoever waits for a contract must get an answer."""
+        with trio.move_on_after(TIMEOUT):
+            return await call
+        self._registry.suspect(number)
+        raise Unavailable(f"host {self._registry.url(number)} did not answer within {TIMEOUT:.0f} s")
 
     def _know(self, contract: Contract, ordinal: int, renewed_from: str | None) -> None:
         self._contracts[contract.contract_id] = contract

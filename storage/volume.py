@@ -322,8 +322,10 @@ async def _opened(
                     yield volume
                 finally:
                     # Bounded: journal and disk answer or fail; hosts are not waited for.
-                    with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_LIMIT):
+                    with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_LIMIT) as limit:
                         await _close(volume)
+                    if limit.cancelled_caught:
+                        log.error("%s: the last commit took longer than %d s; what nobody had committed may be lost", path, CLOSE_LIMIT)
                     nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise _only(group) from group
@@ -416,7 +418,7 @@ async def _wire(volume: Volume, store: Store, keys: Keys, nursery: trio.Nursery,
     nursery.start_soon(volume.values.run)
     nursery.start_soon(volume.files.run)
     nursery.start_soon(volume.hosts.retry)
-    nursery.start_soon(volume.namespace.reap_orphans)
+    nursery.start_soon(_reap, volume)
     if options.commit_interval is not None:
         nursery.start_soon(_commit_loop, volume, options.commit_interval)
 
@@ -427,6 +429,14 @@ def _check_hosts(volume: Volume, spec: str) -> None:
     have = len(volume.hosts.numbers())
     if replication.hosts_needed > have:
         raise BadArgument(f"replication {spec} needs {replication.hosts_needed} hosts, this volume has {have}")
+
+
+async def _reap(volume: Volume) -> None:
+    try:
+        await volume.namespace.reap_orphans()
+    except FusefsError as error:
+        # The space of some removed file: no reason to take the volume down.
+        log.error("files that were removed while they were open keep their space: %s", error)
 
 
 async def _commit_loop(volume: Volume, interval: float) -> None:

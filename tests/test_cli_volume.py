@@ -167,7 +167,7 @@ def test_an_interrupted_put_leaves_no_half_file(number: signal.Signals, volume: 
     child.stdin.write(bytes(3_000_000))
     child.stdin.flush()
     # It holds the volume, so it is past opening it.
-    wait_for(lambda: fusefs("ls", volume, expect=None).status == 7)
+    wait_for(lambda: (volume / "lock").read_text().startswith(f"{child.pid} "))
     child.send_signal(number)
     assert child.wait(60) == 128 + number
     assert child.stderr.read() == b"fusefs: interrupted\n"
@@ -184,8 +184,9 @@ def test_what_an_interrupted_append_had_appended_stays(volume: Path) -> None:
     assert child.stdin is not None
     child.stdin.write(b"after")
     child.stdin.flush()
-    wait_for(lambda: fusefs("ls", volume, expect=None).status == 7)
-    time.sleep(0.5)
+    # Looked at without taking the lock: a command that polls could have it at the very moment the child wants it.
+    wait_for(lambda: (volume / "lock").read_text().startswith(f"{child.pid} "))
+    time.sleep(1.5)
     child.send_signal(signal.SIGTERM)
     assert child.wait(60) == 143
     child.stdin.close()

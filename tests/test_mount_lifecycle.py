@@ -145,6 +145,7 @@ def test_a_mount_waits_for_the_previous_process_and_says_so(mounting: Mounting) 
     try:
         subprocess.run(["fusermount3", "-u", "-z", mounted.path], check=True)
         second: list[object] = []
+        time.sleep(0.2)
 
         def mount() -> None:
             second.append(mounting.mount(NEVER))

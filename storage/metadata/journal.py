@@ -161,6 +161,12 @@ class Journal:
 
     def admits(self, sizes: list[int], urgent: bool) -> bool:
         """May a commit that begins segments of these sizes be written now?"""
+        if self._current is None and sizes == [self.segment_size]:
+            # The epoch's first: without it a volume whose journal is full could never be opened again, nor its journal emptied.
+            return True
+        if urgent and not sizes:
+            # It fits where the journal is being written, also if that stands beyond the limit for the reason above.
+            return True
         return self.free_bytes - sum(sizes) >= (0 if urgent else RESERVED * self.segment_size)
 
     def prepared(self, sizes: list[int]) -> bool:

@@ -41,7 +41,11 @@ class Deleter:
 
     def enqueue(self, batch: Batch, sector_id: int, record: SectorRecord) -> None:
         """In the batch that frees the sector."""
-        batch.put(FREED + u64(self._store.applied_sequence + 1) + u64(sector_id), record.encode())
+        sequence = self._store.applied_sequence + 1
+        # A copy that came late has an entry of its own: the sector's may still be here, or be what `drain` is at.
+        while self._store.get(key := FREED + u64(sequence) + u64(sector_id)) is not None:
+            sequence += 1
+        batch.put(key, record.encode())
         self._wake.set()
 
     def pending(self, limit: int = 100_000) -> int:

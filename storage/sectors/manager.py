@@ -61,11 +61,11 @@ class SectorManager:
         self._seams = seams
         self._nursery = nursery
         self._uploads = trio.CapacityLimiter(UPLOADS)
-        self._uploading = 0
-        self._idle = trio.Event()
-        self._idle.set()
-        #: Ids given to write_sector in this process and not on record (yet, or because it failed): a second call raises.
-        self._spent: set[int] = set()
+        #: Sectors some copy of which is on its way, each with an event for the end of the last one.
+        self._under_way: dict[_Upload, trio.Event] = {}
+        #: Ids allocated in this process that write_sector was not called with: it takes no others, so a second call raises, also when the
+        #: sector has been deleted since, or never came to be (I1).
+        self._unused: set[int] = set()
         self.sector_size = sector_size
         self.cache = cache
         self.partials = PartialIndex(store, sector_size)
@@ -99,7 +99,9 @@ class SectorManager:
     # Writing
 
     async def allocate_sector(self) -> int:
-        return await self._counter.next_durable()
+        sector_id = await self._counter.next_durable()
+        self._unused.add(sector_id)
+        return sector_id
 
     async def write_sector(self, sector_id: int, data: Buffer | Sequence[Buffer], replication: str) -> None:
         spec = parse_replication(replication)
@@ -109,10 +111,14 @@ class SectorManager:
         length = sum(len(part) for part in parts)
         if length > self.sector_size:
             raise BadArgument(f"sector {sector_id}: {length} bytes are more than the volume's sector size {self.sector_size}")
+        failure = self._store.failure
+        if failure is not None:
+            # Nothing could ever point to it or delete it: each attempt would stay on the hosts for good.
+            raise Fenced(failure)
         # No await between the check and the mark: two writers of one id never both pass (I1).
-        if sector_id in self._spent or self._store.get(SECTOR + u64(sector_id)) is not None:
-            raise Exists(f"sector {sector_id} is written already; a sector is written once, allocate another")
-        self._spent.add(sector_id)
+        if sector_id not in self._unused:
+            raise Exists(f"sector {sector_id} is written already, or was not allocated; a sector is written once, allocate another")
+        self._unused.remove(sector_id)
         # Acquired here, released by whoever ends the last copy: sealed bytes never pile up behind a slow host (I7).
         slot = object()
         await self._uploads.acquire_on_behalf_of(slot)
@@ -125,7 +131,6 @@ class SectorManager:
             upload.finish()
             raise
         await upload.wait_quorum()
-        self._spent.discard(sector_id)
         if length <= KEEP_WRITTEN:
             plain = b"".join([preamble, *parts])
             root = bytes.fromhex(shard.root)
@@ -133,20 +138,16 @@ class SectorManager:
                 self.cache.put(root, block // BLOCK, plain[block : block + BLOCK])
 
     async def wait_uploads(self) -> None:
-        """Until no copy of any sector is on its way any more. Each has the time limit of HostIO."""
-        while self._uploading:
-            await self._idle.wait()
+        """Until none of the copies that are on their way now is any more. Each has the time limit of HostIO."""
+        for ended in list(self._under_way.values()):
+            await ended.wait()
 
-    def _begin_upload(self) -> None:
-        self._uploading += 1
-        if self._idle.is_set():
-            self._idle = trio.Event()
+    def _begin_upload(self, upload: _Upload) -> None:
+        self._under_way[upload] = trio.Event()
 
-    def _end_upload(self, slot: object) -> None:
+    def _end_upload(self, upload: _Upload, slot: object) -> None:
         self._uploads.release_on_behalf_of(slot)
-        self._uploading -= 1
-        if not self._uploading:
-            self._idle.set()
+        self._under_way.pop(upload).set()
 
     # ------------------------------------------------------------------------------------------------------------
     # What is live
@@ -251,7 +252,7 @@ class _Upload:
         self._decided = trio.Event()
         self._quorum = False
         self._finished = False
-        manager._begin_upload()
+        manager._begin_upload(self)
 
     def start(self, shard: SealedShard, nursery: trio.Nursery) -> None:
         self._shard = shard
@@ -265,6 +266,9 @@ class _Upload:
         await self._decided.wait()
         if self._quorum:
             return
+        for error in self._errors:
+            if isinstance(error, Fenced):
+                raise error
         if any(isinstance(error, NoSpace) for error in self._errors):
             raise NoSpace(f"sector {self._sector_id}: hosts are full ({'; '.join(map(str, self._errors))}); free space or add a host")
         raise Unavailable(f"sector {self._sector_id}: too few hosts took it ({'; '.join(map(str, self._errors))})")
@@ -279,7 +283,7 @@ class _Upload:
                 except FusefsError as error:
                     self._errors.append(error)
                     log.warning("sector %d: host %d did not take a copy: %s", self._sector_id, host, error)
-                    if not self._left:
+                    if not self._left or isinstance(error, Fenced):
                         return
                     following = self._left.pop(0)
                     contract_id, host = following.contract_id, following.host_number
@@ -319,11 +323,11 @@ class _Upload:
             self._manager._deleter.enqueue(batch, self._sector_id, record)
             try:
                 self._manager._store.apply(batch)
-            except Fenced as error:
+            except FusefsError as error:
                 log.warning("sector %d: copies that nothing points to stay on their hosts: %s", self._sector_id, error)
         elif self._quorum and len(self._done) < self._spec.copies:
             self._manager.notes.append(
                 f"sector {self._sector_id} has {len(self._done)} of {self._spec.copies} copies: {'; '.join(map(str, self._errors))}"
             )
         self._decided.set()
-        self._manager._end_upload(self._slot)
+        self._manager._end_upload(self, self._slot)

@@ -40,6 +40,8 @@ class PartialIndex:
         self._partials: dict[int, Partial] = {}
         #: Sectors that must not be merged now: some of their extents are still to come, or a merge is on them.
         self.held: set[int] = set()
+        #: Sectors that could not be read lately: merging goes on without them.
+        self.set_aside: set[int] = set()
 
     def load(self) -> None:
         """At open: read the index back. It is small (see the module's docstring); damage to a record is found when it is merged."""
@@ -90,7 +92,7 @@ class PartialIndex:
         groups: dict[tuple[str, int], list[Partial]] = {}
         wasted: dict[str, list[Partial]] = {}
         for partial in self._partials.values():
-            if partial.sector_id in self.held:
+            if partial.sector_id in self.held or partial.sector_id in self.set_aside:
                 continue
             group = groups.setdefault((partial.replication, partial.size_class), [])
             group.append(partial)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import trio
 
-from storage.errors import FusefsError, NotFound
+from storage.errors import Fenced, FusefsError, NotFound
 from storage.interfaces import Batch, Buffer, MetadataStore
 from storage.metadata.keys import EXTENT, u64
 from storage.sectors.manager import SectorManager
@@ -24,6 +24,8 @@ log = logging.getLogger("fusefs.values")
 
 #: Seconds to wait after a merge failed.
 RETRY_SECONDS = 30.0
+#: Seconds after which sectors that could not be read are tried again.
+SET_ASIDE_SECONDS = 600.0
 
 
 @dataclass(slots=True)
@@ -55,6 +57,8 @@ class Merger:
         self._shipper = shipper
         self._wake = trio.Event()
         self._wake.set()
+        #: When sectors were last set aside.
+        self._set_aside_at = 0.0
 
     def wake(self) -> None:
         self._wake.set()
@@ -64,13 +68,18 @@ class Merger:
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
+            if trio.current_time() >= self._set_aside_at + SET_ASIDE_SECONDS:
+                self._sectors.partials.set_aside.clear()
             while (group := self._sectors.partials.due()) is not None:
                 try:
                     await self.merge(group)
+                except Fenced:
+                    return
                 except FusefsError as error:
                     # Nothing is lost by it: the old sectors stand until the new one does.
                     log.warning("merging sectors is postponed: %s", error)
-                    await trio.sleep(RETRY_SECONDS)
+                    if self._sectors.partials.set_aside.isdisjoint(partial.sector_id for partial in group):
+                        await trio.sleep(RETRY_SECONDS)
 
     async def merge(self, group: list[Partial]) -> None:
         """Copy what is live in the group into new sectors, point the extents there, delete the old ones."""
@@ -87,6 +96,10 @@ class Merger:
                     held.discard(output.sector_id)
         finally:
             held.difference_update(sources)
+            # Also after a failure: what was emptied meanwhile nobody else deletes while it is held.
+            self._delete_empty(sources)
+
+    def _delete_empty(self, sources: list[int]) -> None:
         batch = Batch()
         for sector_id in sources:
             try:
@@ -95,14 +108,22 @@ class Merger:
                 continue
             if empty:
                 self._sectors.delete_now(batch, sector_id)
-        self._store.apply(batch)
+        if batch.ops:
+            self._store.apply(batch)
 
     async def _live_pieces(self, sources: list[int]) -> list[_Piece]:
         """In order of (value, offset)."""
         pieces: list[_Piece] = []
         for sector_id in sources:
-            data = memoryview(await self._sectors.read_sector(sector_id))
-            for entry in parse_table(data):
+            try:
+                data = memoryview(await self._sectors.read_sector(sector_id))
+                entries = parse_table(data)
+            except FusefsError:
+                # One damaged sector must not keep all others from being merged, or their number would grow without bound (I7).
+                self._sectors.partials.set_aside.add(sector_id)
+                self._set_aside_at = trio.current_time()
+                raise
+            for entry in entries:
                 # Merges of k sectors leave extents as long as their table entries, so an entry is either one extent, or dead.
                 extent = Extent(entry.value_id, entry.offset, sector_id, entry.position, entry.length)
                 if self._is_live(extent):
@@ -120,6 +141,9 @@ class Merger:
         commit = self._store.applied_sequence
         for piece in pieces:
             extent = piece.extent
+            if not self._is_live(extent):
+                # Freed while the other sectors were read.
+                continue
             owner = decode_value(self._store.get(value_key(extent.value_id)) or b"", extent.value_id).owner
             path = self._shipper.name_of(owner)
             output = outputs[-1] if outputs else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
+import msgspec
 import trio
 
-from storage.errors import Fenced, FusefsError, NoSpace, NotFound
+from storage.errors import Fenced, FusefsError, NoSpace, Unavailable
 from storage.interfaces import Batch, FlushProgress, FlushReport, MetadataStore
 from storage.replication import parse_replication
 from storage.seams import Seams
@@ -31,8 +32,8 @@ KICK_SECONDS = 1.0
 SPACE_RESERVE = 64 * 1024 * 1024
 #: Seconds between two looks at the hosts' room.
 SPACE_INTERVAL = 10.0
-#: How much of a path a sector's table keeps.
-MAX_PATH = 4096
+#: How much of a path a sector's table keeps: with its entry and the trailer, less than `RESERVE`.
+MAX_PATH = 3072
 
 
 class Shipper:
@@ -72,6 +73,10 @@ class Shipper:
         self._retry = trio.Event()
         self._kicked = -KICK_SECONDS
         self._low_space = False
+        #: The journal has no room, and a commit waits for some.
+        self._pressed = False
+        #: Sequence of a commit that has every landing so far; of one that has the tails that were last written to the journal once more.
+        self._landed_in = self._relogged_in = 0
         self.path_of: Callable[[int], bytes | None] = lambda _owner: None
         #: Told after each landing, for merging.
         self.on_landed: Callable[[], None] = lambda: None
@@ -144,7 +149,8 @@ class Shipper:
         """What a sector's table calls an inode: its path, empty if it has none (any more)."""
         try:
             return (self.path_of(owner) or b"")[:MAX_PATH]
-        except NotFound:
+        except FusefsError:
+            # Damaged names must not keep bytes from the hosts, nor end the loop that brings them there.
             return b""
 
     def _load(self, cargo: Cargo, tail: Tail, length: int) -> None:
@@ -201,6 +207,10 @@ class Shipper:
                 delay = min(delay * 2, RETRY_LAST)
                 self._unpark(cargo)
         finally:
+            for flight in cargo.flights:
+                if flight.state is FlightState.FLYING:
+                    # Cancelled: nobody brings it down any more, and the last commit must not wait for it, but have its bytes.
+                    flight.state = FlightState.PARKED
             self._cargos.discard(cargo)
             cargo.done.set()
             self._wake_waiters()
@@ -220,12 +230,16 @@ class Shipper:
         ]
         # A dropped flight's bytes go along: positions are fixed, and they are garbage in the sector like any other.
         parts = [part for flight in cargo.flights for part in flight.parts]
+        table = encode_table(entries)
+        if cargo.length + len(table) > self._sectors.sector_size:
+            # Files were renamed to longer paths since they were put together: rather no paths than a sector nobody takes.
+            table = encode_table([msgspec.structs.replace(entry, path=b"") for entry in entries])
         sector_id = await self._sectors.allocate_sector()
         # Until every flight has landed, the sector looks emptier than it is; it must not be merged away meanwhile.
         self._sectors.partials.held.add(sector_id)
         cargo.sector_id = sector_id
         try:
-            await self._sectors.write_sector(sector_id, [*parts, encode_table(entries)], cargo.replication)
+            await self._sectors.write_sector(sector_id, [*parts, table], cargo.replication)
         except BaseException:
             self._sectors.partials.held.discard(sector_id)
             raise
@@ -286,6 +300,7 @@ class Shipper:
                     self._tails.pop(tail.value_id, None)
         self._sectors.account(batch, deltas)
         self._store.apply(batch)
+        self._landed_in = self._store.applied_sequence
         self._release(released)
         self._let_go(settled)
         self.on_landed()
@@ -316,13 +331,15 @@ class Shipper:
             self._unpark(cargo)
         self._kicked = -KICK_SECONDS
         self._kick()
-        while left := [cargo for cargo in goal if cargo in self._cargos and cargo.error is None]:
-            await left[0].done.wait()
+        # Each once: what is refused is tried again by itself, and while there are several of them, one always is (I7).
+        for done in [cargo.done for cargo in goal]:
+            await done.wait()
             progress.bytes_done = max(progress.bytes_total - self.pending, progress.bytes_done)
-        failed = [cargo.error for cargo in goal if cargo in self._cargos and cargo.error is not None]
-        if failed:
+        left = [cargo for cargo in goal if cargo in self._cargos]
+        if left:
             await self._store.commit()
-            raise failed[0]
+            refused = next((cargo.error for cargo in left if cargo.error is not None), self.trouble)
+            raise refused or Unavailable("hosts refused what they take now; flush again")
         await self._sectors.wait_uploads()
         await self._store.commit()
         progress.bytes_done = progress.bytes_total
@@ -340,6 +357,7 @@ class Shipper:
 
     def journal_pressure(self) -> None:
         """The journal asks for its oldest tails to be moved out."""
+        self._pressed = True
         self._gather.set()
 
     async def _gather_loop(self) -> None:
@@ -352,13 +370,25 @@ class Shipper:
             else:
                 # What is parked is tried again by itself; more of the same would only make sectors small.
                 self._relog()
+            if self._pressed and self._store.durable_sequence < self._landed_in:
+                self._nursery.start_soon(self._save_landed)
+            self._pressed = False
             # At most so often, whatever asks: sectors would become too small.
             await self._seams.clock.sleep(min(0.5, self._flush_interval / 4))
 
+    async def _save_landed(self) -> None:
+        """Segments are free again once it is durable that their tails are in sectors; the commit that says so may use the reserve."""
+        try:
+            await self._store.commit(urgent=True)
+        except FusefsError as error:
+            log.warning("the journal stays full: %s", error)
+
     def _relog(self) -> None:
         """Hosts refuse and the journal wants its oldest segment back: the tails that keep it are written to it once more."""
-        if self._store.journal_fill <= PRESSURE:
+        # Not again before that is durable: commits that find no room would only gather one copy after the other (I7).
+        if self._store.journal_fill <= PRESSURE or self._store.durable_sequence < self._relogged_in:
             return
+        self._relogged_in = self._store.applied_sequence + 1
         for value_id in dict(self._store.pinned_tails()):
             tail = self._tails.get(value_id)
             if tail is not None:

@@ -17,7 +17,7 @@ from storage.values.merge import Merger
 from storage.values.reclaim import Reclaimer
 from storage.values.records import VERSION, Extent, ValueRecord, decode_value, extents_between, value_key
 from storage.values.shipping import Shipper
-from storage.values.tail import FlightState, Tail
+from storage.values.tail import Tail
 
 #: Extents looked up in one go while reading.
 EXTENTS_PER_SCAN = 64
@@ -89,7 +89,7 @@ class Values:
         self._reclaimer.wake()
 
     def recover(self, pieces: Mapping[int, Sequence[tuple[int, bytes]]]) -> int:
-        """At open: tails as the journal has them, in the order they were written. Returns the bytes taken back."""
+        """At open: tails as the journal has them; pieces may overlap, and then agree. Returns the bytes taken back."""
         recovered = 0
         for value_id, parts in pieces.items():
             raw = self._store.get(value_key(value_id))
@@ -97,7 +97,8 @@ class Values:
                 continue
             record = decode_value(raw, value_id)
             tail = Tail(value_id, record.owner, record.replication, record.sealed)
-            for offset, data in parts:
+            # By offset: what was written to the journal once more stands behind its own end there.
+            for offset, data in sorted(parts, key=lambda part: part[0]):
                 at = tail.size
                 if offset <= at < offset + len(data):
                     tail.buffer.append(data[at - offset :])
@@ -237,8 +238,10 @@ class Values:
             return []
         start, at = max(tail.journaled, tail.sealed), tail.sealed
         data: list[Buffer] = []
+        # Exactly what `settle` does not wait for: a flight behind a parked one is tail like any other, or an fsync would leave it out.
+        flying = tail.first_flying(tail.size)
         for flight in tail.flights:
-            if flight.state is FlightState.FLYING:
+            if flight is flying:
                 break
             if flight.end > start:
                 data.extend(flight.read(start, flight.end))
