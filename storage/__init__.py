@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from storage import errors as errors
     from storage.config import VolumeConfig as VolumeConfig
     from storage.config import load_config as load_config
+    from storage.creation import create_volume as create_volume
     from storage.interfaces import Attributes as Attributes
     from storage.interfaces import Contract as Contract
     from storage.interfaces import Contractor as Contractor
@@ -57,11 +58,11 @@ if TYPE_CHECKING:
     from storage.status import VolumeStatus as VolumeStatus
     from storage.volume import Volume as Volume
     from storage.volume import VolumeOptions as VolumeOptions
-    from storage.volume import create_volume as create_volume
     from storage.volume import open_volume as open_volume
 
 _HOMES = {
     "storage.config": ("VolumeConfig", "load_config"),
+    "storage.creation": ("create_volume",),
     "storage.interfaces": (
         "Attributes",
         "Contract",
@@ -79,7 +80,7 @@ _HOMES = {
     "storage.replication": ("Replication", "parse_replication"),
     "storage.seams": ("Seams",),
     "storage.status": ("ContractStatus", "HostStatus", "RefusalStatus", "VolumeStatus"),
-    "storage.volume": ("Volume", "VolumeOptions", "create_volume", "open_volume"),
+    "storage.volume": ("Volume", "VolumeOptions", "open_volume"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

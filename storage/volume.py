@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
-from storage.config import DEFAULT_CONTRACT_DAYS, DEFAULT_SECTOR_SIZE, VolumeConfig, load_config, new_config, save_config
+from storage.config import VolumeConfig, load_config
 from storage.contractor import Contractor
 from storage.epochs import Epochs
-from storage.errors import BadArgument, Exists, FusefsError, Unavailable
+from storage.errors import BadArgument, FusefsError, Unavailable
 from storage.files import Files
 from storage.host_io import HostIO
 from storage.hosts.hostdb import HostDB
 from storage.hosts.registry import HostRegistry, Opener
-from storage.hosts.urls import parse_url
 from storage.interfaces import Batch, FlushProgress, FlushReport, Refusal
-from storage.keyfile import KEY_FILE, Argon2Parameters, load_keyfile, make_keyfile, make_slot, open_slots, save_keyfile
-from storage.keys import SALT_SIZE, Keys, phrase_of
+from storage.keyfile import KEY_FILE, load_keyfile, open_slots
+from storage.keys import SALT_SIZE, Keys
 from storage.lock import VolumeLock
 from storage.metadata.counters import Counter
 from storage.metadata.keys import SECTOR, prefix_end, read_u64
@@ -60,6 +58,7 @@ class VolumeOptions:
     """How an open volume behaves. Bytes and seconds."""
 
     cache: int = 128 * 1024 * 1024
+    #: At most about a third of `journal_limit`: while hosts refuse, the journal must be able to take all tails once more.
     tail_budget: int = 64 * 1024 * 1024
     flush_interval: float = 30.0
     #: Every so often what was appended is made durable without anybody asking; None: the caller does it.
@@ -172,100 +171,9 @@ class Volume:
         )
 
 
-async def create_volume(
-    path: Path | str,
-    passphrase: str,
-    *,
-    hosts: Sequence[str] = (),
-    replication: str = "1",
-    sector_size: int = DEFAULT_SECTOR_SIZE,
-    contract_days: float = DEFAULT_CONTRACT_DAYS,
-    seams: Seams | None = None,
-    argon2: Argon2Parameters | None = None,
-    opener: Opener | None = None,
-) -> str:
-    """Make a volume in the new (or empty) directory `path`; returns the recovery phrase, which is kept nowhere.
-
-    Without `hosts`, one directory host inside it. BadArgument names what is wrong or missing, and then nothing of the volume is left here.
-    """
-    path = _absolute(path)
-    seams = seams or Seams()
-    config = new_config(
-        seams.random.token_bytes(16),
-        seams.clock.time_ns(),
-        replication=replication,
-        sector_size=sector_size,
-        contract_days=contract_days,
-    )
-    spec = parse_replication(config.replication)
-    if spec.coded:
-        raise BadArgument(f"replication {replication!r}: data+parity is not supported by this version, use a number of copies")
-    urls = list(hosts) or [f"dir:{path / 'host'}"]
-    if len(urls) < spec.hosts_needed:
-        raise BadArgument(
-            f"replication {config.replication} needs {spec.hosts_needed} hosts, {len(urls)} given; "
-            f"add --host for {spec.hosts_needed - len(urls)} more"
-        )
-    _check_urls(urls)
-    made = _make_directory(path)
-    try:
-        if not hosts:
-            (path / "host").mkdir(mode=0o700)
-        master = seams.random.token_bytes(32)
-        slot = await seams.threads.run(make_slot, master, passphrase, config.volume_id, seams.random, argon2)
-        await seams.threads.run(save_keyfile, path / KEY_FILE, make_keyfile(config.volume_id, (slot,)), seams.failpoints)
-        async with _opened(path, config, Keys(master), VolumeOptions(purpose="init"), seams, opener, create=True) as volume:
-            for url in urls:
-                try:
-                    await volume.add_host(url)
-                except Exists as error:
-                    raise BadArgument(f"replication {config.replication} needs {spec.hosts_needed} different hosts: {error}") from error
-            await volume.commit()
-        # Last: with this file the directory becomes a volume.
-        await seams.threads.run(save_config, path, config, seams.failpoints)
-    except BaseException:
-        await trio.to_thread.run_sync(_remove_volume, path, made)
-        raise
-    return phrase_of(master)
-
-
-def _check_urls(urls: Sequence[str]) -> None:
-    """BadArgument for what is no host URL, and for two that are one directory: before anything is written, here or on a host."""
-    places: dict[str, str] = {}
-    for url in urls:
-        parsed = parse_url(url)
-        place = f"{parsed.scheme}:{os.path.realpath(parsed.path) if parsed.scheme == 'dir' else parsed.path}"
-        if place in places:
-            raise BadArgument(f"{places[place]} and {url} are the same host; each copy needs a host of its own")
-        places[place] = url
-
-
-def _absolute(path: Path | str) -> Path:
+def absolute(path: Path | str) -> Path:
     """As seen from the working directory of now."""
     return Path(path).absolute()
-
-
-def _make_directory(path: Path) -> bool:
-    """True if it was made, False if it was there and empty."""
-    try:
-        path.mkdir(mode=0o700)
-    except FileExistsError:
-        if not path.is_dir() or any(path.iterdir()):
-            raise BadArgument(f"{path} exists and is not an empty directory; a volume needs a new one") from None
-        return False
-    except OSError as error:
-        raise BadArgument(f"cannot make {path}: {error.strerror}") from error
-    return True
-
-
-def _remove_volume(path: Path, made: bool) -> None:
-    for entry in path.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    if made:
-        path.rmdir()
 
 
 @asynccontextmanager
@@ -283,7 +191,7 @@ async def open_volume(
     BadArgument (not a volume, newer format), WrongPassphrase, Corrupt (damaged key file or metadata), Busy (in use for longer than
     `wait_lock` seconds), Unavailable (hosts that are needed do not answer: which sectors need which host).
     """
-    path = _absolute(path)
+    path = absolute(path)
     seams = seams or Seams()
     options = options or VolumeOptions()
     config = await seams.threads.run(load_config, path)
@@ -292,14 +200,14 @@ async def open_volume(
     lock = VolumeLock(path)
     await lock.acquire(seams, wait_lock, options.purpose)
     try:
-        async with _opened(path, config, Keys(master), options, seams, opener, create=False) as volume:
+        async with with_layers(path, config, Keys(master), options, seams, opener, create=False) as volume:
             yield volume
     finally:
         lock.release()
 
 
 @asynccontextmanager
-async def _opened(
+async def with_layers(
     path: Path, config: VolumeConfig, keys: Keys, options: VolumeOptions, seams: Seams, opener: Opener | None, *, create: bool
 ) -> AsyncIterator[Volume]:
     """The volume with its tasks running. Whatever the block raises comes out as itself, not in a group."""
@@ -334,10 +242,12 @@ async def _opened(
 async def _close(volume: Volume) -> None:
     batch = Batch()
     volume.hostdb.save(batch)
-    if volume.store.failure is None:
-        volume.store.apply(batch)
-        await volume.commit()
-    await volume.hosts.aclose()
+    try:
+        if volume.store.failure is None:
+            volume.store.apply(batch)
+            await volume.commit()
+    finally:
+        await volume.hosts.aclose()
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:

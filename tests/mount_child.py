@@ -4,7 +4,7 @@
 
 DIRECTORY holds what the test and this process tell each other:
     ready          made once the mount is usable
-    trace          one line per WRITE that came: "inode offset length outcome"
+    trace          one line per WRITE that came: "inode offset length outcome"; and per commit, rename, truncation
     faults/NAME    as long as the file exists, the fault NAME happens (see `Tapped`)
 
 --without takes one rule of fusefs out, so that a test can show that it would notice.
@@ -24,11 +24,13 @@ import pyfuse3
 import trio
 
 import fusefs.mount
+import fusefs.options
 from fusefs import coherence, contents, directories, kernel
 from fusefs.daemon import setup_logging
 from fusefs.options import MountOptions
 from storage import open_volume
-from storage.errors import FusefsError, IOFailure, NoSpace, Unavailable
+from storage.errors import FusefsError, IOFailure, NoSpace, NotPermitted, Unavailable
+from storage.namespace.content import Content
 
 PASSPHRASE = "correct horse"
 
@@ -89,6 +91,10 @@ class Tapped:
         await self._inner.commit(*args)
         self._trace.write(f"commit {args[0] if args else ''}\n")
 
+    def truncate(self, ino: int, size: int) -> None:
+        self._inner.truncate(ino, size)
+        self._trace.write(f"truncate {ino} {size}\n")
+
     async def rename(self, *args: Any, **kwargs: Any) -> None:
         await self._inner.rename(*args, **kwargs)
         self._trace.write("rename\n")
@@ -136,6 +142,26 @@ def take_out(rule: str) -> None:
             directories.DirectoryHandlers.lookup = directories.DirectoryHandlers.lookup.__wrapped__  # type: ignore[attr-defined, method-assign]
         case "flush-enosys":
             contents.ContentHandlers.flush = _nothing  # type: ignore[method-assign]
+        case "mapping":
+            # WRITEs are stored one behind the other as they come.
+            Content._make_mapped = lambda self, inode, stored: None  # type: ignore[method-assign]
+        case "overlap":
+            # What is written already is refused, the same or not.
+            Content._same = _refuse  # type: ignore[method-assign, assignment]
+        case "compare":
+            # What is written already is taken for the same.
+            Content._same = _yes  # type: ignore[method-assign, assignment]
+        case "gaps":
+            # Every WRITE is stored as it is, whatever of it is there already.
+            Content._try_write = _append_all  # type: ignore[method-assign]
+        case "late-writes-fill":
+            Content._lengthen = _append_zeros  # type: ignore[method-assign]
+        case "commit-after-truncation":
+            contents.ContentHandlers._commit_truncated = _nothing  # type: ignore[method-assign]
+        case "nowriteback":
+            fusefs.options._FLAGS["nowriteback"] = ("writeback", True)
+        case "last-page-local":
+            Tapped.last_page_local = lambda self, ino: True  # type: ignore[method-assign]
         case "old-kernel":
             # Not a rule: pretend the kernel does not drop pages under direct writes.
             contents.ContentHandlers.kernel_drops_pages = False
@@ -145,6 +171,29 @@ def take_out(rule: str) -> None:
 
 async def _terminate(self: Any, *, lazy: bool) -> None:
     pyfuse3.terminate()
+
+
+async def _refuse(*args: Any) -> bool:
+    raise NotPermitted("written already")
+
+
+async def _yes(*args: Any) -> bool:
+    return True
+
+
+async def _append_all(self: Any, ino: int, offset: int, data: bytes) -> bool:
+    inode = self._inodes.regular(ino)
+    if not await self._reserved(inode, inode.rec.value, len(data)):
+        return False
+    self._values.append_now(inode.rec.value, data)
+    self._inodes.written(inode, len(data))
+    return True
+
+
+def _append_zeros(self: Any, inode: Any, size: int) -> None:
+    length = size - self.size(inode)
+    self._values.append_now(inode.rec.value, bytes(length))
+    self._inodes.written(inode, length)
 
 
 def main() -> int:

@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from storage.creation import create_volume
 from storage.interfaces import Batch
 from storage.keyfile import CHEAP
 from storage.seams import Seams
-from storage.volume import Volume, VolumeOptions, create_volume, open_volume
+from storage.volume import Volume, VolumeOptions, open_volume
 
 PASSPHRASE = "correct horse"
 SECTOR = 256 * 1024

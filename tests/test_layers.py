@@ -30,6 +30,7 @@ LAYERS: list[set[str]] = [
     {"storage.namespace"},
     {"storage.files"},
     {"storage.volume"},
+    {"storage.creation"},
     {"storage"},  # storage/__init__.py: the public names
 ]
 #: Besides these, fusefs takes from storage what `storage.__all__` lists.

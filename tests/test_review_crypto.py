@@ -32,6 +32,7 @@ from fusefs.control_protocol import ContractAnswer, MountStatus, StatusAnswer, d
 from fusefs.daemon import Order, read_order, start
 from storage import keyfile, sealing
 from storage.contractor import TIMEOUT
+from storage.creation import create_volume
 from storage.errors import Corrupt, Exists, FusefsError, NoSpace, NotFound, Unavailable, WrongPassphrase
 from storage.hosts.faults import Faults, FaultyHost, shards_only
 from storage.hosts.hostdb import HostDB
@@ -46,7 +47,7 @@ from storage.metadata.records import HEADER_SIZE
 from storage.sealing import ShardHeader
 from storage.seams import NoFailpoints, Seams
 from storage.values.packing import MAX_TABLE, TRAILER_SIZE, TableEntry, encode_table, parse_table
-from storage.volume import Volume, VolumeOptions, create_volume, open_volume
+from storage.volume import Volume, VolumeOptions, open_volume
 from tests.fakes import BASE_NS, Crash, CrashAt, MemoryStore, make_seams
 from tests.host_rig import Rig
 from tests.rig import PASSPHRASE, SECTOR, host_dirs, make, opened

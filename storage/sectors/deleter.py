@@ -11,7 +11,7 @@ import logging
 import trio
 
 from storage.contractor import Contractor
-from storage.errors import FusefsError, NotFound
+from storage.errors import Corrupt, FusefsError, NotFound
 from storage.host_io import HostIO
 from storage.interfaces import Batch, MetadataStore
 from storage.metadata.keys import FREED, prefix_end, read_u64, u64
@@ -77,7 +77,13 @@ class Deleter:
             done = Batch()
             for key, raw in entries:
                 sector_id = read_u64(key, 9)
-                record = decode_sector(raw, sector_id)
+                try:
+                    record = decode_sector(raw, sector_id)
+                except Corrupt as error:
+                    # Its shards stay; those of the others need not.
+                    log.error("%s", error)
+                    stayed += 1
+                    continue
                 if await self._delete(sector_id, record):
                     done.delete(key)
                 else:

@@ -1,0 +1,111 @@
+"""Making a volume: its directory, keys, configuration, hosts and first contracts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+
+from storage.config import DEFAULT_CONTRACT_DAYS, DEFAULT_SECTOR_SIZE, new_config, save_config
+from storage.errors import BadArgument, Exists
+from storage.hosts.registry import Opener
+from storage.hosts.urls import parse_url
+from storage.keyfile import KEY_FILE, Argon2Parameters, make_keyfile, make_slot, save_keyfile
+from storage.keys import Keys, phrase_of
+from storage.replication import parse_replication
+from storage.seams import Seams
+from storage.volume import VolumeOptions, absolute, with_layers
+
+
+async def create_volume(
+    path: Path | str,
+    passphrase: str,
+    *,
+    hosts: Sequence[str] = (),
+    replication: str = "1",
+    sector_size: int = DEFAULT_SECTOR_SIZE,
+    contract_days: float = DEFAULT_CONTRACT_DAYS,
+    seams: Seams | None = None,
+    argon2: Argon2Parameters | None = None,
+    opener: Opener | None = None,
+) -> str:
+    """Make a volume in the new (or empty) directory `path`; returns the recovery phrase, which is kept nowhere.
+
+    Without `hosts`, one directory host inside it. BadArgument names what is wrong or missing, and then nothing of the volume is left here.
+    """
+    path = absolute(path)
+    seams = seams or Seams()
+    config = new_config(
+        seams.random.token_bytes(16),
+        seams.clock.time_ns(),
+        replication=replication,
+        sector_size=sector_size,
+        contract_days=contract_days,
+    )
+    spec = parse_replication(config.replication)
+    if spec.coded:
+        raise BadArgument(f"replication {replication!r}: data+parity is not supported by this version, use a number of copies")
+    urls = list(hosts) or [f"dir:{path / 'host'}"]
+    if len(urls) < spec.hosts_needed:
+        raise BadArgument(
+            f"replication {config.replication} needs {spec.hosts_needed} hosts, {len(urls)} given; "
+            f"add --host for {spec.hosts_needed - len(urls)} more"
+        )
+    _check_urls(urls)
+    made = _make_directory(path)
+    try:
+        if not hosts:
+            (path / "host").mkdir(mode=0o700)
+        master = seams.random.token_bytes(32)
+        slot = await seams.threads.run(make_slot, master, passphrase, config.volume_id, seams.random, argon2)
+        await seams.threads.run(save_keyfile, path / KEY_FILE, make_keyfile(config.volume_id, (slot,)), seams.failpoints)
+        async with with_layers(path, config, Keys(master), VolumeOptions(purpose="init"), seams, opener, create=True) as volume:
+            for url in urls:
+                try:
+                    await volume.add_host(url)
+                except Exists as error:
+                    raise BadArgument(f"replication {config.replication} needs {spec.hosts_needed} different hosts: {error}") from error
+            await volume.commit()
+        # Last: with this file the directory becomes a volume.
+        await seams.threads.run(save_config, path, config, seams.failpoints)
+    except BaseException:
+        await trio.to_thread.run_sync(_remove_volume, path, made)
+        raise
+    return phrase_of(master)
+
+
+def _check_urls(urls: Sequence[str]) -> None:
+    """BadArgument for what is no host URL, and for two that are one directory: before anything is written, here or on a host."""
+    places: dict[str, str] = {}
+    for url in urls:
+        parsed = parse_url(url)
+        place = f"{parsed.scheme}:{os.path.realpath(parsed.path) if parsed.scheme == 'dir' else parsed.path}"
+        if place in places:
+            raise BadArgument(f"{places[place]} and {url} are the same host; each copy needs a host of its own")
+        places[place] = url
+
+
+def _make_directory(path: Path) -> bool:
+    """True if it was made, False if it was there and empty."""
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        if not path.is_dir() or any(path.iterdir()):
+            raise BadArgument(f"{path} exists and is not an empty directory; a volume needs a new one") from None
+        return False
+    except OSError as error:
+        raise BadArgument(f"cannot make {path}: {error.strerror}") from error
+    return True
+
+
+def _remove_volume(path: Path, made: bool) -> None:
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    if made:
+        path.rmdir()
