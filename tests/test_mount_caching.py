@@ -465,7 +465,7 @@ def test_without_the_rule_they_would_stay_for_long(mounting: Mounting) -> None:
 
 
 @pytest.mark.parametrize("number", [15, 2])
-def test_a_signal_unmounts_and_loses_no_dirty_page(mounting: Mounting, number: int) -> None:
+def test_a_signal_unmounts_and_loses_nothing_that_was_closed(mounting: Mounting, number: int) -> None:
     mounted = mounting.mount(NEVER)
     script = f"exec 3>>{mounted.path}/log; i=0; while [ $i -lt 500 ]; do echo line $i >&3; i=$((i+1)); done"
     subprocess.run(["sh", "-c", script], check=True)
