@@ -15,6 +15,7 @@ from storage.hosts.registry import Opener
 from storage.hosts.urls import parse_url
 from storage.keyfile import KEY_FILE, Argon2Parameters, make_keyfile, make_slot, save_keyfile
 from storage.keys import Keys, phrase_of
+from storage.lock import VolumeLock
 from storage.replication import parse_replication
 from storage.seams import Seams
 from storage.volume import VolumeOptions, absolute, with_layers
@@ -56,6 +57,9 @@ async def create_volume(
         )
     _check_urls(urls)
     made = _make_directory(path)
+    # Of two that make a volume in one empty directory, one is told so, and takes nothing of the other's away.
+    lock = VolumeLock(path)
+    await lock.acquire(seams, 0.0, "init")
     try:
         if not hosts:
             (path / "host").mkdir(mode=0o700)
@@ -74,6 +78,8 @@ async def create_volume(
     except BaseException:
         await trio.to_thread.run_sync(_remove_volume, path, made)
         raise
+    finally:
+        lock.release()
     return phrase_of(master)
 
 

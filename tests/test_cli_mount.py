@@ -289,3 +289,18 @@ def test_a_host_gone_at_mount_time_is_said_and_what_is_left_serves(demo: Demo) -
     assert str(demo.hosts[0]) in fusefs("status", demo.mountpoint).text.splitlines()[0]
     away.rename(demo.hosts[0])
     fusefs("umount", demo.mountpoint, expect=None)
+
+
+def test_umount_says_that_another_mount_namespace_has_the_mount(demo: Demo) -> None:
+    demo.mount()
+    (demo.mountpoint / "f").write_bytes(b"kept")
+    # As a container or a service with private mounts has: a copy of every mount there was when it started.
+    other = subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sleep", "9"])
+    time.sleep(0.5)
+    try:
+        done = fusefs("umount", demo.mountpoint)
+        assert "another mount namespace" in done.err
+        assert not is_mounted(demo.mountpoint)
+    finally:
+        other.wait(30)
+    assert fusefs("cat", demo.volume, "f").out == b"kept"

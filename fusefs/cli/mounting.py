@@ -27,6 +27,8 @@ from storage.errors import FusefsError, NotFound, Unavailable
 
 #: Seconds a process that has let go of the volume may take to end.
 EXIT_SECONDS = 60.0
+#: Seconds after the unmount before a process that has nothing more to send is wondered about.
+ELSEWHERE_SECONDS = 5.0
 
 
 @click.command(short_help="Mount a volume on a directory.")
@@ -112,10 +114,27 @@ def _stop(mount: Mount) -> FlushReport | None:
         waiting = Thread(target=drain, daemon=True)
         waiting.start()
         unmount(mount.mountpoint)
-        waiting.join()
+        waiting.join(ELSEWHERE_SECONDS)
+        if waiting.is_alive():
+            _tell_elsewhere(mount)
+            waiting.join()  # No limit: a person is told what is waited for, and may break it off; the process goes on by itself.
         if failures:
             raise failures[0]
         return reports[0]
+
+
+def _tell_elsewhere(mount: Mount) -> None:
+    """Unmounted here, everything sent, and still served: the kernel keeps a filesystem as long as any mount namespace has it."""
+    try:
+        with live.client(mount.volume) as other:
+            pending = other.status().volume.pending_bytes
+    except FusefsError:
+        return  # gone by now
+    if not pending:
+        say(
+            f"{mount.mountpoint} is unmounted here and everything is on its hosts; another mount namespace (a container, a service) "
+            "still has it mounted, and its process goes on until that lets go"
+        )
 
 
 @contextmanager
