@@ -42,6 +42,9 @@ MAX_TASKS = 200
 UNMOUNT_ATTEMPTS = 3
 UNMOUNT_PAUSE = 0.2
 
+#: Seconds between attempts to make what was written durable on a full local disk, after the unmount.
+LOCAL_RETRY_SECONDS = 3.0
+
 Note = Callable[[str], None]
 
 
@@ -241,18 +244,26 @@ class Stopper:
         state = self._state
         state.phase = "flushing"
         with self._flush_scope:
-            try:
-                report = await volume.flush(state.final_progress)
-            except FusefsError as error:
-                state.final_error = error
-                log.error(
-                    "not everything could be brought to the hosts: %s; it is kept in %s and goes there after the next mount",
-                    error,
-                    volume.path,
-                )
-            else:
-                state.final_report = report
-                for reason in report.reasons:
-                    log.warning("%d sectors are not at full replication: %s", report.degraded_sectors, reason)
+            while True:
+                try:
+                    report = await volume.flush(state.final_progress)
+                except FusefsError as error:
+                    status = await volume.status()
+                    if status.local_error and not status.read_only:
+                        # Not even safe on this machine: to end now would lose it.
+                        log.error("%s: not durable yet: %s; free some space; trying again", volume.path, error)
+                        await volume.seams.clock.sleep(LOCAL_RETRY_SECONDS)
+                        continue
+                    state.final_error = error
+                    log.error(
+                        "not everything could be brought to the hosts: %s; it is kept in %s and goes there after the next mount",
+                        error,
+                        volume.path,
+                    )
+                else:
+                    state.final_report = report
+                    for reason in report.reasons:
+                        log.warning("%d sectors are not at full replication: %s", report.degraded_sectors, reason)
+                break
         if self._flush_scope.cancelled_caught:
             state.final_error = Unavailable(f"the flush was broken off; what is not on the hosts yet is kept in {volume.path}")

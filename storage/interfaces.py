@@ -272,7 +272,7 @@ class HostIO(Protocol):
 
     async def delete(self, contract_id: str, sector_root: str) -> None:
         """The contract no longer holds the root; it is unlinked once no active contract on that host holds it. Unknown roots are no
-        error."""
+        error. A renewal and the contract it was made from hold each other's data alike while both are in force."""
         ...
 
     def seal(self, data: Sequence[Buffer], sector_id: int) -> SealedShard:
@@ -358,6 +358,10 @@ class Values(Protocol):
         ...
 
     def replication_of(self, value_id: int) -> str: ...
+
+    def check_room(self) -> None:
+        """NoSpace from a commit that found no room on the local disk until one that did: what cannot be made durable is refused (I7)."""
+        ...
 
     async def reserve(self, value_id: int, length: int) -> None:
         """Wait until `length` more bytes may be appended (memory budget). NoSpace or Unavailable when waiting would not help.

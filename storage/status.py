@@ -64,6 +64,8 @@ class VolumeStatus(msgspec.Struct, frozen=True):
     epoch: int
     read_only: bool
     read_only_reason: str
+    #: Why what was written lately is not durable on this machine; "" if it is, or will be with the next commit.
+    local_error: str
     warnings: list[str]
     refusals: list[RefusalStatus]
     refusals_total: int

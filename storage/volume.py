@@ -49,6 +49,8 @@ SECTOR_RANGE = 4096
 ID_RANGE = 1 << 16
 #: Seconds for the last commit when a volume is closed because its task is cancelled.
 CLOSE_LIMIT = 120.0
+#: From so many recent failures on (they decay, half of them in a minute) `status` calls a host failing.
+FAILING = 2.0
 #: Refusals kept for `status`.
 REFUSALS = 100
 
@@ -107,7 +109,10 @@ class Volume:
     async def flush(self, progress: FlushProgress | None = None) -> FlushReport:
         """As `commit`, and on the hosts at full replication (or at write quorum: then the report says so). NoSpace, Unavailable: what
         hosts said."""
-        return await self.values.flush(progress)
+        report = await self.values.flush(progress)
+        # A host that is away now may have copies of anything: whoever flushes to be safe wants to know.
+        away = [self.hosts.reason(number) for number in self.hosts.numbers() if not self.hosts.available(number)]
+        return FlushReport(report.degraded_sectors, (*report.reasons, *away)) if away else report
 
     async def add_host(self, url: str, contract_days: float | None = None) -> int:
         """A new host with a first contract. Returns its number."""
@@ -128,8 +133,8 @@ class Volume:
                     number=record.number,
                     host_id=record.host_id,
                     url=record.url,
-                    state=self.hosts.state(record.number),
-                    error=self.hosts.reason(record.number),
+                    state=_state(self.hosts.state(record.number), stats.failures),
+                    error=self.hosts.reason(record.number) or (stats.last_error if stats.failures >= FAILING else ""),
                     free=space.free if space else None,
                     total=space.total if space else None,
                     latency_ms=stats.latency * 1000 if stats.latency is not None else None,
@@ -139,7 +144,7 @@ class Volume:
                 )
             )
         urls = {record.number: record.url for record in self.hosts.records()}
-        trouble = self.values.shipper.trouble
+        trouble, local = self.values.shipper.trouble, self.values.local_trouble
         return VolumeStatus(
             volume_id=self.volume_id,
             path=str(self.path),
@@ -160,7 +165,8 @@ class Volume:
             epoch=self.epochs.current.number,
             read_only=failure is not None,
             read_only_reason=failure or "",
-            warnings=[*self.warnings, *([str(trouble)] if trouble is not None else []), *self.sectors.notes],
+            local_error=str(local or failure or ""),
+            warnings=[*self.warnings, *(str(error) for error in (local, trouble) if error is not None), *self.sectors.notes],
             refusals=[RefusalStatus(r.when_ns, r.program, r.path, r.offset, r.reason) for r in self.refusals],
             refusals_total=self.refusals_total,
             hosts=hosts,
@@ -331,6 +337,11 @@ async def _wire(volume: Volume, store: Store, keys: Keys, nursery: trio.Nursery,
     nursery.start_soon(_reap, volume)
     if options.commit_interval is not None:
         nursery.start_soon(_commit_loop, volume, options.commit_interval)
+
+
+def _state(state: str, failures: float) -> str:
+    """As the registry says; a host it last found well and that fails now is said to be failing."""
+    return "failing" if state == "ok" and failures >= FAILING else state
 
 
 def _check_hosts(volume: Volume, spec: str) -> None:

@@ -93,7 +93,8 @@ def test_completion_knows_commands_and_options() -> None:
         (["--replication", "2", "--host", "dir:a", "--host", "dir:link"], "a"),
         (["--replication", "0"], "replication"),
         (["--replication", "many"], "replication"),
-        (["--replication", "1+1", "--host", "dir:a", "--host", "dir:b"], "replication"),
+        (["--replication", "1+1", "--host", "dir:a", "--host", "dir:b"], "not supported by this version"),
+        (["--replication", "4+2"], "not supported by this version"),
         (["--host", "ftp://example.org/x"], "ftp"),
         (["--host", "s3://bucket/x"], "s3"),
         (["--host", "mem:x"], "mem"),
@@ -335,6 +336,74 @@ def test_a_locked_volume_is_busy(volume: Path) -> None:
         child.stdin.close()
         assert child.wait(60) == 0
     assert fusefs("cat", volume, "x").out == b""
+
+
+# ----------------------------------------------------------------------------------- closed descriptors, an early Ctrl-C
+
+
+def run_in_shell(line: str, *arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
+    """A line of sh, in which "$@" is a fusefs command."""
+    command = ["sh", "-c", line, "sh", sys.executable, "-m", "fusefs", *arguments]
+    done = subprocess.run(command, capture_output=True, env=environment(), timeout=60, check=False)
+    assert b"Traceback" not in done.stderr
+    return done
+
+
+def test_a_closed_standard_output_is_one_line_and_no_file_takes_its_place(volume: Path) -> None:
+    fusefs("put", volume, "-", "x", stdin=b"precious")
+    for arguments in (["cat", volume, "x"], ["ls", volume], ["ls", "--help"], ["--version"], ["status", volume, "--json"]):
+        done = run_in_shell('"$@" >&-', *arguments)
+        assert (done.returncode, done.stderr) == (14, b"fusefs: standard output cannot be written: it is closed\n"), arguments
+    # Nothing to print, nothing to complain about.
+    done = run_in_shell('echo more | "$@" >&-', "append", volume, "x")
+    assert (done.returncode, done.stderr) == (0, b"")
+    # Descriptor 1 was never one of the volume's files: nothing of what was meant to be printed is in there, or in its way.
+    assert all(b"precious" not in data for data in content(volume).values())
+    assert fusefs("cat", volume, "x").out == b"preciousmore\n"
+
+
+def test_a_closed_standard_error_or_input_is_no_traceback(volume: Path) -> None:
+    fusefs("put", volume, "-", "x", stdin=b"precious")
+    assert run_in_shell('"$@" 2>&-', "cat", volume, "x").stdout == b"precious"
+    assert run_in_shell('"$@" 2>&-', "cat", volume, "missing").returncode == 3
+    assert run_in_shell('"$@" <&- >&- 2>&-', "cat", volume, "x").returncode == 14
+    done = run_in_shell('"$@" <&-', "put", volume, "-", "y")
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+    assert b"standard input" in done.stderr
+    assert fusefs("ls", volume).out == b"x\n"
+
+
+def test_help_and_version_on_a_full_disk_are_no_space() -> None:
+    for arguments in (["--version"], ["help"], ["init", "--help"]):
+        done = run_in_shell('"$@" >/dev/full', *arguments)
+        assert done.returncode == 6
+        assert done.stderr.startswith(b"fusefs: standard output cannot be written")
+
+
+# SIGINT arrives while the command's modules are imported: at the first import of one that is not there yet when `main` begins.
+EARLY = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from fusefs.cli import main
+sys.exit(main(["--version"]))
+"""
+
+
+@pytest.mark.parametrize("module", ["fusefs.cli.app", "click", "trio", "pyfuse3", "lmdb"])
+def test_ctrl_c_during_the_imports_is_130_in_one_line(module: str) -> None:
+    done = subprocess.run([sys.executable, "-c", EARLY, module], capture_output=True, env=environment(), timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"fusefs: interrupted\n")
+
+
+def test_the_entry_imports_next_to_nothing() -> None:
+    # Nothing guards these imports.
+    script = "import sys, fusefs.cli; print(*sorted({name.split('.')[0] for name in sys.modules} & {'click', 'trio', 'rich', 'storage'}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment(), timeout=60, check=True)
+    assert done.stdout == b"\n"
 
 
 def test_host_directory_gone_says_which_sectors_need_which_host(tmp_path: Path) -> None:

@@ -89,7 +89,9 @@ def test_status_of_a_live_mount_needs_no_passphrase(demo: Demo) -> None:
     for path in (demo.volume, demo.mountpoint):
         text = fusefs("status", path, env=nobody).text
         assert re.search(rf"^mounted +on {re.escape(str(demo.mountpoint))} by process", text, re.MULTILINE)
-    assert json.loads(fusefs("status", demo.volume, "--json", env=nobody).text)["bytes"] == 5
+    fields = json.loads(fusefs("status", demo.volume, "--json", env=nobody).text)
+    assert fields["bytes"] == 5
+    assert (fields["pid"], fields["mountpoint"], fields["phase"]) == (demo.pid(), str(demo.mountpoint), "mounted")
     assert len(fusefs("hosts", demo.volume, env=nobody).text.splitlines()) == 3
     contract = fusefs("contracts", demo.volume, "conclude", "1", "300", env=nobody).text.strip()
     assert contract in fusefs("contracts", demo.volume, env=nobody).text

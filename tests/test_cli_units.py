@@ -9,15 +9,16 @@ import signal
 from pathlib import Path
 
 import click
+import msgspec
 import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusefs.cli import app, output, session
+from fusefs.cli import app, output, session, status
 from fusefs.cli.arguments import Days, Size
 from fusefs.cli.output import human_bytes, human_span, printable
-from storage import errors
+from storage import VolumeStatus, errors
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,18 @@ def test_an_error_of_the_work_comes_out() -> None:
     with pytest.raises(BaseException) as caught:
         session.run(work)
     assert app._verdict(caught.value) == (9, "damaged")
+
+
+@pytest.mark.parametrize(("count", "last"), [(10, "warning: trouble 9"), (11, "... and 1 more (see --json)")])
+def test_a_flood_of_warnings_is_cut_for_people(count: int, last: str, capsys: pytest.CaptureFixture[str]) -> None:
+    empty: dict[type, object] = {str: "", int: 0, float: 0.0, bool: False}
+    values = {field.name: empty.get(field.type, []) for field in msgspec.structs.fields(VolumeStatus)}
+    # The same one twice counts once.
+    now = VolumeStatus(**values | {"warnings": ["trouble 0", *(f"trouble {number}" for number in range(count))]})
+    status._show(now, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[9] == "warning: trouble 9"
+    assert [line for line in lines if "trouble" in line or line.startswith("...")][-1] == last
 
 
 def test_a_table_that_is_piped_is_padded_and_without_tabs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

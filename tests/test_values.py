@@ -310,3 +310,24 @@ async def test_an_empty_batch_is_no_reason_to_fail(tmp_path: Path) -> None:
         await volume.commit()
         report = await volume.flush()
         assert report.degraded_sectors == 0
+
+
+async def test_a_journal_is_emptied_although_the_volume_is_closed_in_the_middle_of_housekeeping(tmp_path: Path) -> None:
+    """Else mounting takes longer the more was written lately, for ever: short mounts would always break it off."""
+    await make(tmp_path / "v")
+    options = replace(QUIET, journal_segment=1 << 20, journal_limit=256 << 20)
+    async with opened(tmp_path / "v", options=options) as volume:
+        for _ in range(10):
+            for _ in range(2000):
+                await append(volume, new_value(volume), b"x" * 200)
+            await volume.commit()
+        await volume.flush()
+        # Housekeeping has begun, and is in the middle of asking which tails are needed, when the volume is closed.
+        takeover = volume.store._takeover
+        takeover.pressed = True
+        takeover.kick()
+        while volume.store._base.sequence < volume.store.durable_sequence:
+            await trio.lowlevel.checkpoint()
+    async with opened(tmp_path / "v", options=options) as volume:
+        # What the last process wrote last, and what this one has begun.
+        assert len(volume.store._journal.live) <= 2

@@ -3,6 +3,7 @@
 One module per group of commands; each command is thin: it reads its arguments, calls `storage` (for a volume nobody has mounted)
 or the process that serves the volume (`live`), and shows what came back.
 
+    startup      the imports, which Ctrl-C may meet, and descriptors 0 to 2, which may be closed
     app          the command group, help texts, and where every exception becomes one line and an exit status
     arguments    types and options several commands share: sizes, days, paths, the passphrase
     passphrase   where a passphrase comes from
@@ -18,6 +19,6 @@ standard error, that output which is not a terminal has no colours, no bars and 
 
 from __future__ import annotations
 
-from fusefs.cli.app import main
+from fusefs.cli.startup import main
 
 __all__ = ["main"]

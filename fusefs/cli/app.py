@@ -14,7 +14,7 @@ import click
 from click.shell_completion import shell_complete
 
 from fusefs.cli import create, files, hosts, keys, mounting, notices, shell, status, worm
-from fusefs.cli.output import OutputClosed, flush_output, say
+from fusefs.cli.output import OutputClosed, flush_output, say, standard_output, write_line
 from fusefs.cli.session import Interrupted, leaves
 from storage.errors import FusefsError
 
@@ -31,6 +31,28 @@ def _version() -> str:
         return "(not installed)"
 
 
+def _show_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:  # noqa: ARG001 - click's signature
+    if wanted and not context.resilient_parsing:
+        write_line(f"fusefs {_version()}")
+        context.exit()
+
+
+def _show_help(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:  # noqa: ARG001 - click's signature
+    if wanted and not context.resilient_parsing:
+        write_line(context.get_help())
+        context.exit()
+
+
+def _add_help_option(command: click.Command) -> None:
+    """In place of click's, which raises plain OSError where standard output is closed or full."""
+    command.add_help_option = False
+    command.params.append(
+        click.Option(
+            ["-h", "--help"], is_flag=True, is_eager=True, expose_value=False, callback=_show_help, help="Show this message and exit."
+        )
+    )
+
+
 class _Commands(click.Group):
     """Lists commands in the order of a first acquaintance, not of the alphabet."""
 
@@ -38,8 +60,8 @@ class _Commands(click.Group):
         return list(self.commands)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(_version(), "--version", message="fusefs %(version)s")
+@click.group(cls=_Commands, context_settings={"max_content_width": 100})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version and exit.")
 def cli() -> None:
     """An encrypted, append-only filesystem on hosts nobody needs to trust.
 
@@ -73,6 +95,8 @@ for _command in (
     shell.help_command,
 ):
     cli.add_command(_command)
+    _add_help_option(_command)
+_add_help_option(cli)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,11 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # File names are any bytes: showing one must not fail in the C locale, nor for a byte that is not UTF-8.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    instruction = os.environ.get(shell.COMPLETE_VARIABLE)
-    if instruction:
-        return shell_complete(cli, {}, shell.PROGRAM, shell.COMPLETE_VARIABLE, instruction)
+    status: int
     try:
-        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        if instruction := os.environ.get(shell.COMPLETE_VARIABLE):
+            with standard_output():
+                status = shell_complete(cli, {}, shell.PROGRAM, shell.COMPLETE_VARIABLE, instruction)
+        else:
+            status = _run(list(sys.argv[1:] if arguments is None else arguments))
         # Here, not at interpreter exit: a full disk behind standard output is an error like any other.
         flush_output()
     except BaseException as error:  # noqa: BLE001 - the last line of defence: nothing may end in a traceback

@@ -242,6 +242,8 @@ async def _write_out(volume: Volume, name: str) -> None:
 def rm(volume: Path, names: tuple[str, ...], passphrase_file: Path | None) -> None:
     """Remove the files NAME... from VOLUME. What cannot be removed is said, and the others are removed all the same.
 
+    Directories stay, empty ones too: mount the volume and use rmdir.
+
     \b
     Example:
       fusefs rm ~/volume backups/2024.tar.zst

@@ -23,7 +23,7 @@ from fusefs.mountpoint import check_mountpoint, unmount
 from fusefs.mounts import Mount, mount_at
 from fusefs.options import MountOptions
 from storage import FlushReport, load_config
-from storage.errors import FusefsError, NotFound, Unavailable
+from storage.errors import FusefsError, NoSpace, NotFound, Unavailable
 
 #: Seconds a process that has let go of the volume may take to end.
 EXIT_SECONDS = 60.0
@@ -94,6 +94,11 @@ def umount(mountpoint: Path) -> None:
         # While it is still mounted, so that most of the waiting can be broken off without consequences.
         flushed = _flush(mount.volume)
     except FusefsError as error:
+        with live.client(mount.volume) as client:
+            unsafe = client.status().volume.local_error
+        if unsafe:
+            # Hosts that stay away are no reason to stay mounted: what was written is in the journal. This is.
+            raise NoSpace(f"{mountpoint} stays mounted: what was written is not durable ({unsafe}); free some space, then again") from error
         say(f"warning: {error}")
     _tell(_stop(mount) or flushed, mount.volume)
 

@@ -84,7 +84,7 @@ class OutputClosed(Exception):
 
 
 @contextmanager
-def _standard_output() -> Iterator[None]:
+def standard_output() -> Iterator[None]:
     """Turns what writing to standard output raises into OutputClosed or a kind of `storage.errors`."""
     try:
         yield
@@ -92,18 +92,19 @@ def _standard_output() -> Iterator[None]:
         raise OutputClosed from None
     except OSError as error:
         kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else IOFailure
-        raise kind(f"standard output cannot be written: {error.strerror}") from error
+        reason = "it is closed" if error.errno == errno.EBADF else error.strerror
+        raise kind(f"standard output cannot be written: {reason}") from error
 
 
 def write_line(text: str = "") -> None:
     """One line of a result on standard output. OutputClosed, NoSpace, IOFailure."""
-    with _standard_output():
+    with standard_output():
         sys.stdout.write(text + "\n")
 
 
 def flush_output() -> None:
     """Everything written so far has left this process. OutputClosed, NoSpace, IOFailure."""
-    with _standard_output():
+    with standard_output():
         sys.stdout.flush()
 
 
@@ -115,7 +116,7 @@ def write_bytes(data: bytes) -> None:
     """All of `data` to standard output, blocking; also where somebody left it non-blocking. OutputClosed, NoSpace, IOFailure."""
     flush_output()
     rest = memoryview(data)
-    with _standard_output():
+    with standard_output():
         while rest:
             try:
                 rest = rest[os.write(1, rest) :]
@@ -138,7 +139,7 @@ def write_record(text: str, name: str) -> None:
     if out_is_terminal():
         write_line(text + printable(name))
         return
-    with _standard_output():
+    with standard_output():
         sys.stdout.flush()
         sys.stdout.buffer.write(text.encode() + os.fsencode(name) + b"\n")
 
@@ -152,7 +153,7 @@ def write_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Se
             table.add_column(header, justify="right" if number in right else "left", no_wrap=number in right, overflow="fold")
         for row in cells:
             table.add_row(*(Text(cell) for cell in row))
-        with _standard_output():
+        with standard_output():
             Console(file=sys.stdout, highlight=False, markup=False).print(table)
         return
     widths = [max(len(line[number]) for line in [list(headers), *cells]) for number in range(len(headers))]

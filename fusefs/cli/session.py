@@ -103,3 +103,5 @@ def tell_degraded(report: FlushReport) -> None:
     if report.degraded_sectors:
         reasons = "; ".join(report.reasons) or "too few hosts answer"
         say(f"warning: {report.degraded_sectors} sectors have fewer copies than they should: {reasons}")
+    elif report.reasons:
+        say(f"warning: what has a copy there has one fewer now: {'; '.join(report.reasons)}")

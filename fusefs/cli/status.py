@@ -18,6 +18,8 @@ from fusefs.cli.session import run, unmounted_volume
 from fusefs.control_protocol import MountStatus
 from storage import ContractStatus, HostStatus, VolumeStatus
 
+#: Warnings shown to a person: where everything is wrong, what is stored must not scroll away.
+SHOWN_WARNINGS = 10
 #: Refusals shown to a person; --json has all that are kept.
 SHOWN_REFUSALS = 5
 #: A contract in force is warned about when less than this is left: a mount renews at a third, so something keeps it from doing so.
@@ -49,7 +51,10 @@ def status(collected: Notices, path: Path, as_json: bool, passphrase_file: Path 
     collected.forget()
     if as_json:
         # Not msgspec's own encoder, which refuses the lone surrogates that stand for bytes that are not UTF-8.
-        write_line(json.dumps(msgspec.to_builtins(now), indent=2))
+        fields = msgspec.to_builtins(now)
+        if mount is not None:
+            fields |= {"pid": mount.pid, "mountpoint": mount.mountpoint, "phase": mount.phase}
+        write_line(json.dumps(fields, indent=2))
     else:
         _show(now, mount)
 
@@ -69,8 +74,11 @@ def volume_status(target: live.Target, passphrase_file: Path | None, command: st
 
 
 def _show(now: VolumeStatus, mount: MountStatus | None) -> None:
-    for warning in warnings(now, time.time_ns()):
+    found = warnings(now, time.time_ns())
+    for warning in found[:SHOWN_WARNINGS]:
         write_line(style("warning: ", "bold yellow") + printable(warning))
+    if len(found) > SHOWN_WARNINGS:
+        write_line(f"... and {len(found) - SHOWN_WARNINGS} more (see --json)")
     for label, text in _summary(now, mount):
         write_line(style(f"{label:<10}", "bold") + printable(text))
     if now.hosts:

@@ -106,6 +106,9 @@ class Takeover:
             self._kick = trio.Event()
             try:
                 await self._pass()
+            except trio.Cancelled:
+                # The store is closing. Only checkpoints and waits are cancelled, never a write in the thread: `finish` can go on from here.
+                raise
             except BaseException:
                 self._broken = True
                 raise

@@ -348,6 +348,7 @@ class Namespace:
     def _room_for(self, parent: int, name: bytes) -> Inode:
         """The directory, if `name` is free in it."""
         check_name(name)
+        self._values.check_room()
         directory = self._inodes.directory(parent)
         if directory.rec.nlink == 0:
             raise NotFound(f"inode {parent}: the directory was removed")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
-from storage.errors import Corrupt, Fenced, FusefsError, NotFound, Unavailable
+from storage.errors import Corrupt, Fenced, FusefsError, NoSpace, NotFound, Unavailable
 from storage.interfaces import Batch, Buffer, FlushProgress, FlushReport, MetadataStore, TailPiece
 from storage.metadata.counters import Counter
 from storage.metadata.keys import GARBAGE, u64
@@ -18,6 +19,8 @@ from storage.values.reclaim import Reclaimer
 from storage.values.records import VERSION, Extent, ValueRecord, decode_value, extents_between, value_key
 from storage.values.shipping import Shipper
 from storage.values.tail import Tail
+
+log = logging.getLogger("fusefs.values")
 
 #: Extents looked up in one go while reading.
 EXTENTS_PER_SCAN = 64
@@ -65,6 +68,8 @@ class Values:
         self.shipper.on_landed = self._merger.wake
         self._reclaimer.on_freed = self._merger.wake
         self._streams: dict[int, int] = {}
+        #: Why the last commit could not be made (the local disk or the journal is full); None since one could.
+        self.local_trouble: NoSpace | None = None
 
     def set_path_of(self, path_of: Callable[[int], bytes | None]) -> None:
         """How sector tables name the owner of a value: wired by the volume, since names stand above values."""
@@ -130,6 +135,8 @@ class Values:
         failure = self._store.failure
         if failure is not None:
             raise Fenced(failure)
+        if self.local_trouble is not None:
+            self.check_room()
         if not self.shipper.has_room(length):
             await self.shipper.wait_room(length)
 
@@ -259,13 +266,28 @@ class Values:
     async def commit(self, value_id: int) -> None:
         await self.settle(value_id, self.size_of(value_id))
         self._hand_over(value_id)
-        await self._store.commit()
+        await self._commit_store()
 
     async def commit_all(self) -> None:
         for value_id, size in [(tail.value_id, tail.size) for tail in self._tails.values()]:
             await self.settle(value_id, size)
             self._hand_over(value_id)
-        await self._store.commit()
+        await self._commit_store()
+
+    async def _commit_store(self) -> None:
+        """Commit; and remember whether it could be done, for `check_room`."""
+        try:
+            await self._store.commit()
+        except NoSpace as error:
+            if self.local_trouble is None:
+                log.error("what was written lately is not durable, and nothing more is accepted until it is: %s", error)
+            self.local_trouble = error
+            raise
+        self.local_trouble = None
+
+    def check_room(self) -> None:
+        if self.local_trouble is not None:
+            raise NoSpace(f"{self.local_trouble}; nothing more is accepted until what was written before is durable")
 
     def _hand_over(self, value_id: int) -> None:
         """Give the store what it does not have of the tail. No await between taking and applying: `journaled` says the store has it."""
@@ -279,7 +301,7 @@ class Values:
                 raise
 
     def accepting(self) -> bool:
-        return self.shipper.accepting()
+        return self.local_trouble is None and self.shipper.accepting()
 
     @property
     def pending_bytes(self) -> int:
@@ -287,7 +309,14 @@ class Values:
         return self.shipper.pending
 
     async def flush(self, progress: FlushProgress | None = None) -> FlushReport:
-        return await self.shipper.flush(progress if progress is not None else FlushProgress())
+        try:
+            report = await self.shipper.flush(progress if progress is not None else FlushProgress())
+        except FusefsError:
+            # What counts first is whether it is safe here: if it is not, that is the error.
+            await self.commit_all()
+            raise
+        await self._commit_store()
+        return report
 
     async def run(self) -> None:
         """The loops: gather, merge, reclaim. Until cancelled."""
