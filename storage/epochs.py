@@ -14,10 +14,13 @@ Record under the key `e` + epoch u32 (storage/metadata/keys.py), a MessagePack a
 
 | place | type | value |
 |---|---|---|
-| 0 | int | record format, 1 |
+| 0 | int | record format, 2 |
 | 1 | bin, 16 | salt |
 | 2 | int | first sector id: the counter's next unreserved number when the epoch began; from 1 |
 | 3 | int | wall clock when it began, nanoseconds |
+| 4 | int | first sequence: number of the commit this record is in; what came before is of earlier epochs |
+
+Format 1 has no place 4; its first sequence reads as 0.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from storage.keys import SALT_SIZE, Keys
 from storage.metadata.keys import EPOCH, prefix_end, read_u32, u32
 from storage.sealing import ShardHeader
 
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 _MAX_EPOCH = 0xFFFF_FFFF
 _MAX_SECTOR_ID = 0xFFFF_FFFF_FFFF_FFFF
 _SLICE = 1000
@@ -48,6 +51,8 @@ class Epoch:
     salt: bytes = field(repr=False)
     first_sector_id: int
     started_ns: int
+    #: Sequence number of its first commit; 0 where an older fusefs wrote the record.
+    first_sequence: int = 0
 
 
 class _Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -56,11 +61,12 @@ class _Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     # Up to 2^64 - 1; msgspec takes no bound above 2^63 - 1, and MessagePack has no larger integers.
     first_sector_id: Annotated[int, msgspec.Meta(ge=1)]
     started_ns: Annotated[int, msgspec.Meta(ge=0)]
+    first_sequence: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
 
 
 def encode_epoch(epoch: Epoch) -> tuple[bytes, bytes]:
     """(key, value) for the metadata store."""
-    value = msgspec.msgpack.encode(_Record(RECORD_FORMAT, epoch.salt, epoch.first_sector_id, epoch.started_ns))
+    value = msgspec.msgpack.encode(_Record(RECORD_FORMAT, epoch.salt, epoch.first_sector_id, epoch.started_ns, epoch.first_sequence))
     return EPOCH + u32(epoch.number), value
 
 
@@ -73,11 +79,11 @@ def decode_epoch(key: bytes, value: bytes) -> Epoch:
         record = msgspec.msgpack.decode(value, type=_Record)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise Corrupt(f"metadata: the record of epoch {number} is damaged: {error}") from None
-    if record.record_format != RECORD_FORMAT:
+    if not 1 <= record.record_format <= RECORD_FORMAT:
         raise Corrupt(f"metadata: the record of epoch {number} has format {record.record_format}, this fusefs reads {RECORD_FORMAT}")
     if number == 0:
         raise Corrupt("metadata: epochs count from 1, there is a record of epoch 0")
-    return Epoch(number, record.salt, record.first_sector_id, record.started_ns)
+    return Epoch(number, record.salt, record.first_sector_id, record.started_ns, record.first_sequence)
 
 
 class Epochs:
@@ -107,7 +113,9 @@ class Epochs:
             start = pairs[-1][0] + b"\0"
         return cls(epochs)
 
-    def begin(self, batch: Batch, salt: bytes, first_sector_id: int, now_ns: int) -> Epoch:
+    def begin(
+        self, batch: Batch, salt: bytes, first_sector_id: int, now_ns: int, first_sequence: int = 0, number: int | None = None
+    ) -> Epoch:
         """Begin the next epoch: its record goes into `batch`, and it is `current` at once.
 
         `first_sector_id` must be the sector counter's next unreserved number, which is above every id reserved so far (I1). Nothing may be
@@ -117,8 +125,9 @@ class Epochs:
         """
         if len(salt) != SALT_SIZE:
             raise BadArgument(f"an epoch's salt has {SALT_SIZE} bytes, not {len(salt)}")
-        number = self._epochs[-1].number + 1 if self._epochs else 1
-        epoch = Epoch(number, bytes(salt), first_sector_id, now_ns)
+        if number is None:
+            number = self._epochs[-1].number + 1 if self._epochs else 1
+        epoch = Epoch(number, bytes(salt), first_sector_id, now_ns, first_sequence)
         self._append(epoch)
         batch.put(*encode_epoch(epoch))
         return epoch

@@ -144,6 +144,14 @@ class HostSpace:
     total: int
 
 
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One level of a host's names: objects with their sizes, and the folders below, by last component."""
+
+    objects: dict[str, int]
+    folders: list[str]
+
+
 class Host(Protocol):
     """A flat store of named bytes. Nothing it answers is trusted.
 
@@ -185,6 +193,10 @@ class Host(Protocol):
 
     def list(self, prefix: str) -> AsyncIterator[tuple[str, int]]:
         """(name, size) of every object below `prefix` (a path ending in "/", or ""), in no order."""
+        ...
+
+    async def level(self, prefix: str) -> Level:
+        """What stands directly below `prefix` (as in `list`), without going further down: few entries, or the caller is wrong to ask."""
         ...
 
     async def space(self) -> HostSpace | None:
@@ -238,6 +250,18 @@ class Contractor(Protocol):
 
         An ended contract can be renewed as long as its host holds its record.
         """
+        ...
+
+
+class HistoryGate(Protocol):
+    """Whether what the volume's history no longer needs may be deleted on hosts (I3, I5)."""
+
+    def released_sequence(self) -> int:
+        """What was freed by commits up to this one is in no superblock generation that any host, not marked lost, keeps."""
+        ...
+
+    async def confirm(self, host_number: int) -> bool:
+        """Re-reads which superblock the host has: is it ours? False also where it does not answer."""
         ...
 
 

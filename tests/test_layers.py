@@ -25,6 +25,7 @@ LAYERS: list[set[str]] = [
     {"storage.epochs"},
     {"storage.hosts"},
     {"storage.contractor", "storage.host_io"},
+    {"storage.history"},
     {"storage.sectors"},
     {"storage.values"},
     {"storage.namespace"},

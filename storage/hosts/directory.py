@@ -15,7 +15,7 @@ import trio
 from storage.errors import BadArgument, Busy
 from storage.hosts.layout import check_name, check_prefix
 from storage.hosts.tree import Locked, Tree
-from storage.interfaces import Buffer, HostCapabilities, HostSpace
+from storage.interfaces import Buffer, HostCapabilities, HostSpace, Level
 from storage.seams import Seams
 
 T = TypeVar("T")
@@ -88,6 +88,10 @@ class DirectoryHost:
             pending.extend([*parts, directory] for directory in directories)
             for name, size in objects:
                 yield "/".join([*parts, name]), size
+
+    async def level(self, prefix: str) -> Level:
+        objects, folders = await self._abandonable(self._tree.entries, check_prefix(prefix))
+        return Level(dict(objects), sorted(folders))
 
     async def space(self) -> HostSpace | None:
         return await self._abandonable(self._tree.space)

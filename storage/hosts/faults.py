@@ -13,7 +13,7 @@ import trio
 
 from storage.errors import Corrupt, NoSpace, Unavailable
 from storage.hosts.layout import HOST_FILE
-from storage.interfaces import Buffer, Host, HostCapabilities, HostSpace
+from storage.interfaces import Buffer, Host, HostCapabilities, HostSpace, Level
 from storage.seams import Seams
 
 #: Older contents kept per name for `replay`.
@@ -134,6 +134,10 @@ class FaultyHost:
         await self._before("list", prefix)
         async for entry in self.inner.list(prefix):
             yield entry
+
+    async def level(self, prefix: str) -> Level:
+        await self._before("list", prefix)
+        return await self.inner.level(prefix)
 
     async def space(self) -> HostSpace | None:
         await self._before("space", "")

@@ -9,7 +9,7 @@ from blake3 import blake3
 
 from storage.errors import Busy, Corrupt, NoSpace, NotFound
 from storage.hosts.layout import check_name, check_prefix
-from storage.interfaces import Buffer, HostCapabilities, HostSpace
+from storage.interfaces import Buffer, HostCapabilities, HostSpace, Level
 
 
 class MemoryContent:
@@ -92,6 +92,20 @@ class MemoryHost:
         for name, data in list(self.content.objects.items()):
             if name.startswith(prefix):
                 yield name, len(data)
+
+    async def level(self, prefix: str) -> Level:
+        check_prefix(prefix)
+        await trio.lowlevel.checkpoint()
+        objects: dict[str, int] = {}
+        folders: set[str] = set()
+        for name, data in self.content.objects.items():
+            if name.startswith(prefix):
+                first, slash, _ = name[len(prefix) :].partition("/")
+                if slash:
+                    folders.add(first)
+                else:
+                    objects[first] = len(data)
+        return Level(objects, sorted(folders))
 
     async def space(self) -> HostSpace | None:
         await trio.lowlevel.checkpoint()

@@ -22,8 +22,10 @@
 | `o` | inode or map u64 | orphan: no name, still pinned; or the rest of a dropped file map | namespace |
 | `m` | map u64 (taken from the inode numbers), file offset u64 | file map entry | namespace |
 | `t` | inode u64, name | extended attribute | namespace |
+| `d` | host number u32 | the host is lost: when somebody said so, nanoseconds u64 | history |
 | `w` | ASCII name | settings of the volume that can change | volume |
 | `J` | ASCII name | the store's own: last sequence LMDB holds | metadata.store |
+| `L` | ASCII name | of this copy of the volume's directory alone: never on a host, not part of the volume's history | history |
 """
 
 from __future__ import annotations
@@ -50,8 +52,14 @@ COOKIE = b"l"
 ORPHAN = b"o"
 MAP = b"m"
 XATTR = b"t"
+LOST = b"d"
 SETTING = b"w"
 STORE = b"J"
+LOCAL = b"L"
+#: What hosts never get: it says something about this directory, not about the volume.
+NEVER_SHIPPED = (STORE, LOCAL)
+#: What alone is no reason to send anything: an idle volume is silent.
+NO_REASON_TO_SHIP = (HOST_STATS,)
 
 _U32 = struct.Struct(">I")
 _U64 = struct.Struct(">Q")
