@@ -263,7 +263,10 @@ async def _next_line(stream: trio.SocketStream, received: bytearray) -> bytes | 
         else:
             chunk = await stream.receive_some(65536)
         if not chunk:
-            return bytes(received) if received else None
+            # Taken out: a peer that ends without a newline must not be answered for ever.
+            line = bytes(received)
+            received.clear()
+            return line or None
         received += chunk
     line = bytes(received[:end])
     del received[: end + 1]

@@ -170,6 +170,7 @@ def error_answer(error: FusefsError) -> ErrorAnswer:
 
 def error_of(kind: str, message: str) -> FusefsError:
     """The exception that an error answer stands for; FusefsError where the kind is unknown here."""
+    message = message or f"{kind or 'an error'}, without a reason"
     found = getattr(errors, kind, None)
     if isinstance(found, type) and issubclass(found, FusefsError):
         return found(message)

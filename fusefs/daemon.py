@@ -22,8 +22,9 @@ import msgspec
 import trio
 
 from fusefs.control_protocol import error_of
-from fusefs.mount import serve
+from fusefs.mount import serve, serve_read_only
 from fusefs.options import MountOptions
+from storage import Source
 from storage.errors import BadArgument, FusefsError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,8 @@ log = logging.getLogger(__name__)
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 SYSLOG_FORMAT = "fusefs[%(process)d]: %(levelname)s %(name)s: %(message)s"
 MAX_ORDER = 1 << 20
-#: Environment variables that may hold a passphrase (fusefs/cli/passphrase.py).
-SECRETS = ("FUSEFS_PASSPHRASE", "FUSEFS_NEW_PASSPHRASE")
+#: Environment variables that may hold a passphrase or a phrase (fusefs/cli/passphrase.py, fusefs/cli/phrase.py).
+SECRETS = ("FUSEFS_PASSPHRASE", "FUSEFS_NEW_PASSPHRASE", "FUSEFS_PHRASE")
 
 
 class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,15 +42,19 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Paths and passphrases need not be UTF-8, JSON must be: each string stands for its bytes, one character each (`pack`, `unpack`).
     """
 
+    #: "": none, the mount is made from `hosts`.
     volume: str
     mountpoint: str
     passphrase: str
     options: list[str]
     log_file: str | None
     report_fd: int
+    hosts: list[str] = []
+    volume_id: str = ""
+    phrase: str = ""
 
     def __repr__(self) -> str:
-        # Never the passphrase.
+        # Never the passphrase, nor the phrase.
         return f"<Order to mount {self.volume!r}>"
 
 
@@ -98,13 +103,19 @@ def setup_logging(foreground: bool, log_file: Path | None, debug: bool = False) 
 def start(
     volume: Path, mountpoint: Path, passphrase: str, options: Sequence[str], log_file: Path | None, note: Callable[[str], None]
 ) -> int:
+    """As `start_from`, for a volume's directory."""
+    return start_from(Source(volume, passphrase=passphrase), mountpoint, options, log_file, note)
+
+
+def start_from(source: Source, mountpoint: Path, options: Sequence[str], log_file: Path | None, note: Callable[[str], None]) -> int:
     """Mount in the background; returns the process id once the mount is usable. Raises what the child ran into, and then it is gone."""
+    volume = os.path.abspath(source.path) if source.path is not None else ""
     read_fd, write_fd = os.pipe()
     try:
         # By paths, so that neither another working directory nor the mount point as one holds the mount.
         child = subprocess.Popen(
             # -P: modules are never taken from the working directory, which may be anybody's.
-            [sys.executable, "-P", "-m", "fusefs.daemon", os.path.abspath(volume), os.path.abspath(mountpoint)],
+            [sys.executable, "-P", "-m", "fusefs.daemon", volume or "hosts", os.path.abspath(mountpoint)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -115,12 +126,15 @@ def start(
     finally:
         os.close(write_fd)
     order = Order(
-        volume=pack(os.path.abspath(volume)),
+        volume=pack(volume),
         mountpoint=pack(os.path.abspath(mountpoint)),
-        passphrase=pack(passphrase),
+        passphrase=pack(source.passphrase),
         options=[pack(option) for option in options],
         log_file=pack(os.path.abspath(log_file)) if log_file is not None else None,
         report_fd=write_fd,
+        hosts=[pack(url) for url in source.hosts],
+        volume_id=pack(source.volume_id),
+        phrase=pack(source.phrase),
     )
     if child.stdin is None or child.stderr is None:
         raise RuntimeError("no pipe to the child")
@@ -131,7 +145,7 @@ def start(
         pass  # it ended at once; its report or its standard error says why
     with open(read_fd, "rb") as reports, child.stderr as said:
         for line in reports:
-            report = msgspec.json.decode(line, type=Report)
+            report = decode_report(line)
             if report.what == "note":
                 note(report.message)
             elif report.what == "ready":
@@ -142,6 +156,14 @@ def start(
         last = said.read().decode("utf-8", "backslashreplace").strip().splitlines()
     child.wait()
     raise Unavailable(f"the mount process ended at once: {last[-1] if last else f'exit status {child.returncode}'}")
+
+
+def decode_report(line: bytes) -> Report:
+    """A line from the child; Unavailable if it is none (the child is broken, or of another version)."""
+    try:
+        return msgspec.json.decode(line, type=Report)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Unavailable(f"the mount process says what cannot be read ({error}); see its log, and mount again") from None
 
 
 def _environment() -> dict[str, str]:
@@ -211,8 +233,13 @@ def main() -> int:
         options = MountOptions.parse([unpack(option) for option in order.options])
         setup_logging(False, Path(unpack(order.log_file)) if order.log_file else None, options.debug)
         os.chdir("/")
-        volume, mountpoint = Path(unpack(order.volume)), Path(unpack(order.mountpoint))
-        trio.run(serve, volume, mountpoint, unpack(order.passphrase), options, reporter.ready, reporter.note)
+        mountpoint, passphrase = Path(unpack(order.mountpoint)), unpack(order.passphrase)
+        if order.volume:
+            trio.run(serve, Path(unpack(order.volume)), mountpoint, passphrase, options, reporter.ready, reporter.note)
+        else:
+            hosts = tuple(unpack(url) for url in order.hosts)
+            source = Source(None, hosts, unpack(order.volume_id), passphrase, unpack(order.phrase))
+            trio.run(serve_read_only, source, mountpoint, options, reporter.ready, reporter.note)
     except FusefsError as error:
         log.error("%s", error)
         reporter.error(error)

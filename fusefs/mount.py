@@ -17,6 +17,9 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyfuse3
@@ -29,7 +32,8 @@ from fusefs.mountpoint import check_mountpoint, unmount_while_serving
 from fusefs.mounts import encode_source, mount_at, mount_of_volume
 from fusefs.operations import Operations
 from fusefs.options import MountOptions
-from storage import Volume, VolumeOptions, open_volume
+from fusefs.scratch import Scratch
+from storage import Source, Volume, VolumeOptions, open_read_only, open_volume
 from storage.errors import Busy, FusefsError, NotFound, Unavailable
 
 log = logging.getLogger(__name__)
@@ -42,6 +46,8 @@ MAX_TASKS = 200
 UNMOUNT_ATTEMPTS = 3
 UNMOUNT_PAUSE = 0.2
 
+#: Seconds between two notes while metadata come from hosts.
+PROGRESS_SECONDS = 10.0
 #: Seconds between attempts to make what was written durable on a full local disk, after the unmount.
 LOCAL_RETRY_SECONDS = 3.0
 
@@ -53,11 +59,49 @@ async def serve(
 ) -> None:
     """Mount, call `ready` when programs can use it, serve until it is unmounted, flush, close.
 
-    `note` gets lines for the person who mounts. Raises kinds of storage.errors; then nothing stays mounted.
+    `note` gets lines for the person who mounts. With the option `ro` as `serve_read_only`. Raises kinds of storage.errors; then nothing
+    stays mounted.
     """
+    path = Path(os.path.abspath(volume_path))  # noqa: ASYNC240  no I/O but getcwd
+    if options.read_only:
+        await serve_read_only(Source(path, passphrase=passphrase), mountpoint, options, ready, note)
+        return
+    async with _alone() as control:
+        await _serve(path, mountpoint, passphrase, options, ready, note, control)
+
+
+async def serve_read_only(
+    source: Source, mountpoint: Path, options: MountOptions, ready: Callable[[], None], note: Note = log.info
+) -> None:
+    """As `serve`, for reading only: from a volume's directory, beside whoever writes there, or from hosts (storage.open_read_only).
+
+    Its control socket, and metadata from hosts, are in a private directory (fusefs/scratch.py), which is what the mount has as its source.
+    """
+    async with _alone() as control:
+        await _serve_read_only(source, mountpoint, options, ready, note, control)
+
+
+class Telling:
+    """Says now and then how much of the metadata has come from hosts."""
+
+    def __init__(self, note: Note, mountpoint: Path) -> None:
+        self._note, self._mountpoint = note, mountpoint
+        self._due = trio.current_time() + PROGRESS_SECONDS
+
+    def progress(self, done: int, total: int) -> None:
+        """Bytes so far, and in all as far as is known."""
+        now = trio.current_time()
+        if now >= self._due:
+            self._due = now + PROGRESS_SECONDS
+            self._note(f"{self._mountpoint}: {done >> 20} of {total >> 20} MiB of metadata read from the hosts")
+
+
+@asynccontextmanager
+async def _alone() -> AsyncIterator[trio.Nursery]:
+    """A nursery for the control socket, ended with the block; what the block raises comes out as itself, not in a group."""
     try:
         async with trio.open_nursery() as control:
-            await _serve(Path(os.path.abspath(volume_path)), mountpoint, passphrase, options, ready, note, control)  # noqa: ASYNC240  no I/O but getcwd
+            yield control
             control.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         inner: BaseException = group
@@ -88,22 +132,65 @@ async def _serve(
     volume_options = VolumeOptions(commit_interval=None, purpose=f"mounted on {mountpoint}", **settings)  # type: ignore[arg-type]
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with open_volume(volume_path, passphrase=passphrase, wait_lock=LOCK_SECONDS, options=volume_options) as volume:
-            state = MountState(volume, mountpoint, options.text())
-            listener = listen(volume_path)
-            try:
-                control.start_soon(ControlServer(state).run, listener)
-                async with trio.open_nursery() as nursery:
-                    stopper = Stopper(state)
-                    nursery.start_soon(stopper.obey, signals)
-                    await _mounted(volume, state, options, ready)
-                    await stopper.last_flush(volume)
-                    nursery.cancel_scope.cancel()
-            finally:
-                # While the lock is ours: the next process makes a socket of its own by this name.
-                remove_socket(volume_path)
-                state.phase = "closing"
-                state.finished.set()
+            await _serve_open(volume, volume_path, mountpoint, options, ready, control, signals)
     log.info("%s: closed", volume_path)
+
+
+async def _serve_read_only(
+    source: Source, mountpoint: Path, options: MountOptions, ready: Callable[[], None], note: Note, control: trio.Nursery
+) -> None:
+    mountpoint = await trio.to_thread.run_sync(partial(check_mountpoint, source.path, mountpoint, beside=True))
+    if source.path is not None:
+        try:
+            await _wait_for_previous(source.path, note)
+        except Busy:
+            pass  # mounted for writing, and stays so: what the hosts have is shown
+    # The cache for writes is of no use, and there is nothing to commit.
+    options = replace(options, read_only=True, writeback=False)
+    volume_options = VolumeOptions(commit_interval=None, purpose=f"mounted read-only on {mountpoint}")
+    if options.cache_bytes is not None:
+        volume_options = replace(volume_options, cache=options.cache_bytes)
+    scratch = await trio.to_thread.run_sync(Scratch.make)
+    try:
+        # Before signals are taken in hand: reading metadata from hosts can take long, and is simply broken off.
+        told = Telling(note, mountpoint)
+        async with open_read_only(source, scratch=scratch.path, options=volume_options, progress=told.progress) as volume:
+            note(f"{mountpoint} shows {volume.view}")
+            for warning in volume.warnings:
+                note(f"warning: {warning}")
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+                await _serve_open(volume, scratch.path, mountpoint, options, ready, control, signals)
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(scratch.remove)
+    log.info("%s: closed", mountpoint)
+
+
+async def _serve_open(
+    volume: Volume,
+    home: Path,
+    mountpoint: Path,
+    options: MountOptions,
+    ready: Callable[[], None],
+    control: trio.Nursery,
+    signals: AsyncIterator[int],
+) -> None:
+    """An open volume, until it is unmounted and flushed. `home`: the directory for the control socket, and source of the mount."""
+    state = MountState(volume, mountpoint, options.text())
+    listener = listen(home)
+    try:
+        control.start_soon(ControlServer(state).run, listener)
+        async with trio.open_nursery() as nursery:
+            stopper = Stopper(state)
+            nursery.start_soon(stopper.obey, signals)
+            await _mounted(volume, home, state, options, ready)
+            await stopper.last_flush(volume)
+            nursery.cancel_scope.cancel()
+    finally:
+        # While the lock is ours: the next process makes a socket of its own by this name.
+        remove_socket(home)
+        state.phase = "closing"
+        state.finished.set()
 
 
 async def _wait_for_previous(volume: Path, note: Note) -> None:
@@ -133,21 +220,22 @@ async def _wait_for_previous(volume: Path, note: Note) -> None:
         await trio.to_thread.run_sync(wait, abandon_on_cancel=True)
 
 
-async def _mounted(volume: Volume, state: MountState, options: MountOptions, ready: Callable[[], None]) -> None:
+async def _mounted(volume: Volume, home: Path, state: MountState, options: MountOptions, ready: Callable[[], None]) -> None:
     """From mount(2) to the end of the loop. Whatever happens, nothing is mounted when it returns or raises."""
     kernel = MountCalls(state.mountpoint)
     operations = Operations(volume, options, kernel)
     state.open_handles = operations.handles.__len__
     state.write_back = lambda: operations.coherence.write_back(_log_refused)
     try:
-        pyfuse3.init(operations, os.fspath(state.mountpoint), options.kernel_options(encode_source(volume.path)))
+        pyfuse3.init(operations, os.fspath(state.mountpoint), options.kernel_options(encode_source(home)))
     except (RuntimeError, OSError, UnicodeError) as error:
         raise Unavailable(f"{state.mountpoint} could not be mounted ({error}){_hint(options)}") from error
     try:
         async with trio.open_nursery() as nursery:
             operations.coherence.start(nursery)
             nursery.start_soon(_announce, state, ready)
-            nursery.start_soon(_commits, volume, operations, options.commit_interval)
+            if not options.read_only:
+                nursery.start_soon(_commits, volume, operations, options.commit_interval)
             await pyfuse3.main(max_tasks=MAX_TASKS)
             state.phase = "flushing"
             nursery.cancel_scope.cancel()

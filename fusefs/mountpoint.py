@@ -17,13 +17,14 @@ from storage.errors import BadArgument, Busy, NotFound, Unavailable
 UNMOUNT_SECONDS = 600.0
 
 
-def check_mountpoint(volume: Path, mountpoint: Path) -> Path:
-    """The absolute mount point, if `volume` can be mounted there; blocking.
+def check_mountpoint(volume: Path | None, mountpoint: Path, *, beside: bool = False) -> Path:
+    """The absolute mount point, if `volume` can be mounted there; blocking. `beside`: it may be mounted elsewhere. None: there is only a
+    mount point.
 
     NotFound (missing), BadArgument (not a directory, not empty, inside the volume), Busy (something is mounted there, or the volume is
     mounted elsewhere). A mount left by a process that was killed is taken away.
     """
-    volume = Path(os.path.realpath(volume))
+    volume = Path(os.path.realpath(volume)) if volume is not None else None
     mountpoint = Path(os.path.abspath(mountpoint))
     existing = mount_at(mountpoint)
     if existing is not None:
@@ -41,11 +42,11 @@ def check_mountpoint(volume: Path, mountpoint: Path) -> Path:
     mountpoint = Path(os.path.realpath(mountpoint))
     if os.path.ismount(mountpoint):
         raise Busy(f"{mountpoint} is in use: something else is mounted there")
-    if mountpoint == volume or volume in mountpoint.parents:
+    if volume is not None and (mountpoint == volume or volume in mountpoint.parents):
         raise BadArgument(f"{mountpoint} lies in the volume itself; choose a directory outside {volume}")
     if entries:
         raise BadArgument(f"{mountpoint} is not empty; mount on an empty directory")
-    other = mount_of_volume(volume)
+    other = mount_of_volume(volume) if volume is not None and not beside else None
     if other is not None and not _is_dead(other.mountpoint):
         raise Busy(f"{volume} is already mounted, on {other.mountpoint}")
     if not os.path.exists("/dev/fuse"):  # who may open it is fusermount3's affair

@@ -13,6 +13,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 MOUNTINFO = Path("/proc/self/mountinfo")
 FILESYSTEM_TYPE = "fuse.fusefs"
+_NUMBER = re.compile(rb"[0-9]{1,18}\Z")
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
@@ -33,7 +34,8 @@ def encode_source(volume: Path) -> str:
 
 
 def decode_source(source: str) -> Path:
-    return Path(os.fsdecode(unquote_to_bytes(source)))
+    # To bytes first: what others call fuse.fusefs may have any bytes as its source.
+    return Path(os.fsdecode(unquote_to_bytes(os.fsencode(source))))
 
 
 def parse_mountinfo(text: bytes) -> list[Mount]:
@@ -42,16 +44,17 @@ def parse_mountinfo(text: bytes) -> list[Mount]:
     for line in text.split(b"\n"):
         before, separator, after = line.partition(b" - ")
         fields, rest = before.split(b" "), after.split(b" ")
-        if not separator or len(fields) < 6 or len(rest) < 2 or rest[0] != FILESYSTEM_TYPE.encode() or not fields[0].isdigit():
+        if not separator or len(fields) < 6 or len(rest) < 2 or rest[0] != FILESYSTEM_TYPE.encode() or _NUMBER.match(fields[0]) is None:
             continue
-        found.append(
-            Mount(
-                mountpoint=Path(os.fsdecode(_unescape(fields[4]))),
-                volume=decode_source(os.fsdecode(_unescape(rest[1]))),
-                mount_id=int(fields[0]),
-                device=os.fsdecode(fields[2]),
-            )
+        mount = Mount(
+            mountpoint=Path(os.fsdecode(_unescape(fields[4]))),
+            volume=decode_source(os.fsdecode(_unescape(rest[1]))),
+            mount_id=int(fields[0]),
+            device=os.fsdecode(fields[2]),
         )
+        # Neither can be a path with a NUL, which no system call takes; a source may say %00, if it is none of ours.
+        if "\0" not in f"{mount.mountpoint}{mount.volume}":
+            found.append(mount)
     return found
 
 

@@ -33,9 +33,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from storage import errors as errors
+    from storage.checking import CheckProgress as CheckProgress
+    from storage.checking import CheckReport as CheckReport
+    from storage.checking import Finding as Finding
+    from storage.checking import check_volume as check_volume
     from storage.config import VolumeConfig as VolumeConfig
     from storage.config import load_config as load_config
     from storage.creation import create_volume as create_volume
+    from storage.history.finding import VolumeOnHosts as VolumeOnHosts
+    from storage.history.finding import list_volumes as list_volumes
     from storage.interfaces import Attributes as Attributes
     from storage.interfaces import Contract as Contract
     from storage.interfaces import Contractor as Contractor
@@ -49,8 +55,15 @@ if TYPE_CHECKING:
     from storage.interfaces import SectorManager as SectorManager
     from storage.keyfile import KEY_FILE as KEY_FILE
     from storage.keyfile import change_passphrase as change_passphrase
+    from storage.read_only import ReadOnlyVolume as ReadOnlyVolume
+    from storage.read_only import Source as Source
+    from storage.read_only import open_read_only as open_read_only
+    from storage.recovery import RecoveryReport as RecoveryReport
+    from storage.recovery import recover_volume as recover_volume
     from storage.replication import Replication as Replication
     from storage.replication import parse_replication as parse_replication
+    from storage.salvage import SalvageReport as SalvageReport
+    from storage.salvage import salvage_volume as salvage_volume
     from storage.seams import Seams as Seams
     from storage.status import ContractStatus as ContractStatus
     from storage.status import HostStatus as HostStatus
@@ -61,8 +74,10 @@ if TYPE_CHECKING:
     from storage.volume import open_volume as open_volume
 
 _HOMES = {
+    "storage.checking": ("CheckProgress", "CheckReport", "Finding", "check_volume"),
     "storage.config": ("VolumeConfig", "load_config"),
     "storage.creation": ("create_volume",),
+    "storage.history.finding": ("VolumeOnHosts", "list_volumes"),
     "storage.interfaces": (
         "Attributes",
         "Contract",
@@ -77,7 +92,10 @@ _HOMES = {
         "SectorManager",
     ),
     "storage.keyfile": ("KEY_FILE", "change_passphrase"),
+    "storage.read_only": ("ReadOnlyVolume", "Source", "open_read_only"),
+    "storage.recovery": ("RecoveryReport", "recover_volume"),
     "storage.replication": ("Replication", "parse_replication"),
+    "storage.salvage": ("SalvageReport", "salvage_volume"),
     "storage.seams": ("Seams",),
     "storage.status": ("ContractStatus", "HostStatus", "RefusalStatus", "VolumeStatus"),
     "storage.volume": ("Volume", "VolumeOptions", "open_volume"),

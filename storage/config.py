@@ -42,7 +42,7 @@ MAX_CONTRACT_DAYS = 36525.0
 class VolumeConfig(Document, frozen=True, kw_only=True):
     """What was fixed at init. Make one with `new_config`, which checks it."""
 
-    volume_id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    volume_id: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
     sector_size: int
     replication: Annotated[str, msgspec.Meta(max_length=16)]
     contract_days: float

@@ -24,7 +24,7 @@ import msgspec
 import trio
 
 from storage.documents import MAX_DOCUMENT
-from storage.errors import BadArgument, Corrupt, NotFound, Unavailable
+from storage.errors import BadArgument, Corrupt, Fenced, NotFound, Unavailable
 from storage.hosts.holders import Claim
 from storage.hosts.layout import (
     CONTRACT_FORMAT,
@@ -179,6 +179,9 @@ class Contractor:
 
     async def _write_down(self, contract_id: str, number: int, nanoseconds: int, lineage: str, renewed_from: str | None) -> str:
         host = self._registry.get(number)
+        if self._store.failure is not None:
+            # Before the host has a contract that is on no record.
+            raise Fenced(self._store.failure)
         now = self._seams.clock.time_ns()
         contract = Contract(contract_id, number, now, min(now + nanoseconds, _MAX_NS), lineage)
         self._seams.failpoints.hit("contract.before_host")

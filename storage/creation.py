@@ -10,6 +10,7 @@ from pathlib import Path
 import trio
 
 from storage.config import DEFAULT_CONTRACT_DAYS, DEFAULT_SECTOR_SIZE, new_config, save_config
+from storage.durable import fsync_dir
 from storage.errors import BadArgument, Exists
 from storage.hosts.registry import Opener
 from storage.hosts.urls import parse_url
@@ -73,6 +74,11 @@ async def create_volume(
                 except Exists as error:
                     raise BadArgument(f"replication {config.replication} needs {spec.hosts_needed} different hosts: {error}") from error
             await volume.commit()
+            if volume.publisher is not None:
+                await volume.publisher.publish()
+        if made:
+            # Files in a directory whose own name is lost are lost.
+            await seams.threads.run(fsync_dir, path.parent)
         # Last: with this file the directory becomes a volume.
         await seams.threads.run(save_config, path, config, seams.failpoints)
     except BaseException:

@@ -113,11 +113,11 @@ class Epochs:
             start = pairs[-1][0] + b"\0"
         return cls(epochs)
 
-    def begin(
-        self, batch: Batch, salt: bytes, first_sector_id: int, now_ns: int, first_sequence: int = 0, number: int | None = None
-    ) -> Epoch:
+    def begin(self, batch: Batch, salt: bytes, first_sector_id: int, now_ns: int, first_sequence: int = 0, above: int = 0) -> Epoch:
         """Begin the next epoch: its record goes into `batch`, and it is `current` at once.
 
+        Its number is above all earlier ones, and above `above` (others may have begun some that are not in this history).
+        `first_sequence`: of the commit `batch` will be in.
         `first_sector_id` must be the sector counter's next unreserved number, which is above every id reserved so far (I1). Nothing may be
         sealed under the epoch until the commit that holds `batch` is durable. BadArgument for a salt of the wrong length; Corrupt if the
         number lies below what an earlier epoch began with, or if the salt was used before: the volume's counter, or the source of
@@ -125,8 +125,7 @@ class Epochs:
         """
         if len(salt) != SALT_SIZE:
             raise BadArgument(f"an epoch's salt has {SALT_SIZE} bytes, not {len(salt)}")
-        if number is None:
-            number = self._epochs[-1].number + 1 if self._epochs else 1
+        number = max(self._epochs[-1].number if self._epochs else 0, above) + 1
         epoch = Epoch(number, bytes(salt), first_sector_id, now_ns, first_sequence)
         self._append(epoch)
         batch.put(*encode_epoch(epoch))

@@ -8,6 +8,11 @@ any other type is a bug.
 
 from __future__ import annotations
 
+import re
+
+#: What would break a line, or drive a terminal. Messages name files, and say what hosts and other processes sent.
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
+
 
 class FusefsError(Exception):
     """Base of all errors a user, a program or an untrusted host can cause."""
@@ -16,6 +21,10 @@ class FusefsError(Exception):
     exit_status = 1
     #: True where the same call may succeed later without anybody changing anything.
     retry_helps = False
+
+    def __str__(self) -> str:
+        """The message: always one line of text, whatever it names; control characters are escaped."""
+        return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), super().__str__())
 
 
 class NotFound(FusefsError):

@@ -7,6 +7,7 @@ that metadata says this sector id has. Blocking work above `INLINE` bytes is one
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -81,6 +82,9 @@ class HostIO:
         self._sealed = _SealedIds()
         #: One change at a time per shard and host; an entry lives as long as somebody wants it.
         self._changing: dict[bytes, tuple[trio.Lock, int]] = {}
+        #: Per host: puts of shards that are on no record (yet), because they are under way, or their answer never came.
+        self._unsettled: Counter[int] = Counter()
+        self._stopped = False
 
     # ----------------------------------------------------------------------------------------------------------------
     # Reading
@@ -227,6 +231,9 @@ class HostIO:
 
         what = f"sector {shard.sector_id}, root {shard.root[:12]}"
         async with self._exclusively(key):
+            if self._stopped:
+                raise Unavailable(f"{what}: the volume is being closed")
+            self._unsettled[number] += 1
             await self._recorded(number, what, put, len(shard.sealed), ("write",))
             self._seams.failpoints.hit("host_io.write.before_apply")
             holders = decode_holders(self._store.get(key), root)
@@ -234,6 +241,15 @@ class HostIO:
             batch = Batch()
             batch.put(key, holders.encode())
             self._store.apply(batch)
+            self._unsettled[number] -= 1
+
+    def unsettled(self, number: int) -> bool:
+        """May the host hold a shard this process has put there and has no record of? True for good after a put that failed."""
+        return self._unsettled[number] > 0
+
+    def stop_writing(self) -> None:
+        """From now on `write` and `write_sealed` raise Unavailable. For the end of the volume."""
+        self._stopped = True
 
     async def replace(self, contract_id: str, data: Buffer, sector_id: int, old_sector_root: str) -> str:
         """Write, then delete `old_sector_root`, which I3 has released. After a failure the old one is still there."""

@@ -116,6 +116,20 @@ class MetadataStore(MetadataReader, Protocol):
         """(value id, end offset) of the tails that keep the oldest journal segment from being reused; empty if none do."""
         ...
 
+    def has_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:
+        """Do the journal's files, as they stand on the disk, take for certain all that is pending, operations of `ops_bytes` more, that many
+        bytes more of that many tails, and the share `kept` of a segment besides? Arithmetic only."""
+        ...
+
+    async def make_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:
+        """Have files made until `has_room`. False where the journal's limit is in the way: tails have to move into sectors first, and are
+        asked to. NoSpace, IOFailure: the disk is; nothing is lost. Fenced."""
+        ...
+
+    def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
+        """Room beyond that is not needed for now, and may go back to the disk."""
+        ...
+
     @property
     def journal_fill(self) -> float:
         """Share of the journal's limit in use, 0.0 to 1.0. Above 0.5 tails should be moved into sectors (or applied again)."""
@@ -262,6 +276,10 @@ class HistoryGate(Protocol):
 
     async def confirm(self, host_number: int) -> bool:
         """Re-reads which superblock the host has: is it ours? False also where it does not answer."""
+        ...
+
+    def want_release(self, sequence: int) -> None:
+        """Something freed by this commit waits for an older generation to go."""
         ...
 
 

@@ -115,7 +115,7 @@ class KeySlot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class KeyFile(Document, frozen=True, kw_only=True):
     """All slots of a volume."""
 
-    volume_id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    volume_id: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
     slots: Annotated[tuple[KeySlot, ...], msgspec.Meta(min_length=1, max_length=MAX_SLOTS)]
 
 

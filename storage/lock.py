@@ -56,6 +56,27 @@ class VolumeLock:
             raise
         self._fd = fd
 
+    def acquire_shared(self) -> bool:
+        """Keep writers away, beside others who only read; False if there is a writer. Nothing is written; blocks for no longer than a
+        system call. A volume whose lock nobody ever took has no writer.
+        """
+        try:
+            fd = os.open(self._path, os.O_RDONLY)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            raise from_os_error(error, f"opening {self._path}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        except OSError as error:
+            os.close(fd)
+            raise from_os_error(error, f"locking {self._path}") from error
+        self._fd = fd
+        return True
+
     def release(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

@@ -71,3 +71,7 @@ class VolumeStatus(msgspec.Struct, frozen=True):
     refusals_total: int
     hosts: list[HostStatus]
     contracts: list[ContractStatus]
+    #: Of a volume open for reading only: what it shows; "" for one that is open for writing.
+    view: str = ""
+    #: Another machine has gone on with the volume; `read_only_reason` says which.
+    fenced: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,11 @@ from storage.contractor import Contractor
 from storage.epochs import Epochs
 from storage.errors import BadArgument, FusefsError, Unavailable
 from storage.files import Files
+from storage.history.publisher import Publisher
 from storage.host_io import HostIO
 from storage.hosts.hostdb import HostDB
 from storage.hosts.registry import HostRegistry, Opener
-from storage.interfaces import Batch, FlushProgress, FlushReport, Refusal
+from storage.interfaces import Batch, FlushProgress, FlushReport, MetadataStore, Refusal, TailPiece
 from storage.keyfile import KEY_FILE, load_keyfile, open_slots
 from storage.keys import SALT_SIZE, Keys
 from storage.lock import VolumeLock
@@ -49,6 +50,8 @@ SECTOR_RANGE = 4096
 ID_RANGE = 1 << 16
 #: Seconds for the last commit when a volume is closed because its task is cancelled.
 CLOSE_LIMIT = 120.0
+#: Seconds of these for putting the last metadata on the hosts; what they do not get then, they get at the next mount.
+PUBLISH_LIMIT = 60.0
 #: From so many recent failures on (they decay, half of them in a minute) `status` calls a host failing.
 FAILING = 2.0
 #: Refusals kept for `status`.
@@ -96,6 +99,8 @@ class Volume:
         self.values: Values
         self.namespace: Namespace
         self.files: Files
+        #: None where the volume is open for reading only.
+        self.publisher: Publisher | None = None
 
     def record_refusal(self, refusal: Refusal) -> None:
         """For the log of refusals that `status` shows."""
@@ -110,6 +115,11 @@ class Volume:
         """As `commit`, and on the hosts at full replication (or at write quorum: then the report says so). NoSpace, Unavailable: what
         hosts said."""
         report = await self.values.flush(progress)
+        if self.publisher is not None:
+            try:
+                await self.publisher.publish()
+            except Unavailable as error:
+                report = FlushReport(report.degraded_sectors, (*report.reasons, f"metadata: {error}"))
         # A host that is away now may have copies of anything: whoever flushes to be safe wants to know.
         away = [self.hosts.reason(number) for number in self.hosts.numbers() if not self.hosts.available(number)]
         return FlushReport(report.degraded_sectors, (*report.reasons, *away)) if away else report
@@ -145,6 +155,7 @@ class Volume:
             )
         urls = {record.number: record.url for record in self.hosts.records()}
         trouble, local = self.values.shipper.trouble, self.values.local_trouble
+        fenced = self.publisher is not None and failure is not None and self.publisher.fenced == failure
         return VolumeStatus(
             volume_id=self.volume_id,
             path=str(self.path),
@@ -165,8 +176,13 @@ class Volume:
             epoch=self.epochs.current.number,
             read_only=failure is not None,
             read_only_reason=failure or "",
-            local_error=str(local or failure or ""),
-            warnings=[*self.warnings, *(str(error) for error in (local, trouble) if error is not None), *self.sectors.notes],
+            # Fenced, it has committed what it had.
+            local_error=str(local or ("" if fenced else failure) or ""),
+            warnings=[
+                *self.warnings,
+                *(str(error) for error in (local, self.values.full, trouble) if error is not None),
+                *self.sectors.notes,
+            ],
             refusals=[RefusalStatus(r.when_ns, r.program, r.path, r.offset, r.reason) for r in self.refusals],
             refusals_total=self.refusals_total,
             hosts=hosts,
@@ -174,6 +190,7 @@ class Volume:
                 ContractStatus(c.contract_id, c.host_number, urls.get(c.host_number, "?"), c.start_ns, c.end_ns, c.active(now))
                 for c in self.contractor.all_contracts()
             ],
+            fenced=fenced,
         )
 
 
@@ -214,9 +231,22 @@ async def open_volume(
 
 @asynccontextmanager
 async def with_layers(
-    path: Path, config: VolumeConfig, keys: Keys, options: VolumeOptions, seams: Seams, opener: Opener | None, *, create: bool
+    path: Path,
+    config: VolumeConfig,
+    keys: Keys,
+    options: VolumeOptions,
+    seams: Seams,
+    opener: Opener | None,
+    *,
+    create: bool,
+    tails: Mapping[int, Sequence[tuple[int, bytes]]] | None = None,
+    passed_over: frozenset[bytes] = frozenset(),
 ) -> AsyncIterator[Volume]:
-    """The volume with its tasks running. Whatever the block raises comes out as itself, not in a group."""
+    """The volume with its tasks running. Whatever the block raises comes out as itself, not in a group.
+
+    `tails`, after a recovery: value id -> (offset, bytes) of what the log on the hosts had in no sector. Then nothing is deleted on hosts,
+    and sectors only absent hosts have are no reason to fail. `passed_over`: hashes of superblocks that count for nothing any more (I5).
+    """
     try:
         async with AsyncExitStack() as stack:
             store = await stack.enter_async_context(
@@ -231,7 +261,7 @@ async def with_layers(
             )
             volume = Volume(path, config, options, seams)
             async with trio.open_nursery() as nursery:
-                await _wire(volume, store, keys, nursery, opener, create=create)
+                await _wire(volume, store, keys, nursery, opener, create=create, tails=tails, passed_over=passed_over)
                 try:
                     yield volume
                 finally:
@@ -242,7 +272,31 @@ async def with_layers(
                         log.error("%s: the last commit took longer than %d s; what nobody had committed may be lost", path, CLOSE_LIMIT)
                     nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        raise _only(group) from group
+        raise only(group) from group
+
+
+async def _publish_last(publisher: Publisher) -> None:
+    try:
+        await publisher.publish()
+    except FusefsError as error:
+        log.warning("the hosts do not have the newest metadata, they get them at the next mount: %s", error)
+
+
+async def _take_tails(volume: Volume, tails: Mapping[int, Sequence[tuple[int, bytes]]]) -> None:
+    """Tails that came from the log on the hosts: into this journal, and into memory."""
+    volume.store.apply(Batch(), [TailPiece(value_id, at, (data,)) for value_id, pieces in tails.items() for at, data in pieces])
+    volume.values.recover(tails)
+    await volume.store.commit()
+
+
+async def _fence(volume: Volume, reason: str) -> None:
+    """Another machine has the volume: what is here becomes durable here, then nothing is taken any more (I5)."""
+    try:
+        with trio.move_on_after(CLOSE_LIMIT):
+            await volume.commit()
+    except FusefsError as error:
+        log.error("what was written last is not durable: %s", error)
+    volume.store.fence(reason)
 
 
 async def _close(volume: Volume) -> None:
@@ -252,11 +306,16 @@ async def _close(volume: Volume) -> None:
         if volume.store.failure is None:
             volume.store.apply(batch)
             await volume.commit()
+            publisher = volume.publisher
+            if publisher is not None and publisher.dirty and volume.hosts.numbers():
+                with trio.move_on_after(PUBLISH_LIMIT):
+                    await _publish_last(publisher)
+            await volume.commit()
     finally:
         await volume.hosts.aclose()
 
 
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def only(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The one exception inside, or the group if there are several."""
     inner: BaseException = group
     while isinstance(inner, BaseExceptionGroup) and len(inner.exceptions) == 1:
@@ -264,24 +323,97 @@ def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return inner
 
 
-async def _wire(volume: Volume, store: Store, keys: Keys, nursery: trio.Nursery, opener: Opener | None, *, create: bool) -> None:
+async def _wire(
+    volume: Volume,
+    store: Store,
+    keys: Keys,
+    nursery: trio.Nursery,
+    opener: Opener | None,
+    *,
+    create: bool,
+    tails: Mapping[int, Sequence[tuple[int, bytes]]] | None = None,
+    passed_over: frozenset[bytes] = frozenset(),
+) -> None:
     """Make every layer, bottom to top; begin the epoch; start the loops."""
-    seams, config, options = volume.seams, volume.config, volume.options
-    volume_id = config.volume_id_bytes
+    seams, options = volume.seams, volume.options
     volume.store = store
     volume.epochs = Epochs.load(store)
     sector_ids = Counter(store, b"sector", SECTOR_RANGE)
-    value_ids = Counter(store, b"value", ID_RANGE)
+    make_layers(volume, store, keys, nursery, opener, sector_ids)
+    publisher = volume.publisher = Publisher(
+        directory=volume.path,
+        config=volume.config,
+        keys=keys,
+        keyfile=await seams.threads.run(load_keyfile, volume.path / KEY_FILE, volume.volume_id),
+        store=store,
+        epochs=volume.epochs,
+        registry=volume.hosts,
+        seams=seams,
+        interval=options.flush_interval,
+        take_tails=volume.values.take_unlogged,
+        tail_wanted=lambda value_id, end: tail_needed(store, value_id, end),
+        nursery=nursery,
+        passed_over=passed_over,
+    )
+    publisher.keep_all = tails is not None
+    volume.deleter.gate = publisher
+    await volume.hosts.open_all()
+    if not create:
+        # I5: before an epoch begins here.
+        await publisher.examine()
     # I1: the epoch's record, its salt and the first range of ids are durable together, before anything is sealed under it.
     batch = Batch()
-    epoch = volume.epochs.begin(batch, seams.random.token_bytes(SALT_SIZE), sector_ids.first, seams.clock.time_ns())
+    epoch = volume.epochs.begin(
+        batch,
+        seams.random.token_bytes(SALT_SIZE),
+        sector_ids.first,
+        seams.clock.time_ns(),
+        first_sequence=store.applied_sequence + 1,
+        above=publisher.latest_epoch_seen(),
+    )
     sector_ids.reserve(batch)
     store.begin_epoch(epoch.number, epoch.salt)
     if create:
         Namespace.format(batch, seams.clock.time_ns(), os.getuid(), os.getgid())
     store.apply(batch)
     await store.commit()
+    store.on_pressure = volume.values.shipper.journal_pressure
+    publisher.on_fenced = lambda reason: nursery.start_soon(_fence, volume, reason)
+    # Now, so that df and status know from the first moment.
+    await volume.placement.poll_space()
+    if not create and tails is None:
+        await check_servable(volume)
+    # Nothing before this may load an inode: a file's map is compared with its value's size, tail included.
+    volume.sectors.drop_fresh()
+    volume.sectors.partials.load()
+    recovered = volume.values.recover(store.recovered_tails())
+    if recovered:
+        log.info("%d bytes that were on no host yet came back from the journal", recovered)
+    if tails:
+        await _take_tails(volume, tails)
+    if not create:
+        try:
+            await publisher.claim()
+        except Unavailable as error:
+            volume.warnings.append(f"other machines cannot see yet that this one has the volume: {error}")
+            log.warning("%s", volume.warnings[-1])
+    nursery.start_soon(publisher.run)
+    nursery.start_soon(volume.sectors.run)
+    nursery.start_soon(volume.values.run)
+    nursery.start_soon(volume.files.run)
+    nursery.start_soon(volume.hosts.retry)
+    nursery.start_soon(_reap, volume)
+    if options.commit_interval is not None:
+        nursery.start_soon(_commit_loop, volume, options.commit_interval)
 
+
+def make_layers(
+    volume: Volume, store: MetadataStore, keys: Keys, nursery: trio.Nursery, opener: Opener | None, sector_ids: Counter
+) -> None:
+    """Every layer above `volume.store` and `volume.epochs`; nothing is written, asked of a host or started yet."""
+    seams, config, options = volume.seams, volume.config, volume.options
+    volume_id = config.volume_id_bytes
+    value_ids = Counter(store, b"value", ID_RANGE)
     volume.hosts = HostRegistry(volume_id, store, seams, opener=opener)
     volume.hostdb = HostDB(store, seams)
     volume.contractor = Contractor(volume_id, store, volume.hosts, seams)
@@ -316,27 +448,7 @@ async def _wire(volume: Volume, store: Store, keys: Keys, nursery: trio.Nursery,
         store, volume.values, seams, default_replication=config.replication, check_replication=lambda spec: _check_hosts(volume, spec)
     )
     volume.values.set_path_of(volume.namespace.path_of)
-    store.on_pressure = volume.values.shipper.journal_pressure
     volume.files = Files(volume.namespace, seams)
-
-    await volume.hosts.open_all()
-    # Now, so that df and status know from the first moment.
-    await volume.placement.poll_space()
-    if not create:
-        await _check_servable(volume)
-    # Nothing before this may load an inode: a file's map is compared with its value's size, tail included.
-    volume.sectors.drop_fresh()
-    volume.sectors.partials.load()
-    recovered = volume.values.recover(store.recovered_tails())
-    if recovered:
-        log.info("%d bytes that were on no host yet came back from the journal", recovered)
-    nursery.start_soon(volume.sectors.run)
-    nursery.start_soon(volume.values.run)
-    nursery.start_soon(volume.files.run)
-    nursery.start_soon(volume.hosts.retry)
-    nursery.start_soon(_reap, volume)
-    if options.commit_interval is not None:
-        nursery.start_soon(_commit_loop, volume, options.commit_interval)
 
 
 def _state(state: str, failures: float) -> str:
@@ -369,7 +481,7 @@ async def _commit_loop(volume: Volume, interval: float) -> None:
             log.error("what was written lately is not durable yet: %s", error)
 
 
-async def _check_servable(volume: Volume) -> None:
+async def check_servable(volume: Volume) -> None:
     """With hosts away: warn if what is left can serve everything, else Unavailable saying which sectors need which host.
 
     Looks at every sector, in slices, but only when a host is away.

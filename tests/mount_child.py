@@ -13,7 +13,10 @@ DIRECTORY holds what the test and this process tell each other:
 from __future__ import annotations
 
 import argparse
+import errno
+import functools
 import os
+import stat
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -30,6 +33,10 @@ from fusefs.daemon import setup_logging
 from fusefs.options import MountOptions
 from storage import open_volume
 from storage.errors import FusefsError, IOFailure, NoSpace, NotPermitted, Unavailable
+from storage.hosts import tree
+from storage.metadata import journal
+from storage.metadata.journal import Journal
+from storage.metadata.store import Store
 from storage.namespace.content import Content
 
 PASSPHRASE = "correct horse"
@@ -162,11 +169,42 @@ def take_out(rule: str) -> None:
             fusefs.options._FLAGS["nowriteback"] = ("writeback", True)
         case "last-page-local":
             Tapped.last_page_local = lambda self, ino: True  # type: ignore[method-assign]
+        case "room-ahead":
+            # Appends are accepted whether the journal has room for them on the disk or not.
+            Store.has_room = lambda self, *args: True  # type: ignore[method-assign]
         case "old-kernel":
             # Not a rule: pretend the kernel does not drop pages under direct writes.
             contents.ContentHandlers.kernel_drops_pages = False
+        case "journal-fdatasync":
+            journal.fdatasync = _no_sync  # type: ignore[attr-defined]
+        case "host-fsync":
+            tree.os = _OsWithoutFsync(of_directories=False)  # type: ignore[assignment]
+        case "host-dirsync":
+            tree.os = _OsWithoutFsync(of_directories=True)  # type: ignore[assignment]
+        case "small-journal":
+            # Not a rule: segments that are begun, and recycled, many times a second.
+            options = functools.partial(fusefs.mount.VolumeOptions, journal_segment=256 * 1024, journal_limit=8 * 1024 * 1024)
+            fusefs.mount.VolumeOptions = options  # type: ignore[assignment, misc]
         case _:
             raise SystemExit(f"no rule {rule}")
+
+
+def _no_sync(fd: int) -> None:
+    return
+
+
+class _OsWithoutFsync:
+    """The module `os`, in which fsync of directories, or of all else, does nothing."""
+
+    def __init__(self, *, of_directories: bool) -> None:
+        self._of_directories = of_directories
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def fsync(self, fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode) != self._of_directories:
+            os.fsync(fd)
 
 
 async def _terminate(self: Any, *, lazy: bool) -> None:
@@ -216,6 +254,14 @@ def main() -> int:
             volume.values = Tapped(volume.values, directory)  # type: ignore[assignment]
             yield volume
 
+    real_flush = Journal._flush
+
+    def flush(self: Any, *args: Any) -> None:
+        if (directory / "faults" / "journal-eio").exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real_flush(self, *args)
+
+    Journal._flush = flush  # type: ignore[method-assign, assignment]
     fusefs.mount.open_volume = tapped  # type: ignore[attr-defined]
     setup_logging(foreground=True, log_file=None)
     try:

@@ -240,6 +240,43 @@ async def test_a_hung_directory_holds_only_its_own_slots_and_can_be_given_up(tmp
         assert await host.get("b", LIMIT) == b"2"
 
 
+@pytest.mark.parametrize("what", ["delete", "put_if", "put"])
+async def test_a_change_that_hangs_can_be_given_up_and_does_not_happen_behind_the_next_one(tmp_path: Path, what: str) -> None:
+    """Closing a volume ends though a network mount hangs. And: a deletion that wakes up late must not take away what was put meanwhile."""
+    failpoints, release = RecordingFailpoints(), threading.Event()
+    host = await opened(tmp_path / "h", Seams(failpoints=failpoints))
+    await host.put("a", b"1")
+    tag = await host.tag("a")
+
+    def hang() -> None:
+        release.wait(20)
+
+    failpoints.actions["host.delete.before_unlink"] = failpoints.actions["host.put.before_fsync"] = hang
+    started = time.monotonic()
+    with trio.move_on_after(0.2) as scope:
+        if what == "delete":
+            await host.delete("a")
+        elif what == "put_if":
+            await host.put_if("a", b"2", tag)
+        else:
+            await host.put("a", b"2")
+    assert scope.cancelled_caught
+    assert time.monotonic() - started < 5
+    with pytest.raises(Unavailable, match="hangs"):
+        await host.put("a", b"3")
+    with pytest.raises(Unavailable, match="hangs"):
+        await host.delete("a")
+    release.set()
+    with trio.fail_after(10):
+        while host._slots.borrowed_tokens:
+            await trio.sleep(0.01)
+        assert await host.get("a", LIMIT) == b"1"
+        assert temporaries(tmp_path / "h") == []
+        await host.put("a", b"3")
+        await host.delete("a")
+    assert await host.tag("a") is None
+
+
 async def test_every_name_that_is_there_is_whole_while_others_replace_it(tmp_path: Path) -> None:
     host = await opened(tmp_path / "h", Seams())
     await host.put("a", bytes(500_000))

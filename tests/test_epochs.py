@@ -151,10 +151,20 @@ def test_a_damaged_record_never_raises_anything_else(at: int, patch: bytes) -> N
 def test_records_off_their_bounds_are_corrupt() -> None:
     import msgspec
 
-    key, value = encode_epoch(Epoch(1, salt(1), 300, 7))
+    key, value = encode_epoch(Epoch(1, salt(1), 300, 7, 9))
     good = msgspec.msgpack.decode(value)
-    assert good == [1, salt(1), 300, 7]
-    for bad in ([2, *good[1:]], good[:3], [*good, 1], [1, b"x", 300, 7], [1, salt(1), 0, 7], [1, salt(1), 300, -1], {}, None):
+    assert good == [2, salt(1), 300, 7, 9]
+    for bad in (
+        [3, *good[1:]],
+        good[:3],
+        [*good, 1],
+        [2, b"x", 300, 7, 9],
+        [2, salt(1), 0, 7, 9],
+        [2, salt(1), 300, -1, 9],
+        [2, salt(1), 300, 7, -1],
+        {},
+        None,
+    ):
         with pytest.raises(Corrupt):
             decode_epoch(key, msgspec.msgpack.encode(bad))
     with pytest.raises(Corrupt):
@@ -162,8 +172,13 @@ def test_records_off_their_bounds_are_corrupt() -> None:
 
 
 def test_the_golden_record() -> None:
-    epoch = Epoch(0x01020304, bytes(range(16)), 2**40 + 5, 1_790_000_000_123_456_789)
+    epoch = Epoch(0x01020304, bytes(range(16)), 2**40 + 5, 1_790_000_000_123_456_789, 77)
     key, value = encode_epoch(epoch)
     assert key == b"e\x01\x02\x03\x04"
-    assert value == (GOLDEN / "epoch_record.bin").read_bytes()
-    assert decode_epoch(key, (GOLDEN / "epoch_record.bin").read_bytes()) == epoch
+    assert value == (GOLDEN / "epoch_record-2.bin").read_bytes()
+    assert decode_epoch(key, value) == epoch
+
+
+def test_a_record_of_the_first_format_is_read() -> None:
+    epoch = Epoch(0x01020304, bytes(range(16)), 2**40 + 5, 1_790_000_000_123_456_789, 0)
+    assert decode_epoch(b"e\x01\x02\x03\x04", (GOLDEN / "epoch_record.bin").read_bytes()) == epoch

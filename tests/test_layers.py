@@ -30,8 +30,9 @@ LAYERS: list[set[str]] = [
     {"storage.values"},
     {"storage.namespace"},
     {"storage.files"},
+    {"storage.checking"},
     {"storage.volume"},
-    {"storage.creation"},
+    {"storage.creation", "storage.recovery", "storage.salvage", "storage.read_only"},
     {"storage"},  # storage/__init__.py: the public names
 ]
 #: Besides these, fusefs takes from storage what `storage.__all__` lists.

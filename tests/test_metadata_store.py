@@ -412,6 +412,48 @@ async def test_a_segment_stays_as_long_as_a_tail_in_it_is_needed(tmp_path: Path)
         assert len(segments(tmp_path / "v")) <= 2
 
 
+async def test_an_oldest_segment_that_vanished_is_noticed(tmp_path: Path) -> None:
+    """LMDB has its commits, but not the tail in it. Breaks if nothing but the commits' numbers says where the journal must begin."""
+    for recycled in (False, True):
+        directory = tmp_path / f"v{recycled}"
+        directory.mkdir()
+        async with opened(directory) as store:
+            for number in range(60 * recycled):
+                put(store, b"k%d" % number, b"v" * 300)
+                await store.commit()
+            await take_over(store)
+            seal(store, 1, 0)
+            put(store, b"k", b"v", piece(1, 0, b"precious"))
+            await store.commit()
+            for number in range(60):
+                put(store, b"k%d" % number, b"v" * 300)
+                await store.commit()
+            await take_over(store)
+            left = copy(directory, tmp_path / f"crashed{recycled}")
+        async with opened(copy(left, tmp_path / f"whole{recycled}")) as other:
+            assert tail_of(other, 1) == b"precious"
+        segments(left)[0].unlink()
+        with pytest.raises(Corrupt, match="is missing"):
+            async with opened(left):
+                pass
+
+
+@pytest.mark.parametrize("at", ["lmdb.oldest.before", "lmdb.oldest.after", "journal.segment.recycle", "journal.segment.before_dirsync"])
+async def test_a_crash_while_segments_are_recycled_leaves_no_gap(tmp_path: Path, at: str) -> None:
+    (tmp_path / "v").mkdir()
+    for nth in (1, 3):
+        failpoints = CopyAt(at, nth, tmp_path / "v", tmp_path / f"crashed{nth}")
+        async with opened(tmp_path / "v", failpoints=failpoints) as store:
+            for _ in range(3):
+                for number in range(40):
+                    put(store, b"k%d" % number, b"%d" % nth + b"v" * 300)
+                    await store.commit()
+                await take_over(store)
+        assert failpoints.at_copy is not None
+        async with opened(tmp_path / f"crashed{nth}") as other:
+            assert [value[:1] for value in content(other).values()] == [b"%d" % nth] * 40
+
+
 async def test_a_tail_that_is_logged_again_frees_its_old_segment(tmp_path: Path) -> None:
     (tmp_path / "v").mkdir()
     async with opened(tmp_path / "v") as store:
@@ -539,7 +581,7 @@ async def test_no_room_on_the_disk_for_a_segment_loses_nothing(tmp_path: Path) -
 
 async def test_a_takeover_that_fails_is_tried_again_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "v").mkdir()
-    point = FailAt("lmdb.takeover.before", NoSpace("no room for metadata"), times=1)
+    point = FailAt("lmdb.takeover.before", NoSpace("no room for metadata"), times=2)
     async with opened(tmp_path / "v", failpoints=point) as store:
         for number in range(10):
             put(store, b"k%d" % number, b"v")

@@ -172,6 +172,29 @@ async def test_the_rename_waits_for_sectors_in_flight() -> None:
     assert await after.content(after.ns.lookup(ROOT, b"target")) == b"0123456789"
 
 
+async def test_an_exchange_has_the_bytes_of_the_one_that_took_off_while_the_other_was_awaited() -> None:
+    """Breaks if both are settled first and handed over afterwards: what is gathered in between is in flight then, and misses the commit."""
+    rig = make_rig()
+    first, second = rig.file(b"first"), rig.file(b"second")
+    await rig.ns.append(first, b"appended before")
+    await rig.ns.append(second, b"0123456789")
+    one, two = rig.ns._inodes.get(first).rec.value, rig.ns._inodes.get(second).rec.value
+    rig.values.fly(two, 10)
+    async with trio.open_nursery() as nursery:
+
+        async def exchange() -> None:
+            await rig.ns.rename(ROOT, b"first", ROOT, b"second", exchange=True)
+
+        nursery.start_soon(exchange)
+        await wait_all_tasks_blocked()
+        rig.values.fly(one, rig.values.size_of(one))
+        rig.values.land(two)
+    await rig.store.commit()
+    after = rig.after_crash()
+    assert await after.content(after.ns.lookup(ROOT, b"second")) == b"appended before"
+    assert await after.content(after.ns.lookup(ROOT, b"first")) == b"0123456789"
+
+
 @pytest.mark.parametrize("what", ["source goes", "target becomes a directory", "source is another", "source is emptied"])
 async def test_names_are_checked_again_after_the_wait(what: str) -> None:
     rig = make_rig()

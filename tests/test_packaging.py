@@ -20,6 +20,7 @@ EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 RUN: list[str] = PROJECT["project"]["dependencies"]
 #: Each level of scripts/bootstrap, and what it must hold. A level contains the one before.
 LEVELS = {"run": RUN, "test": RUN + EXTRAS["test"], "lint": RUN + EXTRAS["test"] + EXTRAS["lint"]}
+LEVELS["fuzz"] = LEVELS["lint"] + EXTRAS["fuzz"]
 LOCKS = sorted(path.name for path in (ROOT / "requirements").glob("*.lock"))
 #: From [build-system] of pyfuse3's source distribution: it has no wheel.
 PYFUSE3_BUILDS_WITH = {"setuptools", "setuptools-scm", "cython"}
@@ -89,8 +90,8 @@ def test_each_level_locks_what_pyproject_asks_for(level: str) -> None:
 
 
 def test_levels_agree_with_each_other() -> None:
-    run, test, lint = (Lock(f"{level}.lock").versions for level in ("run", "test", "lint"))
-    assert run.items() <= test.items() <= lint.items()
+    run, test, lint, fuzz = (Lock(f"{level}.lock").versions for level in ("run", "test", "lint", "fuzz"))
+    assert run.items() <= test.items() <= lint.items() <= fuzz.items()
 
 
 def test_what_builds_need_is_locked_too() -> None:
@@ -117,7 +118,7 @@ def test_every_dependency_is_accounted_for() -> None:
     listed = {canonicalize_name(name) for name in re.findall(r"(?m)^\| `([A-Za-z0-9._-]+)` \|", text)}
     inputs = (ROOT / "requirements").glob("*.in")
     extra = [line for path in inputs for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
-    asked = {canonicalize_name(Requirement(line).name) for line in [*LEVELS["lint"], *extra]}
+    asked = {canonicalize_name(Requirement(line).name) for line in [*LEVELS["fuzz"], *extra]}
     assert listed == asked
 
 
@@ -132,7 +133,8 @@ def test_no_file_names_a_path_of_our_machines_or_an_index() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["scripts/bootstrap", "scripts/quickstart", "scripts/test", "scripts/lock", "scripts/check-bare-debian", ".ci/run"]
+    "script",
+    ["scripts/bootstrap", "scripts/quickstart", "scripts/test", "scripts/lock", "scripts/fuzz", "scripts/check-bare-debian", ".ci/run"],
 )
 def test_scripts_can_be_run(script: str) -> None:
     path = ROOT / script
@@ -144,7 +146,7 @@ def test_bootstrap_refuses_an_unknown_level_in_one_line() -> None:
     done = subprocess.run([str(ROOT / "scripts/bootstrap"), "everything"], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert done.stdout == ""
-    assert done.stderr.splitlines() == ["fusefs: usage: scripts/bootstrap [run|test|lint]"]
+    assert done.stderr.splitlines() == ["fusefs: usage: scripts/bootstrap [run|test|lint|fuzz]"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "b"], ["--volume"], ["--frob", "x"]])

@@ -13,16 +13,17 @@ import click
 import trio
 
 from fusefs.cli import live
-from fusefs.cli.arguments import DIRECTORY_PATH, passphrase_option, volume_argument
+from fusefs.cli.arguments import DIRECTORY_PATH, passphrase_option
 from fusefs.cli.output import progress_bar, say
 from fusefs.cli.passphrase import passphrase
+from fusefs.cli.phrase import phrase_options, recovery_phrase
 from fusefs.cli.session import tell_degraded
-from fusefs.daemon import setup_logging, start
-from fusefs.mount import serve
+from fusefs.daemon import setup_logging, start_from
+from fusefs.mount import serve, serve_read_only
 from fusefs.mountpoint import check_mountpoint, unmount
 from fusefs.mounts import Mount, mount_at
 from fusefs.options import MountOptions
-from storage import FlushReport, load_config
+from storage import FlushReport, Source, load_config
 from storage.errors import FusefsError, NoSpace, NotFound, Unavailable
 
 #: Seconds a process that has let go of the volume may take to end.
@@ -32,14 +33,31 @@ ELSEWHERE_SECONDS = 5.0
 
 
 @click.command(short_help="Mount a volume on a directory.")
-@volume_argument
-@click.argument("mountpoint", type=DIRECTORY_PATH)
+@click.argument("volume", type=DIRECTORY_PATH, metavar="VOLUME")
+# None if only one is given: with --host that is the mount point.
+@click.argument("mountpoint", type=DIRECTORY_PATH, required=False, metavar="MOUNTPOINT")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground, log to standard error; Ctrl-C unmounts.")
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, separated by commas; see docs/commands.md.")
 @click.option("--log", type=click.Path(path_type=Path), metavar="FILE", help="Append the log to FILE instead of sending it to syslog.")
+@click.option("--read-only", is_flag=True, help="Change nothing, here or on hosts; disturb no writer. As -o ro.")
+@click.option(
+    "--host", "hosts", multiple=True, metavar="URL", help="With --read-only, instead of VOLUME: a host that holds the volume; repeat."
+)
+@click.option("--volume", "volume_id", default="", metavar="ID", help="With --host: which volume, where a host holds several.")
+@phrase_options
 @passphrase_option
 def mount(
-    volume: Path, mountpoint: Path, foreground: bool, options: tuple[str, ...], log: Path | None, passphrase_file: Path | None
+    volume: Path,
+    mountpoint: Path | None,
+    foreground: bool,
+    options: tuple[str, ...],
+    log: Path | None,
+    read_only: bool,
+    hosts: tuple[str, ...],
+    volume_id: str,
+    phrase: bool,
+    phrase_file: Path | None,
+    passphrase_file: Path | None,
 ) -> None:
     """Mount VOLUME on the empty directory MOUNTPOINT. Returns when it can be used; a process in the background serves it.
 
@@ -48,18 +66,38 @@ def mount(
       fusefs mount ~/volume ~/mnt
       fusefs mount ~/volume ~/mnt -o link=deny,cache=512M --log ~/fusefs.log
       fusefs mount -f ~/volume ~/mnt
+      fusefs mount --read-only ~/volume ~/mnt
+      fusefs mount --read-only --host dir:/mnt/disk1 ~/mnt
     """
     # What is wrong with the arguments is said before anybody is asked for a passphrase.
+    if read_only:
+        options = (*options, "ro")
     parsed = MountOptions.parse(options)
-    load_config(volume)
-    check_mountpoint(volume, mountpoint)
-    secret = passphrase(passphrase_file)
+    if hosts:
+        if mountpoint is not None:
+            raise click.UsageError("--host takes the place of VOLUME: give only MOUNTPOINT besides.")
+        if not parsed.read_only:
+            raise click.UsageError("--host is for --read-only; for writing, make a volume's directory with fusefs recover.")
+        mountpoint = check_mountpoint(None, volume)
+        words = recovery_phrase(phrase, phrase_file)
+        source = Source(None, hosts, volume_id, "" if words else passphrase(passphrase_file), words)
+    else:
+        if mountpoint is None:
+            raise click.UsageError("Missing argument 'MOUNTPOINT'.")
+        if volume_id or phrase or phrase_file is not None:
+            raise click.UsageError("--volume, --phrase and --phrase-file go with --host.")
+        load_config(volume)
+        check_mountpoint(volume, mountpoint, beside=parsed.read_only)
+        source = Source(volume, passphrase=passphrase(passphrase_file))
     if not foreground:
-        start(volume, mountpoint, secret, options, log, say)
+        start_from(source, mountpoint, options, log, say)
         return
     setup_logging(True, log, parsed.debug)
-    # `serve` handles the signals itself: it unmounts while it goes on serving.
-    trio.run(serve, volume, mountpoint, secret, parsed, _nothing, say)
+    # They handle the signals themselves: they unmount while they go on serving.
+    if source.path is None:
+        trio.run(serve_read_only, source, mountpoint, parsed, _nothing, say)
+    else:
+        trio.run(serve, volume, mountpoint, source.passphrase, parsed, _nothing, say)
 
 
 def _nothing() -> None:
@@ -95,11 +133,14 @@ def umount(mountpoint: Path) -> None:
         flushed = _flush(mount.volume)
     except FusefsError as error:
         with live.client(mount.volume) as client:
-            unsafe = client.status().volume.local_error
-        if unsafe:
+            now = client.status().volume
+        if now.local_error:
             # Hosts that stay away are no reason to stay mounted: what was written is in the journal. This is.
-            raise NoSpace(f"{mountpoint} stays mounted: what was written is not durable ({unsafe}); free some space, then again") from error
-        say(f"warning: {error}")
+            raise NoSpace(
+                f"{mountpoint} stays mounted: what was written is not durable ({now.local_error}); free some space, then again"
+            ) from error
+        if not now.fenced:  # else the process says so once more, at its end
+            say(f"warning: {error}")
     _tell(_stop(mount) or flushed, mount.volume)
 
 

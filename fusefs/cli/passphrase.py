@@ -15,6 +15,7 @@ from storage.errors import BadArgument, NotFound
 
 ENVIRONMENT = "FUSEFS_PASSPHRASE"
 NEW_ENVIRONMENT = "FUSEFS_NEW_PASSPHRASE"
+PHRASE_ENVIRONMENT = "FUSEFS_PHRASE"
 
 #: Longest first line read from a passphrase file; anything longer is some other file.
 MAX_LENGTH = 64 * 1024
@@ -28,6 +29,11 @@ def passphrase(file: Path | None, *, twice: bool = False) -> str:
 def new_passphrase(file: Path | None) -> str:
     """The passphrase that is to replace it."""
     return _obtain(file, "--new-passphrase-file", NEW_ENVIRONMENT, "New passphrase", twice=True)
+
+
+def recovery_phrase(file: Path | None) -> str:
+    """The 24 words, on one line."""
+    return _obtain(file, "--phrase-file", PHRASE_ENVIRONMENT, "Recovery phrase (24 words)", twice=False)
 
 
 def _obtain(file: Path | None, option: str, variable: str, question: str, twice: bool) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 import msgspec
@@ -16,7 +18,8 @@ from fusefs.cli.output import human_bytes, human_span, human_time, printable, st
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
 from fusefs.control_protocol import MountStatus
-from storage import ContractStatus, HostStatus, VolumeStatus
+from storage import ContractStatus, HostStatus, Source, VolumeStatus, open_read_only
+from storage.errors import Fenced
 
 #: Warnings shown to a person: where everything is wrong, what is stored must not scroll away.
 SHOWN_WARNINGS = 10
@@ -67,10 +70,21 @@ def volume_status(target: live.Target, passphrase_file: Path | None, command: st
     secret = passphrase(passphrase_file)
 
     async def work() -> VolumeStatus:
-        async with unmounted_volume(target.volume, secret, command) as volume:
-            return await volume.status()
+        try:
+            async with unmounted_volume(target.volume, secret, command) as volume:
+                return await volume.status()
+        except Fenced as error:
+            # What is here can still be looked at.
+            now = await _read_only_status(target.volume, secret)
+            return msgspec.structs.replace(now, read_only_reason=str(error), fenced=True, view="")
 
     return run(work)
+
+
+async def _read_only_status(volume: Path, secret: str) -> VolumeStatus:
+    with TemporaryDirectory(prefix="fusefs-") as scratch:
+        async with open_read_only(Source(volume, passphrase=secret), scratch=Path(scratch)) as opened:
+            return await opened.status()
 
 
 def _show(now: VolumeStatus, mount: MountStatus | None) -> None:
@@ -81,6 +95,8 @@ def _show(now: VolumeStatus, mount: MountStatus | None) -> None:
         write_line(f"... and {len(found) - SHOWN_WARNINGS} more (see --json)")
     for label, text in _summary(now, mount):
         write_line(style(f"{label:<10}", "bold") + printable(text))
+    if now.fenced:
+        _show_remedies(now, mount)
     if now.hosts:
         write_line()
         hosts_table(now)
@@ -94,6 +110,17 @@ def _show(now: VolumeStatus, mount: MountStatus | None) -> None:
         )
 
 
+def _show_remedies(now: VolumeStatus, mount: MountStatus | None) -> None:
+    """What the owner of a volume that another machine has gone on with can do here."""
+    where = f"it is at {mount.mountpoint}; once that is unmounted: " if mount is not None and mount.phase == "mounted" else ""
+    hosts = " ".join(f"--host {shlex.quote(host.url)}" for host in now.hosts)
+    for label, text in (
+        ("to read", f"what only this machine has: {where}fusefs mount --read-only {shlex.quote(now.path)} MOUNTPOINT"),
+        ("to go on", f"fusefs recover NEW_VOLUME {hosts}, and copy there what it lacks"),
+    ):
+        write_line(style(f"{label:<10}", "bold") + printable(text))
+
+
 def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, str]]:
     copies = "data+parity" if "+" in now.replication else "one copy each" if now.replication == "1" else f"{now.replication} copies each"
     lookups = now.cache_hits + now.cache_misses
@@ -102,6 +129,7 @@ def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, st
     lines = [
         ("volume", f"{now.path}  (id {now.volume_id})"),
         ("mounted", _mounted(mount)),
+        *([("shows", now.view)] if now.view else []),
         ("stored", f"{_count(now.files, 'file')}, {human_bytes(now.bytes)}, in {_count(now.sectors, 'sector')}, {copies}"),
         ("pending", pending),
         ("cache", f"{human_bytes(now.cache_bytes)} of {human_bytes(now.cache_limit)}{hits}"),
@@ -123,7 +151,7 @@ def _mounted(mount: MountStatus | None) -> str:
 def warnings(now: VolumeStatus, now_ns: int) -> list[str]:
     """What needs somebody's attention, the worst first. Each is said once."""
     found: list[str] = []
-    if now.read_only:
+    if now.read_only and not now.view:
         found.append(f"the volume takes no more writes: {now.read_only_reason}")
     found += now.warnings
     if now.degraded_sectors:

@@ -147,6 +147,8 @@ _encoder = msgspec.msgpack.Encoder()
 _chunk_decoder = msgspec.msgpack.Decoder(list[tuple[bytes, bytes]])
 _index_decoder = msgspec.msgpack.Decoder(Index)
 _log_decoder = msgspec.msgpack.Decoder(_Log)
+_raw_decoder = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_int_decoder = msgspec.msgpack.Decoder(int)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -250,9 +252,9 @@ def decode_index(body: bytes, where: str) -> Index:
     try:
         index = _index_decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        _check_version(_version_in(body), f"{where}: the checkpoint's index")
         raise Corrupt(f"{where}: the checkpoint's index does not decode ({error})") from None
-    if index.version != BODY_VERSION:
-        raise BadArgument(f"{where}: the checkpoint's index has version {index.version}: a newer fusefs is needed")
+    _check_version(index.version, f"{where}: the checkpoint's index")
     check_refs(index.chunks, where)
     return index
 
@@ -268,14 +270,30 @@ def decode_delta(body: bytes, where: str) -> Delta:
     try:
         log = _log_decoder.decode(body)
     except (msgspec.MsgspecError, RecursionError) as error:
+        _check_version(_version_in(body), f"{where}: an entry of the log")
         raise Corrupt(f"{where}: an entry of the log does not decode ({error})") from None
-    if log.version != BODY_VERSION:
-        raise BadArgument(f"{where}: an entry of the log has version {log.version}: a newer fusefs is needed")
+    _check_version(log.version, f"{where}: an entry of the log")
     if any(not 0 < len(key) <= MAX_KEY or (value is not None and len(value) > MAX_VALUE) for key, value in log.ops):
         raise Corrupt(f"{where}: an entry of the log has a record of impossible length")
     if log.after > log.upto or any(tail.value_id >= 1 << 64 or tail.offset + len(tail.data) >= 1 << 63 for tail in log.tails):
         raise Corrupt(f"{where}: an entry of the log has a tail in an impossible place, or ends before it begins")
     return Delta(log.after, log.upto, log.ops, [Tail(tail.value_id, tail.offset, tail.data) for tail in log.tails])
+
+
+def _version_in(body: bytes) -> int:
+    """The first field of a body, whatever the others are: a newer version may have other ones. BODY_VERSION if there is none."""
+    try:
+        return _int_decoder.decode(_raw_decoder.decode(body)[0])
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, LookupError):
+        return BODY_VERSION
+
+
+def _check_version(version: int, what: str) -> None:
+    """BadArgument for a newer version, Corrupt for one that never was."""
+    if version > BODY_VERSION:
+        raise BadArgument(f"{what} has version {version}: a newer fusefs is needed")
+    if version != BODY_VERSION:
+        raise Corrupt(f"{what} has version {version}, which has never been")
 
 
 def check_refs(refs: Sequence[Ref], where: str) -> None:

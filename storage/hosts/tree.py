@@ -18,7 +18,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from blake3 import blake3
@@ -35,6 +35,9 @@ STALE_SECONDS = 86400.0
 #: Up to this size an object's tag is its BLAKE3; above, its inode, size and time, which cost no reading.
 MAX_HASHED = 1024 * 1024
 
+#: Raises Abandoned if nobody wants the change any more.
+Wanted = Callable[[], None]
+
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -42,6 +45,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 class Locked(Exception):
     """Another process is in the middle of a change; ask again shortly. Does not leave the directory host."""
+
+
+class Abandoned(Exception):
+    """The caller has given up meanwhile; nothing was changed. Nobody is there to hear it."""
 
 
 class Tree:
@@ -120,17 +127,18 @@ class Tree:
             return HostSpace(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize)
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Changing
+    # Changing. Each calls `wanted` right before the step that cannot be taken back: it raises Abandoned if nobody wants it any more, so
+    # that what hung somewhere before does not happen long after its caller has gone on.
 
-    def put(self, parts: list[str], data: Buffer, temporary: str) -> str:
+    def put(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted) -> str:
         """Failpoints, in order: host.put.before_write, before_fsync, before_rename, before_dirsync, done (and before_parent_sync)."""
-        return self._put(parts, data, temporary, conditional=False, expected=None)
+        return self._put(parts, data, temporary, wanted, conditional=False, expected=None)
 
-    def put_if(self, parts: list[str], data: Buffer, temporary: str, expected: str | None) -> str:
+    def put_if(self, parts: list[str], data: Buffer, temporary: str, expected: str | None, wanted: Wanted) -> str:
         """As `put`, with the same failpoints. Locked if another process is in the middle of a change."""
-        return self._put(parts, data, temporary, conditional=True, expected=expected)
+        return self._put(parts, data, temporary, wanted, conditional=True, expected=expected)
 
-    def delete(self, parts: list[str]) -> None:
+    def delete(self, parts: list[str], wanted: Wanted) -> None:
         """Failpoints: host.delete.before_unlink, host.delete.before_dirsync."""
         with self._errors(f"deleting {'/'.join(parts)}"), self._root() as root:
             try:
@@ -140,6 +148,7 @@ class Tree:
             try:
                 self._hit("host.delete.before_unlink")
                 with self._shared_lock(root), suppress(FileNotFoundError):
+                    wanted()
                     os.unlink(parts[-1], dir_fd=directory)
                 # Also where it was gone already: the process that unlinked it may have died before this.
                 self._hit("host.delete.before_dirsync")
@@ -147,7 +156,7 @@ class Tree:
             finally:
                 os.close(directory)
 
-    def _put(self, parts: list[str], data: Buffer, temporary: str, *, conditional: bool, expected: str | None) -> str:
+    def _put(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted, *, conditional: bool, expected: str | None) -> str:
         name = "/".join(parts)
         with self._errors(f"writing {name}"), self._root() as root:
             directory = self._make(root, parts[:-1])
@@ -165,15 +174,17 @@ class Tree:
                             with self._exclusive_lock(root):
                                 if self.tag(parts) != expected:
                                     raise Busy(f"host {self.url}: {name} was changed by somebody else; read it again")
+                                wanted()
                                 self._move(temporary, waiting, parts[-1], directory)
                         else:
                             with self._shared_lock(root):
+                                wanted()
                                 os.rename(temporary, parts[-1], src_dir_fd=waiting, dst_dir_fd=directory)
                             self._hit("host.put.before_dirsync")
                             _sync_directory(directory)
                         self._hit("host.put.done")
                         return blake3(data).hexdigest() if len(data) <= MAX_HASHED else _stat_tag(fd)
-                    except (OSError, FusefsError, Locked):
+                    except (OSError, FusefsError, Locked, Abandoned):
                         # Not after a (simulated) crash: that leaves it, and the sweep removes it one day.
                         with suppress(OSError):
                             os.unlink(temporary, dir_fd=waiting)

@@ -31,7 +31,7 @@ from storage.metadata.records import (
     encode_record,
     padded,
 )
-from storage.metadata.segments import SPARES, Segment, prepare, retire, write_at
+from storage.metadata.segments import SPARES, Segment, prepare, retire, unlink_all, write_at
 from storage.seams import Failpoints, Worker
 
 #: Tail bytes in one record, at most.
@@ -85,7 +85,7 @@ class Journal:
             raise BadArgument(
                 f"journal: segments of {MIN_SEGMENT} bytes or more (multiples of 8), and a limit of {RESERVED + 2} of them or more"
             )
-        self._directory = directory
+        self.directory = directory
         self.segment_size = segment_size
         self.limit_bytes = limit_bytes
         self._failpoints = failpoints
@@ -96,6 +96,8 @@ class Journal:
         self._spares = spares
         self._discarded: list[Segment] = []
         self._next_number = next_number
+        #: Segments recycled so far.
+        self.recycled = 0
         #: The segment being written; None: the next commit begins a new one.
         self._current: Segment | None = None
         self._writer: _Writer | None = None
@@ -142,22 +144,48 @@ class Journal:
         used = sum(segment.size for segment in self.live[:-1]) + (self.live[-1].used if self.live else 0)
         return min(1.0, used / self.limit_bytes)
 
+    def weight(self, tail_bytes: int, tail_count: int) -> int:
+        """What tails of that many bytes take in records, operations apart: an upper bound."""
+        chunks = tail_bytes // (self._chunk - _SLIVER - _ENTRY) + 1
+        return tail_bytes + _ENTRY * (tail_count + chunks) + _RECORD * chunks
+
     def needed(self, ops_bytes: int, tail_bytes: int, tail_count: int) -> list[int]:
         """Sizes of the segments a commit of that many bytes may have to begin, in order: an upper bound."""
-        chunks = tail_bytes // (self._chunk - _SLIVER - _ENTRY) + 1
-        tails = tail_bytes + _ENTRY * (tail_count + chunks) + _RECORD * chunks
-        total = tails + ops_bytes + _RECORD
-        room = self.segment_size - HEADER_SIZE
-        if self._current is not None and total <= self._current.size - self._current.used:
+        tails = self.weight(tail_bytes, tail_count)
+        if self._current is not None and tails + ops_bytes + _RECORD <= self._current.size - self._current.used:
             return []
-        if total <= room:
-            return [self.segment_size]
-        # Each segment may stay empty at its end by less than one record of tails.
-        count = -(-tails // (room - self._chunk - 2 * _RECORD))
-        last = ops_bytes + self._chunk + 2 * _RECORD
-        if last <= room:
-            return [self.segment_size] * (count + 1)
-        return [self.segment_size] * count + [-(-(HEADER_SIZE + last) // 4096) * 4096]
+        if ops_bytes + self._waste <= self.segment_size - HEADER_SIZE:
+            return [self.segment_size] * self._count(tails + ops_bytes + _RECORD)
+        return [self.segment_size] * self._count(tails) + [-(-(HEADER_SIZE + ops_bytes + self._waste) // 4096) * 4096]
+
+    @property
+    def _waste(self) -> int:
+        """Each segment but the last may stay empty at its end by less than one record of tails, which is this at most."""
+        return self._chunk + 2 * _RECORD
+
+    def _count(self, content: int) -> int:
+        """Segments to begin, at least one, so that records of `content` bytes find room. The records of operations, which may be larger
+        than those of tails, come last in a commit, so the rest of a segment they do not fit into is not in the sum of what is closed."""
+        waste = self._waste
+        rest = self._current.size - self._current.used if self._current is not None else 0
+        # n segments take max(rest - waste, 0) + n * room - (n - 1) * waste.
+        content -= max(rest - waste, 0) + waste
+        return max(1, -(-content // (self.segment_size - HEADER_SIZE - waste)))
+
+    def wanted(self, ops_bytes: int, tail_bytes: int, tail_count: int, kept: float) -> int:
+        """How many segments must be at hand for that to find room, with the share `kept` of a segment left over for what comes besides."""
+        content = self.weight(tail_bytes, tail_count) + ops_bytes + _RECORD + int(kept * self.segment_size)
+        if self._current is not None and content <= self._current.size - self._current.used:
+            return 0
+        return self._count(content)
+
+    def holds(self, count: int) -> bool:
+        """Are that many segments at hand, durably allocated on the disk?"""
+        return len(self._prepared) >= count
+
+    def may_hold(self, count: int) -> bool:
+        """Does the limit allow for so many?"""
+        return self.free_bytes >= (count + RESERVED) * self.segment_size
 
     def admits(self, sizes: list[int], urgent: bool) -> bool:
         """May a commit that begins segments of these sizes be written now?"""
@@ -184,6 +212,20 @@ class Journal:
                 if index == len(self._prepared):
                     self._prepared.append(await self._make(size, worker))
 
+    async def grow(self, count: int, worker: Worker) -> None:
+        """Have `count` segments at hand. NoSpace, IOFailure: what could be made is there."""
+        async with self._preparing:
+            while len(self._prepared) < count:
+                # The first was filled with zeros: small commits go there, and must not have metadata to flush. These are for bulk.
+                self._prepared.append(await self._make(self.segment_size, worker, zeros=not self._prepared))
+
+    def trim(self, count: int) -> None:
+        """Let go of prepared segments beyond `count` (`tidy` puts them away). Not while a commit is being written. No await inside."""
+        count = max(count, _AHEAD)
+        if not self._preparing.locked() and len(self._prepared) > count:
+            self._discarded += self._prepared[count:]
+            del self._prepared[count:]
+
     async def prepare_ahead(self, worker: Worker) -> None:
         """Have the next segment at hand before it is needed. NoSpace, IOFailure."""
         async with self._preparing:
@@ -195,11 +237,11 @@ class Journal:
         """`prepare_ahead` has something to do."""
         return self._writer is not None and len(self._prepared) < _AHEAD and self.free_bytes >= self.segment_size
 
-    async def _make(self, size: int, worker: Worker) -> Segment:
+    async def _make(self, size: int, worker: Worker, zeros: bool = True) -> Segment:
         number = self._next_number
         self._next_number += 1
         spare = self._spares.pop() if self._spares and size == self.segment_size else None
-        return await worker.run(prepare, self._directory, number, size, spare, self._failpoints)
+        return await worker.run(prepare, self.directory, number, size, spare, self._failpoints, zeros)
 
     # ---- recycling
 
@@ -207,10 +249,16 @@ class Journal:
         """The segment that would be recycled next, if it may be one day: the newest never is, it says where the log ends."""
         return self.live[0] if len(self.live) > 1 else None
 
+    @property
+    def oldest_number(self) -> int:
+        """Number of the oldest segment in use; 0: there is none."""
+        return self.live[0].number if self.live else 0
+
     async def recycle(self, worker: Worker) -> None:
         """The oldest segment is not needed any more. IOFailure: it stays."""
         await self._retire(self.live[0], worker)
         del self.live[0]
+        self.recycled += 1
 
     async def tidy(self, worker: Worker) -> None:
         """Put away prepared segments that were passed over. IOFailure."""
@@ -218,9 +266,16 @@ class Journal:
             await self._retire(self._discarded[0], worker)
             del self._discarded[0]
 
+    async def give_up_spares(self, worker: Worker) -> bool:
+        """Unlink the spares: something else needs the room more. True if there were any. IOFailure."""
+        spares, self._spares = self._spares, []
+        if spares:
+            await worker.run(unlink_all, spares)
+        return bool(spares)
+
     async def _retire(self, segment: Segment, worker: Worker) -> None:
         keep = segment.size == self.segment_size and len(self._spares) < SPARES
-        spare = await worker.run(retire, self._directory, segment, keep, self._failpoints)
+        spare = await worker.run(retire, self.directory, segment, keep, self._failpoints)
         if spare is not None:
             self._spares.append(spare)
 

@@ -15,16 +15,21 @@ from pathlib import Path
 
 import lmdb
 
-from storage.errors import BadArgument, Corrupt, FusefsError, IOFailure, NoSpace
+from storage.durable import fsync_dir
+from storage.errors import BadArgument, Busy, Corrupt, FusefsError, IOFailure, NoSpace
 from storage.metadata.keys import STORE, read_u64, u64
 from storage.metadata.records import HASH
 
-#: The store's own keys. Layouts: u64 | 32 bytes | u64.
+#: The store's own keys. Layouts: u64 | 32 bytes | u64 | u64.
 SEQUENCE_KEY = STORE + b"sequence"
 CHAIN_KEY = STORE + b"chain"
 FORMAT_KEY = STORE + b"format"
+#: u64: number of the oldest journal segment that must be there. Volumes of before it was kept have none.
+OLDEST_KEY = STORE + b"oldest"
 FORMAT = 1
 
+#: Processes that read the metadata of one volume at a time, the writer included.
+MAX_READERS = 32
 #: Operations between two pauses of a takeover: LMDB calls of this many microseconds each hold the GIL.
 _SLICE = 128
 #: Long enough for the event loop's thread to take the GIL.
@@ -37,6 +42,8 @@ def local_error(error: lmdb.Error, path: Path) -> FusefsError:
         return NoSpace(f"{path}: no room for metadata on the local disk; free some space")
     if isinstance(error, (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError)):
         return Corrupt(f"{path}: the metadata database is damaged ({error}); recover the volume from its hosts")
+    if isinstance(error, lmdb.ReadersFullError):
+        return Busy(f"{path}: {MAX_READERS} processes read the metadata database already; end one of them")
     if isinstance(error, lmdb.MemoryError):
         return IOFailure(f"{path}: cannot map the metadata database ({error}); lift the limit on address space (ulimit -v)")
     return IOFailure(f"{path}: the metadata database failed ({error}); check the disk")
@@ -45,13 +52,30 @@ def local_error(error: lmdb.Error, path: Path) -> FusefsError:
 class LmdbBase:
     """A MetadataReader over what LMDB durably holds. All but `take_over` belong to the event loop's thread."""
 
-    def __init__(self, path: Path, map_size: int) -> None:
-        """Open or create. Blocking. Corrupt, NoSpace, IOFailure; BadArgument: a newer format, or open in this process already."""
+    def __init__(self, path: Path, map_size: int, *, read_only: bool = False) -> None:
+        """Open or (unless `read_only`) create. Blocking. Corrupt, NoSpace, IOFailure; BadArgument: a newer format, or open in this
+        process already.
+
+        `read_only`: what it holds at this moment, however much a writer in another process takes over meanwhile: LMDB's table of readers
+        (lock.mdb) keeps the writer from reusing the pages. It is all that is written to.
+        """
         self._path = path
         try:
             self._env = lmdb.open(
-                os.fsencode(path), map_size=map_size, mode=0o600, readahead=False, max_readers=8, max_spare_txns=1, metasync=True, sync=True
+                os.fsencode(path),
+                map_size=map_size,
+                mode=0o600,
+                readahead=False,
+                max_readers=MAX_READERS,
+                max_spare_txns=1,
+                metasync=True,
+                sync=True,
+                readonly=read_only,
+                create=not read_only,
             )
+            if not read_only:
+                # Of read-only processes that were killed: they would keep pages from being reused for ever.
+                self._env.reader_check()
         except lmdb.Error as error:
             if "already open" in str(error):
                 raise BadArgument(f"{path} is open in this process already") from error
@@ -60,14 +84,27 @@ class LmdbBase:
             raise IOFailure(f"{path}: {error.strerror}; check the disk") from error
         try:
             self._begin()
+            if not read_only:
+                self._make_durable()
             found = self.get(FORMAT_KEY)
             if found is not None and found != u64(FORMAT):
                 raise BadArgument(f"{path} has format {found.hex()}, this program knows {FORMAT}: use a newer fusefs")
             #: Sequence number of the last commit LMDB holds, and the journal's chain hash there.
             self.sequence, self.chain = self._position()
+            oldest = self.get(OLDEST_KEY)
+            #: As recorded when it was opened; 0: not recorded.
+            self.oldest_segment = read_u64(oldest) if oldest is not None and len(oldest) == 8 else 0
         except BaseException:
             self.close()
             raise
+
+    def _make_durable(self) -> None:
+        """A new database too: LMDB flushes its first pages only with its first commit, and the name of its file never."""
+        try:
+            self._env.sync(True)
+        except lmdb.Error as error:
+            raise local_error(error, self._path) from error
+        fsync_dir(self._path)
 
     def _begin(self) -> None:
         self._txn = self._env.begin()
@@ -111,8 +148,19 @@ class LmdbBase:
         except lmdb.Error as error:
             raise local_error(error, self._path) from error
 
-    def take_over(self, keys: Iterable[bytes], values: Mapping[bytes, bytes | None], sequence: int, chain: bytes, gentle: bool) -> None:
-        """One durable transaction: these keys with their values (None: delete), and where in the journal that is.
+    def record_oldest(self, number: int) -> None:
+        """Durable when it returns: journal segments below `number` may go. Blocking, for the one thread that writes."""
+        try:
+            with self._env.begin(write=True) as txn:
+                txn.put(OLDEST_KEY, u64(number))
+        except lmdb.Error as error:
+            raise local_error(error, self._path) from error
+
+    def take_over(
+        self, keys: Iterable[bytes], values: Mapping[bytes, bytes | None], sequence: int, chain: bytes, gentle: bool, oldest: int = 0
+    ) -> None:
+        """One durable transaction: these keys with their values (None: delete), where in the journal that is, and (unless 0) the oldest
+        segment that is in use.
 
         Blocking, for the one thread that writes. `gentle`: let the event loop have the GIL in between. Raises as `local_error`;
         then nothing of it was stored.
@@ -130,6 +178,8 @@ class LmdbBase:
                 txn.put(FORMAT_KEY, u64(FORMAT))
                 txn.put(SEQUENCE_KEY, u64(sequence))
                 txn.put(CHAIN_KEY, chain)
+                if oldest:
+                    txn.put(OLDEST_KEY, u64(oldest))
         except lmdb.Error as error:
             raise local_error(error, self._path) from error
 

@@ -15,6 +15,8 @@ on with the sequence. Where they stop,
 | in the first commit of a segment | a header that does not verify, or zeros | the segment counts as unused |
 | while a segment is made or retired | a spare, whole or not | never read; made anew where its size is wrong |
 
+The oldest segment in use is on record in LMDB, before any below it is recycled: one that vanished altogether is noticed too.
+
 What is found is flushed again before anything goes on from it: a process that was killed may have left it in the page cache only.
 """
 
@@ -45,6 +47,7 @@ from storage.metadata.records import (
     read_record,
 )
 from storage.metadata.segments import SPARES, Segment, list_files, open_segment, read_all
+from storage.seams import Failpoints, NoFailpoints
 
 log = logging.getLogger(__name__)
 
@@ -128,18 +131,34 @@ class RecoveredTails(Mapping[int, list[tuple[int, bytes]]]):
         return len(self._pieces)
 
 
-def replay(directory: Path, held: int, held_chain: bytes, load: Callable[[list[Op]], None]) -> Replayed:
-    """Read it all. Blocking. `held`, `held_chain`: the last commit LMDB has; the operations of each later one go to `load`, in order.
+def replay(
+    directory: Path,
+    held: int,
+    held_chain: bytes,
+    load: Callable[[list[Op]], None],
+    oldest: int = 0,
+    failpoints: Failpoints | None = None,
+    *,
+    keep: Callable[[int, list[Op]], None] = lambda _sequence, _ops: None,
+    restored: bool = False,
+    settle: bool = True,
+) -> Replayed:
+    """Read it all. Blocking. `held`, `held_chain`: the last commit LMDB has; the operations of each later one go to `load`, in order, those
+    of every whole one to `keep`. `restored`: the metadata came from hosts, and may have no journal yet.
+    `settle` False: for reading only, nothing on the disk is changed or made durable.
+    `oldest`: number of the oldest segment LMDB knows to be in use (0: unknown). It must be there: tails in it may be nowhere else.
 
     Corrupt: damage or a gap, naming the segment; IOFailure. Nothing acknowledged is ever left out silently.
     """
     listing = list_files(directory)
-    reader = _Reader(held, held_chain, load)
+    reader = _Reader(held, held_chain, load, keep, restored, settle)
     result = reader.result
     try:
         unused = reader.read(listing.segments)
         reader.check_end()
-        _settle(directory, result, unused, [path for _, path in listing.spares])
+        _check_oldest(directory, result, oldest)
+        if settle:
+            _settle(directory, result, unused, [path for _, path in listing.spares], failpoints or NoFailpoints())
     except BaseException:
         for segment in result.live:
             segment.close()
@@ -151,8 +170,17 @@ def replay(directory: Path, held: int, held_chain: bytes, load: Callable[[list[O
 class _Reader:
     """Goes through the segments once."""
 
-    def __init__(self, held: int, held_chain: bytes, load: Callable[[list[Op]], None]) -> None:
+    def __init__(
+        self,
+        held: int,
+        held_chain: bytes,
+        load: Callable[[list[Op]], None],
+        keep: Callable[[int, list[Op]], None],
+        restored: bool,
+        writable: bool,
+    ) -> None:
         self._held, self._held_chain, self._load = held, held_chain, load
+        self._keep, self._restored, self._writable = keep, restored, writable
         self.result = Replayed(sequence=held, chain=held_chain)
         # The commit being read: its number, the next part of it, tails so far, and the chain so far.
         self._sequence = 0
@@ -170,7 +198,7 @@ class _Reader:
         damaged: Corrupt | None = None
         newest: tuple[Segment, bytes, int] | None = None
         for number, path in files:
-            segment = open_segment(number, path)
+            segment = open_segment(number, path, writable=self._writable)
             kept = False
             try:
                 raw = read_all(segment)
@@ -277,6 +305,7 @@ class _Reader:
             raise Corrupt(
                 f"{where}: commit {head.sequence} is another one than the metadata hold; journal/ and metadata/ do not belong together"
             )
+        self._keep(head.sequence, body.ops)
         for tail in self._tails:
             tail.segment.hold(tail.entry.value_id, tail.entry.offset, tail.end)
         self.result.tails += self._tails
@@ -287,17 +316,28 @@ class _Reader:
     def check_end(self) -> None:
         """Everything LMDB holds must have been here, or have been recycled before what is here."""
         live = self.result.live
-        if self._held and not live:
+        if self._held and not live and not self._restored:
             raise Corrupt(f"the journal is gone, and the metadata hold commit {self._held}; {_REMEDY}")
         if live and self.result.sequence < self._held:
             raise Corrupt(f"{self._stopped}, but the metadata hold commit {self._held}; {_REMEDY}")
 
 
-def _settle(directory: Path, result: Replayed, unused: list[Path], spares: list[Path]) -> None:
-    """Make durable what was found, put files away that are not in use, and give back what the newest segment does not need."""
+def _check_oldest(directory: Path, result: Replayed, oldest: int) -> None:
+    """A segment is recycled only after LMDB has recorded that it may be: so what is missing from `oldest` on was lost."""
+    if oldest and (not result.live or result.live[0].number > oldest):
+        raise Corrupt(f"journal {directory}: segment {oldest:x} is missing, and with it maybe the newest bytes of files; {_REMEDY}")
+
+
+def _settle(directory: Path, result: Replayed, unused: list[Path], spares: list[Path], failpoints: Failpoints) -> None:
+    """Make durable what was found, put files away that are not in use, and give back what the newest segment does not need.
+
+    Failpoints, in order: journal.settle.before_flush, before_rename, before_truncate, done.
+    """
     try:
+        failpoints.hit("journal.settle.before_flush")
         for segment in result.live:
             os.fdatasync(segment.fd)
+        failpoints.hit("journal.settle.before_rename")
         for path in unused:
             spare = path.with_name(path.name.replace("segment", "spare"))
             os.rename(path, spare)
@@ -310,9 +350,11 @@ def _settle(directory: Path, result: Replayed, unused: list[Path], spares: list[
             newest = result.live[-1]
             end = -(-newest.used // 4096) * 4096
             if end < newest.size:
+                failpoints.hit("journal.settle.before_truncate")
                 os.ftruncate(newest.fd, end)
                 os.fsync(newest.fd)
                 newest.size = end
+        failpoints.hit("journal.settle.done")
     except OSError as error:
         raise IOFailure(f"journal {directory}: {error.strerror}; check the disk") from error
     result.spares = spares[:SPARES]

@@ -107,10 +107,10 @@ def list_files(directory: Path) -> Listing:
     return Listing(sorted(found["segment"]), sorted(found["spare"]))
 
 
-def open_segment(number: int, path: Path) -> Segment:
-    """An existing segment, for reading and writing. Corrupt if it cannot be one."""
+def open_segment(number: int, path: Path, *, writable: bool = True) -> Segment:
+    """An existing segment, for reading and (`writable`) writing. Corrupt if it cannot be one."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         size = os.fstat(fd).st_size
     except OSError as error:
         raise from_os_error(error, f"opening journal segment {path}") from error
@@ -133,10 +133,11 @@ def read_all(segment: Segment) -> bytes:
     return b"".join(parts)
 
 
-def prepare(directory: Path, number: int, size: int, spare: Path | None, failpoints: Failpoints) -> Segment:
+def prepare(directory: Path, number: int, size: int, spare: Path | None, failpoints: Failpoints, zeros: bool = True) -> Segment:
     """A segment ready to be written, durable as such: from `spare` if there is one of that size, else new.
 
-    NoSpace, IOFailure: nothing was changed but that the spare may be gone.
+    Its room on the disk is its own from then on. `zeros`: filled, so that a later fdatasync has nothing else to write; otherwise only
+    allocated, which is quicker to make. NoSpace, IOFailure: nothing was changed but that the spare may be gone.
     """
     path = segment_path(directory, number)
     origin = spare if spare is not None else directory / f"spare-{number:016x}"
@@ -149,16 +150,23 @@ def prepare(directory: Path, number: int, size: int, spare: Path | None, failpoi
             write_at(fd, [bytes(HEADER_SIZE)], 0)
         else:
             os.ftruncate(fd, 0)
-            for at in range(0, size, len(_ZEROS)):
-                write_at(fd, [memoryview(_ZEROS)[: size - at]], at)
+            if zeros:
+                for at in range(0, size, len(_ZEROS)):
+                    write_at(fd, [memoryview(_ZEROS)[: size - at]], at)
+            else:
+                allocate(fd, size)
+        failpoints.hit("journal.segment.before_fsync")
         os.fsync(fd)
+        failpoints.hit("journal.segment.before_rename")
         os.rename(origin, path)
         fsync_dir(directory)
+        failpoints.hit("journal.segment.prepared")
     except BaseException as error:
         if fd >= 0:
             os.close(fd)
-        # Whatever stage it was at: a file under neither name is none, and the error that brought us here is the one to tell.
-        for name in (origin, path):
+        # Whatever stage it was at: a file under neither name is none, and the error that brought us here is the one to tell. After a
+        # (simulated) crash it stays.
+        for name in (origin, path) if isinstance(error, Exception) else ():
             with suppress(OSError):
                 os.unlink(name)
         if isinstance(error, OSError):
@@ -169,6 +177,17 @@ def prepare(directory: Path, number: int, size: int, spare: Path | None, failpoi
     return Segment(number, path, fd, size)
 
 
+def allocate(fd: int, size: int) -> None:
+    """Give a file `size` bytes of the disk. OSError; where the filesystem cannot do that alone, zeros are written."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        for at in range(0, size, len(_ZEROS)):
+            write_at(fd, [memoryview(_ZEROS)[: size - at]], at)
+
+
 def retire(directory: Path, segment: Segment, keep: bool, failpoints: Failpoints) -> Path | None:
     """The segment's content is not needed any more: make it a spare (`keep`), whose path is returned, or unlink it. Durable. IOFailure.
 
@@ -177,15 +196,26 @@ def retire(directory: Path, segment: Segment, keep: bool, failpoints: Failpoints
     try:
         failpoints.hit("journal.segment.recycle")
         spare = directory / f"spare-{segment.number:016x}" if keep else None
+        # What an attempt that failed halfway has done is done.
         if spare is None:
-            os.unlink(segment.path)
-        else:
+            segment.path.unlink(missing_ok=True)
+        elif segment.path.exists() or not spare.exists():
             os.rename(segment.path, spare)
+        failpoints.hit("journal.segment.before_dirsync")
         fsync_dir(directory)
     except OSError as error:
         raise from_os_error(error, f"recycling journal segment {segment.path}") from error
     segment.close()
     return spare
+
+
+def unlink_all(paths: Sequence[Path]) -> None:
+    """Files nobody needs go. IOFailure."""
+    try:
+        for path in paths:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise from_os_error(error, f"removing spare journal segments such as {paths[0]}") from error
 
 
 def write_at(fd: int, pieces: Sequence[Buffer], at: int) -> None:

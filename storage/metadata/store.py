@@ -20,7 +20,9 @@ import trio
 from storage.durable import from_os_error, fsync_dir
 from storage.errors import BadArgument, Fenced, FusefsError, NoSpace
 from storage.interfaces import Batch, TailPiece
+from storage.metadata.changes import Changes, Replaying
 from storage.metadata.journal import Group, Journal, KeyOf
+from storage.metadata.keys import LOCAL, read_u64, u64
 from storage.metadata.lmdb_base import LmdbBase
 from storage.metadata.memtable import Memtable
 from storage.metadata.replay import RecoveredTails, Replayed, replay
@@ -35,6 +37,16 @@ LIMIT_BYTES = 256 * 1024 * 1024
 MAP_SIZE = 1 << 40
 #: Seconds a commit waits for room in the journal.
 ROOM_WAIT = 30.0
+#: Seconds after an attempt to make a segment that failed until the disk is asked again on behalf of an append.
+GROWTH_PAUSE = 0.5
+#: Seconds such an attempt waits for segments to be recycled.
+CLEAR_WAIT = 5.0
+#: Pending operations of this many bytes, or of half a segment if that is more, are committed without being asked for: they come in one
+#: record, which must find room in one segment.
+COMMIT_OPS = 1024 * 1024
+#: u64: the last commit that a majority of the hosts has. u64: the commit of metadata that came from hosts, and have no journal yet.
+PUBLISHED_KEY = LOCAL + b"published"
+RESTORED_KEY = LOCAL + b"restored"
 
 
 class _Round:
@@ -58,7 +70,15 @@ class Store:
     """A MetadataStore; made by `open_store`."""
 
     def __init__(
-        self, base: LmdbBase, journal: Journal, memtable: Memtable, replayed: Replayed, seams: Seams, key_of: KeyOf, tail_needed: TailNeeded
+        self,
+        base: LmdbBase,
+        journal: Journal,
+        memtable: Memtable,
+        replayed: Replayed,
+        replaying: Replaying,
+        seams: Seams,
+        key_of: KeyOf,
+        tail_needed: TailNeeded,
     ) -> None:
         self._base, self._journal, self._memtable = base, journal, memtable
         self._seams, self._key_of = seams, key_of
@@ -75,8 +95,18 @@ class Store:
         self._next = _Round()
         self._flight: _Round | None = None
         self._wake = trio.Event()
+        # What the commit being written takes at most: it may have taken it from the segments already, or not.
+        self._flying = (0, 0, 0)
+        self._cramped: tuple[FusefsError, float] | None = None
+        self._commit_ops = max(COMMIT_OPS, journal.segment_size // 2)
         if memtable.active.values:
             self._takeover.since = seams.clock.monotonic()
+        #: What the hosts do not have yet of what was applied.
+        self.changes = Changes()
+        raw = memtable.get(PUBLISHED_KEY)
+        self.published = read_u64(raw) if raw is not None and len(raw) == 8 else None
+        replaying.into(self.changes, self.published, replayed.sequence)
+        self._takeover.shipped = self.published
 
     def get(self, key: bytes) -> bytes | None:
         """See MetadataReader."""
@@ -121,6 +151,30 @@ class Store:
         if self._progress.failure is not None:
             raise Fenced(self._progress.failure)
 
+    # ---- the history on hosts
+
+    def run_hooks(self) -> None:
+        """Have applied what layers apply only when a commit is taken: before a cut. No await inside."""
+        self._run_hooks()
+
+    def mark_published(self, sequence: int) -> None:
+        """A majority of the hosts has the history up to this commit. Durable with the next commit; nothing depends on it but work saved."""
+        if self.published is not None and sequence <= self.published:
+            return
+        batch = Batch()
+        batch.put(PUBLISHED_KEY, u64(sequence))
+        if self._memtable.get(RESTORED_KEY) is not None:
+            batch.delete(RESTORED_KEY)
+        self.apply(batch)
+        self.published = self._takeover.shipped = sequence
+
+    def fence(self, reason: str) -> None:
+        """From now on nothing can be written, for `reason`, which must name the remedy. What is durable stays readable."""
+        if self._progress.failure is None:
+            self._progress.failure = reason
+            log.error("%s", reason)
+            self._end_next()
+
     # ---- changes
 
     def begin_epoch(self, epoch: int, salt: bytes) -> None:
@@ -139,6 +193,7 @@ class Store:
         if memtable.pending_bytes > self._journal.limit_bytes:
             raise NoSpace("more metadata changes wait for a commit than the journal can hold; free some space on the local disk")
         memtable.apply(batch.ops)
+        self.changes.note(batch.ops, bool(tails))
         for tail in tails:
             if tail.length:
                 self._tails.append(tail)
@@ -147,6 +202,8 @@ class Store:
             self._takeover.since = self._seams.clock.monotonic()
         if memtable.active.cost >= MAX_COST or len(memtable.active.values) >= MAX_KEYS:
             self._overfull()
+        elif memtable.pending_bytes >= self._commit_ops:
+            self._ask()
 
     def _overfull(self) -> None:
         """The memtable is large: LMDB must take it over; and if nobody commits, it is time somebody did."""
@@ -238,6 +295,7 @@ class Store:
                 frozen.chain = chain
         finally:
             self._flight = self._progress.flight = None
+            self._flying = (0, 0, 0)
             failure = self._progress.failure
             this.end(None if failure is None else Fenced(failure))
         if failure is not None:
@@ -256,6 +314,7 @@ class Store:
         self._progress.taken += 1
         this.sequence = self._progress.taken
         self._progress.flight = this.done
+        self._flying = (self._memtable.pending_bytes, self._tail_bytes, len(self._tails))
         tails, self._tails, self._tail_bytes = self._tails, [], 0
         group = Group(this.sequence, self._memtable.take(), tails)
         if self._takeover.freeze_next and self._memtable.frozen is None:
@@ -282,7 +341,12 @@ class Store:
                 if journal.admits(sizes, waiting.urgent):
                     if journal.prepared(sizes):
                         return
-                    await journal.prepare(sizes, self._writer)
+                    try:
+                        await journal.prepare(sizes, self._writer)
+                    except NoSpace:
+                        # What has landed in sectors since it was handed over needs no journal; and what only hosts want makes way.
+                        if not self._drop_tails() and not await self._clear_out():
+                            raise
                     continue
                 if self._drop_tails():
                     continue
@@ -303,6 +367,62 @@ class Store:
                 await _any_of(asked_at + 1.0, self._wake, takeover.passed if takeover.ended < asked_pass else None)
         finally:
             takeover.pressed = False
+
+    def has_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:
+        """See MetadataStore."""
+        return self._journal.holds(self._wanted(ops_bytes, tail_bytes, tails, kept))
+
+    def _wanted(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> int:
+        flying = self._flying
+        return self._journal.wanted(
+            self._memtable.pending_bytes + flying[0] + ops_bytes,
+            self._tail_bytes + flying[1] + tail_bytes,
+            len(self._tails) + flying[2] + tails,
+            kept,
+        )
+
+    async def make_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:
+        """See MetadataStore."""
+        while not self._journal.holds(count := self._wanted(ops_bytes, tail_bytes, tails, kept)):
+            self._check()
+            if not self._journal.ready:
+                return True
+            if not self._journal.may_hold(count):
+                self._takeover.kick()
+                if self.on_pressure is not None:
+                    self.on_pressure()
+                return False
+            if self._cramped is not None and self._seams.clock.monotonic() < self._cramped[1]:
+                raise type(self._cramped[0])(str(self._cramped[0]))
+            try:
+                await self._journal.grow(count, self._writer)
+            except FusefsError as error:
+                if isinstance(error, NoSpace) and await self._clear_out():
+                    continue
+                self._cramped = (error, self._seams.clock.monotonic() + GROWTH_PAUSE)
+                raise
+            self._cramped = None
+            self._takeover.cramped = False
+        return True
+
+    def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
+        """See MetadataStore."""
+        if self._progress.flight is None and not self._next.wanted:
+            self._journal.trim(self._wanted(ops_bytes, tail_bytes, tails, kept))
+
+    async def _clear_out(self) -> bool:
+        """The disk is full: have segments recycled that are kept only because there was room. True if any was."""
+        takeover, before = self._takeover, self._journal.recycled
+        takeover.cramped = True
+        for _ in range(2):  # A pass that has begun already may not have seen it.
+            wanted = takeover.begun + 1
+            takeover.kick()
+            with trio.move_on_after(CLEAR_WAIT):
+                while takeover.ended < wanted:
+                    await takeover.passed.wait()
+            if self._journal.recycled > before:
+                return True
+        return False
 
     def _drop_tails(self) -> bool:
         """Forget pending tails that what is applied has made superfluous (their extents are in this commit); True if there were any.
@@ -379,13 +499,26 @@ def _make_directories(directory: Path) -> tuple[Path, Path]:
     return journal, metadata
 
 
-def _load(directory: Path, failpoints: Failpoints, sizes: tuple[int, int], map_size: int) -> tuple[LmdbBase, Journal, Memtable, Replayed]:
+def _load(
+    directory: Path, failpoints: Failpoints, sizes: tuple[int, int], map_size: int
+) -> tuple[LmdbBase, Journal, Memtable, Replayed, Replaying]:
     """Open LMDB and replay the journal. Blocking."""
     journal_dir, metadata_dir = _make_directories(directory)
     base = LmdbBase(metadata_dir, map_size)
     try:
         memtable = Memtable(base)
-        replayed = replay(journal_dir, base.sequence, base.chain, memtable.load)
+        replaying = Replaying()
+        restored = base.get(RESTORED_KEY) == u64(base.sequence)
+        replayed = replay(
+            journal_dir,
+            base.sequence,
+            base.chain,
+            memtable.load,
+            base.oldest_segment,
+            failpoints,
+            keep=replaying.take,
+            restored=restored,
+        )
         try:
             journal = Journal(
                 journal_dir,
@@ -404,7 +537,7 @@ def _load(directory: Path, failpoints: Failpoints, sizes: tuple[int, int], map_s
     except BaseException:
         base.close()
         raise
-    return base, journal, memtable, replayed
+    return base, journal, memtable, replayed, replaying
 
 
 @asynccontextmanager
@@ -424,8 +557,10 @@ async def open_store(
     value's bytes below `end` need a tail, going by what `reader` shows (I3)? On the way out everything pending is committed and LMDB takes
     over all of it; the error of that commit is raised, unless the block raised one. Corrupt, BadArgument, NoSpace, IOFailure.
     """
-    base, journal, memtable, replayed = await seams.threads.run(_load, directory, seams.failpoints, (segment_size, limit_bytes), map_size)
-    store = Store(base, journal, memtable, replayed, seams, journal_key, tail_needed)
+    base, journal, memtable, replayed, replaying = await seams.threads.run(
+        _load, directory, seams.failpoints, (segment_size, limit_bytes), map_size
+    )
+    store = Store(base, journal, memtable, replayed, replaying, seams, journal_key, tail_needed)
     failed: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import trio
 
-from storage.errors import FusefsError
+from storage.errors import FusefsError, NoSpace
 from storage.interfaces import MetadataReader
+from storage.metadata.ballast import Ballast
 from storage.metadata.journal import Journal
 from storage.metadata.lmdb_base import LmdbBase
 from storage.metadata.memtable import Layer, Memtable
@@ -29,10 +30,14 @@ MAX_KEYS = 65_536
 MAX_AGE = 10.0
 #: ... or when this share of the journal is in use and LMDB lacks what its oldest segment holds.
 _FILL = 0.25
+#: Segments whose commits are on no host yet are kept up to this share of the journal.
+_RETAIN = 0.4
 #: Changes that are not in a commit yet are split off by hand up to this many; for more a commit is asked for, which makes it free.
 _SPLIT = 4096
 #: Seconds until a failed pass is tried again: doubling.
 _RETRY_FIRST, _RETRY_LAST = 1.0, 60.0
+#: ... or, where it is only room that is missing, at the latest after so many.
+_RETRY_FULL = 4.0
 #: Tails asked about between two checkpoints.
 _SLICE = 256
 
@@ -73,6 +78,10 @@ class Takeover:
         self.tail_needed = tail_needed
         #: A commit waits for room in the journal.
         self.pressed = False
+        #: The disk has no room for another segment.
+        self.cramped = False
+        self._ballast = Ballast(journal.directory, journal.segment_size, seams.failpoints)
+        self._ballast_at = -math.inf
         #: Freeze when the next commit is taken.
         self.freeze_next = False
         #: When the active layer got its oldest change (monotonic seconds); None: it has none.
@@ -86,6 +95,8 @@ class Takeover:
         self._broken = False
         #: Waiting without a limit.
         self._idle = False
+        #: What the hosts have of the history reaches up to this commit; None: nobody publishes it. Later segments are kept for a while.
+        self.shipped: int | None = None
 
     def kick(self) -> None:
         """Look soon whether something is to be done."""
@@ -139,7 +150,10 @@ class Takeover:
             await self._recycle()
             await self._journal.tidy(self._worker)
             await self._journal.prepare_ahead(self._worker)
+            await self._take_ballast()
         except FusefsError as error:
+            if isinstance(error, NoSpace):
+                self._retry_in = min(self._retry_in, _RETRY_FULL)
             self._retry_at = self._seams.clock.monotonic() + self._retry_in
             log.warning("%s; trying again in %.0f s", error, self._retry_in)
             self._retry_in = min(self._retry_in * 2, _RETRY_LAST)
@@ -195,11 +209,29 @@ class Takeover:
         chain = layer.chain
         if chain is None:
             raise RuntimeError("a frozen layer without the chain hash of its last commit")
-        await self._worker.run(self._write, layer, chain, gentle)
+        oldest = self._journal.oldest_number
+        await self._write_base(self._write, layer, chain, gentle, oldest)
         # No await between these: readers see the layer in one place or the other.
         self._base.renew()
         self._memtable.drop_frozen()
         return True
+
+    async def _write_base(self, fn: Callable[..., None], *args: object) -> None:
+        """In the thread that writes LMDB; on a full disk once more without the ballast. FusefsError: all is as before."""
+        try:
+            await self._worker.run(fn, *args)
+        except NoSpace:
+            spares = await self._journal.give_up_spares(self._worker)
+            if not await self._worker.run(self._ballast.drop) and not spares:
+                raise
+            await self._worker.run(fn, *args)
+
+    async def _take_ballast(self) -> None:
+        """Have it again, looked at now and then."""
+        now = self._seams.clock.monotonic()
+        if self._journal.ready and not self._ballast.aboard and now >= self._ballast_at:
+            self._ballast_at = now + _RETRY_LAST
+            await self._worker.run(self._ballast.take)
 
     def freeze(self) -> Layer:
         """Split off what was taken into commits so far. No await inside."""
@@ -211,20 +243,40 @@ class Takeover:
         self.freeze_next = False
         return layer
 
-    def _write(self, layer: Layer, chain: bytes, gentle: bool) -> None:
+    def _write(self, layer: Layer, chain: bytes, gentle: bool, oldest: int) -> None:
         """In the thread that writes LMDB."""
         self._seams.failpoints.hit("lmdb.takeover.before")
-        self._base.take_over(layer.ordered(), layer.values, layer.sequence, chain, gentle)
+        self._base.take_over(layer.ordered(), layer.values, layer.sequence, chain, gentle, oldest)
         self._seams.failpoints.hit("lmdb.takeover.after")
 
     # ---- recycling
 
     async def _recycle(self) -> None:
         """Every segment that is not needed, oldest first."""
-        while (segment := self._journal.oldest()) is not None and segment.last_sequence <= self._base.sequence:
-            if not await self._released(segment):
-                return
+        # All but the newest, which says where the log ends.
+        unneeded = 0
+        for segment in self._journal.live[:-1]:
+            if segment.last_sequence > self._base.sequence or self._unshipped(segment) or not await self._released(segment):
+                break
+            unneeded += 1
+        if not unneeded:
+            return
+        # Recorded first: a segment that is missing at open without this was lost, and with it maybe tails that are nowhere else.
+        await self._write_base(self._record_oldest, self._journal.live[unneeded].number)
+        for _ in range(unneeded):
             await self._journal.recycle(self._worker)
+
+    def _record_oldest(self, number: int) -> None:
+        """In the thread that writes LMDB."""
+        self._seams.failpoints.hit("lmdb.oldest.before")
+        self._base.record_oldest(number)
+        self._seams.failpoints.hit("lmdb.oldest.after")
+
+    def _unshipped(self, segment: Segment) -> bool:
+        """Is it worth keeping for the hosts? After a crash the log goes on from it; without it a checkpoint is needed, no more."""
+        if self.shipped is None or segment.last_sequence < self.shipped or self.pressed or self.cramped:
+            return False
+        return self._journal.fill < _RETAIN
 
     async def _released(self, segment: Segment) -> bool:
         """I3: does no value need its tail from this segment, going by LMDB alone? What is found unneeded stays so: not asked again."""
@@ -246,7 +298,7 @@ class Takeover:
             return False
         # Later segments may have it once more. [start, end) is what they hold without a gap.
         start = end
-        runs = [other.tails[value_id] for other in self._journal.live[1:] if value_id in other.tails]
+        runs = [other.tails[value_id] for other in self._journal.live if other.number > segment.number and value_id in other.tails]
         moved = True
         while moved:
             moved = False

@@ -58,23 +58,30 @@ class Renamer:
         check_name(new_name)
         if noreplace and exchange:
             raise BadArgument("a rename cannot both exchange and refuse to replace")
-        settled: set[int] = set()
+        safe: set[int] = set()
         while True:
             plan = self._plan(parent, name, new_parent, new_name, noreplace, exchange)
             if plan is None:
                 return
-            unsettled = [value for value in plan.contents() if value not in settled]
-            if not unsettled:
+            waiting = [value for value in plan.contents() if value not in safe]
+            if not waiting:
                 break
-            for value in unsettled:
+            for value in waiting:
                 try:
                     await self._values.settle(value, self._values.size_of(value))
+                    # NO AWAIT since `settle`. Not only when all are settled: while another is waited for, this one's may fly (again).
+                    self._hand_over(value)
                 except NotFound:
-                    # Emptied or removed while we waited for another: the next plan has the value that is there now.
+                    # Emptied or removed while we waited: the next plan has the value that is there now.
                     continue
-                settled.add(value)
-        # NO AWAIT since `_plan`: what it checked still holds, and the tails below end where the settled bytes end, or later.
+                safe.add(value)
+        # NO AWAIT since `_plan`: what it checked still holds. The tails up to the settled bytes are applied, so they are durable no later.
         self._carry_out(plan)
+
+    def _hand_over(self, value: int) -> None:
+        """The journal gets what it does not have of a value, with the next commit or before."""
+        self._inodes.check_writable()
+        Change(self._inodes).apply(self._values.uncommitted_tail(value))
 
     # ---- what is possible
 
@@ -171,6 +178,10 @@ class Renamer:
             elif plan.target.rec.is_dir:
                 self._lifetime.lost_directory(change, plan.target, now)
             else:
+                rec = change.edit(plan.target)
+                if rec.parent == plan.new_parent.ino and rec.name == plan.new_name:
+                    # As in `unlink`: it may have other names, and must not remember one that is another file's now.
+                    rec.parent, rec.name = 0, b""
                 self._lifetime.lost_name(change, plan.target, now)
         tails: list[TailPiece] = []
         for value in plan.contents():

@@ -1,7 +1,7 @@
-"""Deletes the shards of freed sectors on their hosts, once the commit that freed them is durable (I3).
+"""Deletes the shards of freed sectors on their hosts, once no superblock generation refers to them any more (I3).
 
 Queue key `z`, commit sequence u64 (no smaller than the commit that freed it), sector id u64; value: the sector's record, with the hosts it
-is still to be deleted on. The sequence is what later lets a superblock generation hold deletions back.
+is still to be deleted on. Entries above the gate's released sequence stay, and nothing is deleted on a host whose superblock is not ours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import trio
 from storage.contractor import Contractor
 from storage.errors import Corrupt, FusefsError, NotFound
 from storage.host_io import HostIO
-from storage.interfaces import Batch, MetadataStore
+from storage.interfaces import Batch, HistoryGate, MetadataStore
 from storage.metadata.keys import FREED, prefix_end, read_u64, u64
 from storage.seams import Seams
 from storage.sectors.records import SectorRecord, decode_sector
@@ -36,6 +36,8 @@ class Deleter:
         self._host_io = host_io
         self._contractor = contractor
         self._seams = seams
+        #: None: nobody publishes the history, so no superblock refers to anything.
+        self.gate: HistoryGate | None = None
         self._wake = trio.Event()
         self._wake.set()
 
@@ -70,13 +72,20 @@ class Deleter:
 
     async def drain(self) -> int:
         """One pass over the queue; returns how many entries had to stay."""
-        start, end, stayed = FREED, prefix_end(FREED), 0
-        while entries := self._store.scan(start, end, SLICE):
+        start, stayed = FREED, 0
+        confirmed: dict[int, bool] = {}
+        while entries := self._store.scan(start, prefix_end(FREED), SLICE):
             # I3: what was in the queue before this commit was freed by a batch that is durable after it.
             await self._store.commit()
+            released = None if self.gate is None else self.gate.released_sequence()
             done = Batch()
             for key, raw in entries:
                 sector_id = read_u64(key, 9)
+                if self.gate is not None and released is not None and (freed := read_u64(key, 1)) > released:
+                    # In the order of their sequence: neither are the ones that follow.
+                    self._store.apply(done)
+                    self.gate.want_release(freed)
+                    return stayed + 1
                 try:
                     record = decode_sector(raw, sector_id)
                 except Corrupt as error:
@@ -84,7 +93,7 @@ class Deleter:
                     log.error("%s", error)
                     stayed += 1
                     continue
-                if await self._delete(sector_id, record):
+                if await self._delete(sector_id, record, confirmed):
                     done.delete(key)
                 else:
                     done.put(key, record.encode())
@@ -93,13 +102,18 @@ class Deleter:
             start = entries[-1][0] + b"\0"
         return stayed
 
-    async def _delete(self, sector_id: int, record: SectorRecord) -> bool:
-        """True once no host holds a shard under an active contract; `record` keeps the hosts that did not answer."""
+    async def _delete(self, sector_id: int, record: SectorRecord, confirmed: dict[int, bool]) -> bool:
+        """True once no host holds a shard under an active contract; `record` keeps the hosts that did not answer.
+
+        `confirmed`: hosts whose superblock was re-read in this pass, and whether it was ours (I3, I5).
+        """
         complete = True
         for shard in record.shards:
             left: list[int] = []
             for host in shard.hosts:
-                if not await self._delete_on(host, sector_id, shard.root.hex()):
+                if self.gate is not None and host not in confirmed:
+                    confirmed[host] = await self.gate.confirm(host)
+                if not confirmed.get(host, True) or not await self._delete_on(host, sector_id, shard.root.hex()):
                     left.append(host)
             shard.hosts = left
             complete = complete and not left

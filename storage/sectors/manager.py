@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import trio
 
-from storage.errors import BadArgument, Exists, Fenced, FusefsError, NoSpace, Unavailable
+from storage.errors import BadArgument, Corrupt, Exists, Fenced, FusefsError, NoSpace, NotFound, Unavailable
 from storage.host_io import HostIO
 from storage.interfaces import Batch, Buffer, HostSpace, MetadataStore, SealedShard
 from storage.metadata.counters import Counter
@@ -194,12 +194,17 @@ class SectorManager:
 
     def drop_fresh(self) -> int:
         """At open: sectors that were written and never pointed to are deleted. Returns how many."""
-        found = self._store.scan(FRESH, prefix_end(FRESH), 100_000)
-        batch = Batch()
-        for key, _ in found:
-            self.delete_now(batch, read_u64(key, 1))
+        batch, dropped = Batch(), 0
+        for key, _ in self._store.scan(FRESH, prefix_end(FRESH), 100_000):
+            try:
+                self.delete_now(batch, read_u64(key, 1))
+            except (Corrupt, NotFound) as error:
+                # Its shards stay: no reason not to open the volume.
+                log.error("%s", error)
+                continue
+            dropped += 1
         self._store.apply(batch)
-        return len(found)
+        return dropped
 
     def degraded(self, limit: int = 1_000_000) -> int:
         """How many sectors are below full replication."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from storage.errors import Corrupt
 from storage.interfaces import Batch, MetadataStore
 from storage.metadata.keys import PARTIAL, SECTOR, prefix_end, read_u64, u64
 from storage.sectors.records import SectorRecord, decode_sector
@@ -48,6 +49,8 @@ class PartialIndex:
         start = PARTIAL
         while found := self._store.scan(start, prefix_end(PARTIAL), 1000):
             for key, value in found:
+                if len(key) != 10:
+                    raise Corrupt(f"metadata: {key[:16].hex()} is no key of a partly filled sector; run fusefs check")
                 sector_id = read_u64(key, 2)
                 raw = self._store.get(SECTOR + u64(sector_id))
                 if raw is not None:

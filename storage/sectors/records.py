@@ -29,10 +29,13 @@ Preamble, 32 bytes, before the sector's (or piece's) bytes inside the sealed pla
 from __future__ import annotations
 
 import struct
+from typing import Annotated
 
 import msgspec
 
-from storage.errors import Corrupt
+from storage.errors import BadArgument, Corrupt
+from storage.replication import parse_replication
+from storage.sealing import MAX_PLAINTEXT
 
 VERSION = 1
 PREAMBLE_SIZE = 32
@@ -41,13 +44,18 @@ _PREAMBLE = struct.Struct(">4sHBBHHIQ8s")
 _MAGIC = b"fsSH"
 
 
+_U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+_Number = Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
+
+
 class ShardRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """One distinct sealed shard and the hosts that hold it."""
 
-    shard_id: int
-    length: int
+    # Up to 2^64 - 1: msgspec takes no bound above 2^63 - 1, and MessagePack has no larger integers.
+    shard_id: Annotated[int, msgspec.Meta(ge=1)]
+    length: Annotated[int, msgspec.Meta(ge=0, le=MAX_PLAINTEXT)]
     root: bytes
-    hosts: list[int]
+    hosts: list[_Number]
 
 
 class SectorRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -55,9 +63,9 @@ class SectorRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
     version: int
     replication: str
-    length: int
-    data: int
-    live: int
+    length: _U32
+    data: _U32
+    live: _U32
     shards: list[ShardRecord]
 
     def encode(self) -> bytes:
@@ -76,6 +84,10 @@ def decode_sector(raw: bytes, sector_id: int) -> SectorRecord:
         raise Corrupt(f"metadata of sector {sector_id} is damaged ({error}); run fusefs check") from error
     if record.version != VERSION or not record.shards or any(len(shard.root) != 32 for shard in record.shards):
         raise Corrupt(f"metadata of sector {sector_id} has an unknown layout; run fusefs check")
+    try:
+        parse_replication(record.replication)
+    except BadArgument as error:
+        raise Corrupt(f"metadata of sector {sector_id} is damaged ({error}); run fusefs check") from error
     return record
 
 

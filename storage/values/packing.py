@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from storage.config import MAX_SECTOR_SIZE
 from storage.errors import Corrupt
 
 VERSION = 1
@@ -36,10 +37,11 @@ ENTRY_BYTES = 56
 TABLE_BYTES = TRAILER_SIZE + 128
 
 #: An unpacked table longer than this is refused before it is unpacked: no sector that we write has one (I7, hostile input).
-MAX_TABLE = 64 * 1024 * 1024
+#: Writers count a table's unpacked bytes as part of the sector. Decoded, it takes ten times as much memory at most.
+MAX_TABLE = MAX_SECTOR_SIZE
 
 
-class TableEntry(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+class TableEntry(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     """One stretch of one value in the sector."""
 
     path: bytes

@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
 
-from storage.errors import Corrupt
+from storage.errors import BadArgument, Corrupt
 from storage.interfaces import MetadataReader
 from storage.metadata.keys import EXTENT, VALUE, read_u64, u64
+from storage.replication import parse_replication
 
 VERSION = 1
 
 _EXTENT = struct.Struct(">QII")
+_U63 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class ValueRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """What is durable of a value besides its extents and tail."""
 
     version: int
-    owner: int
+    owner: _U63
     replication: str
-    sealed: int
+    sealed: _U63
 
     def encode(self) -> bytes:
         return _encoder.encode(self)
@@ -43,8 +46,12 @@ def decode_value(raw: bytes, value_id: int) -> ValueRecord:
         record = _decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Corrupt(f"metadata of value {value_id} is damaged ({error}); run fusefs check") from error
-    if record.version != VERSION or record.sealed < 0:
+    if record.version != VERSION:
         raise Corrupt(f"metadata of value {value_id} has an unknown layout; run fusefs check")
+    try:
+        parse_replication(record.replication)
+    except BadArgument as error:
+        raise Corrupt(f"metadata of value {value_id} is damaged ({error}); run fusefs check") from error
     return record
 
 
@@ -76,7 +83,7 @@ class Extent:
 
 def decode_extent(key: bytes, raw: bytes) -> Extent:
     """Parse a pair as `scan` gives it; Corrupt if it is none."""
-    if len(key) != 17 or len(raw) != _EXTENT.size:
+    if len(key) != 17 or key[:1] != EXTENT or len(raw) != _EXTENT.size:
         raise Corrupt(f"an extent record is damaged (key {key[:20].hex()}); run fusefs check")
     sector_id, position, length = _EXTENT.unpack(raw)
     return Extent(read_u64(key, 1), read_u64(key, 9), sector_id, position, length)
@@ -99,3 +106,9 @@ def tail_needed(reader: MetadataReader, value_id: int, end: int) -> bool:
     """For the journal: is the tail up to `end` needed, going by what is durable without the journal? (I3)"""
     raw = reader.get(value_key(value_id))
     return raw is not None and decode_value(raw, value_id).sealed < end
+
+
+def sealed_end(reader: MetadataReader, value_id: int) -> int | None:
+    """How much of the value is in sectors; None if there is no such value."""
+    raw = reader.get(value_key(value_id))
+    return None if raw is None else decode_value(raw, value_id).sealed

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 import trio
 
-from storage.errors import Fenced, FusefsError, NoSpace, Unavailable
+from storage.errors import Corrupt, Fenced, FusefsError, NoSpace, NotFound, Unavailable
 from storage.interfaces import Batch, FlushProgress, FlushReport, MetadataStore
 from storage.replication import parse_replication
 from storage.seams import Seams
@@ -32,6 +32,8 @@ KICK_SECONDS = 1.0
 SPACE_RESERVE = 64 * 1024 * 1024
 #: Seconds between two looks at the hosts' room.
 SPACE_INTERVAL = 10.0
+#: Share of a journal segment that must be left over when tails are written to the journal once more.
+RELOG_KEPT = 0.5
 #: How much of a path a sector's table keeps: with its entry and the trailer, less than `RESERVE`.
 MAX_PATH = 3072
 
@@ -64,6 +66,8 @@ class Shipper:
         self.pending = 0
         #: Bytes of the buffers alone.
         self._buffered = 0
+        #: Invariant: what neither the journal nor a pending commit has, summed over all tails (size - journaled), and how many tails that is.
+        self.unsafe = self.unsafe_tails = 0
         #: Cargos flying or parked.
         self._cargos: set[Cargo] = set()
         #: What hosts said last, while they refuse; None from the next success on.
@@ -100,10 +104,14 @@ class Shipper:
     def accepting(self) -> bool:
         return self.trouble is None and not self._low_space and self.pending < self._budget
 
-    def added(self, tail: Tail, length: int) -> None:
-        """Bytes were appended to the tail's buffer: cut what fills a sector."""
+    def kept(self, length: int) -> None:
+        """Bytes stand in a tail's buffer, and stay there."""
         self.pending += length
         self._buffered += length
+
+    def added(self, tail: Tail, length: int) -> None:
+        """Bytes were appended to the tail's buffer: cut what fills a sector."""
+        self.kept(length)
         while tail.buffer.length >= self.payload_limit:
             cargo = Cargo(tail.replication)
             self._load(cargo, tail, self.payload_limit)
@@ -111,8 +119,32 @@ class Shipper:
         if self._buffered > self._budget * PRESSURE:
             self._gather.set()
 
+    def accepted(self, tail: Tail, length: int) -> None:
+        """Bytes were appended to the tail's buffer that are nowhere else."""
+        if length:
+            self.unsafe_tails += tail.size - length == tail.journaled
+            self.unsafe += length
+        self.added(tail, length)
+
+    def mark(self, tail: Tail, journaled: int) -> None:
+        """The journal, or an extent, has the tail up to there; or has it only up to there after all."""
+        if journaled != tail.journaled:
+            self.unsafe += tail.journaled - journaled
+            self.unsafe_tails += (tail.size > journaled) - (tail.size > tail.journaled)
+            tail.journaled = journaled
+
+    async def wait_landing(self) -> None:
+        """For something on its way to the hosts to get there, or not to; for a second at most. Raises what keeps it from getting there."""
+        self._gather.set()
+        if self.trouble is not None:
+            self._kick()
+            raise type(self.trouble)(f"{self.trouble}; nothing more can be taken until then")
+        with trio.move_on_after(1.0):
+            await self._room.wait()
+
     def drop(self, tail: Tail) -> None:
         """The value is freed: its bytes go, flights still in the air come down empty."""
+        self.mark(tail, tail.size)
         released = tail.buffer.length
         self._buffered -= tail.buffer.length
         written: set[Cargo] = set()
@@ -193,7 +225,8 @@ class Shipper:
         try:
             while any(flight.state is not FlightState.DROPPED for flight in cargo.flights):
                 try:
-                    await self._write(cargo)
+                    if not self._on_record(cargo):
+                        await self._write(cargo)
                     self._land(cargo)
                     self.trouble = None
                     return
@@ -237,12 +270,24 @@ class Shipper:
         sector_id = await self._sectors.allocate_sector()
         # Until every flight has landed, the sector looks emptier than it is; it must not be merged away meanwhile.
         self._sectors.partials.held.add(sector_id)
+        # Of an attempt whose record was damaged.
+        self._sectors.partials.held.discard(cargo.sector_id)
         cargo.sector_id = sector_id
         try:
             await self._sectors.write_sector(sector_id, [*parts, table], cargo.replication)
         except BaseException:
             self._sectors.partials.held.discard(sector_id)
             raise
+
+    def _on_record(self, cargo: Cargo) -> bool:
+        """Its sector was written, and another one's damaged record kept it from landing: it is not written once more for that (I7)."""
+        if not cargo.sector_id:
+            return False
+        try:
+            self._sectors.record(cargo.sector_id)
+        except (NotFound, Corrupt):
+            return False
+        return True
 
     def _park(self, cargo: Cargo, error: FusefsError) -> None:
         if self.trouble is None:
@@ -266,8 +311,13 @@ class Shipper:
 
     def _land(self, cargo: Cargo) -> None:
         """The sector is durable: turn flights into extents, each value's in order (I2). No await: readers see all of it or nothing."""
-        # A failed store refuses here, before anything in memory has changed.
+        # A failed store refuses here, and so does the damaged record of a sector, before anything in memory has changed.
         self._store.apply(Batch())
+        tails = [flight.tail for flight in cargo.flights if flight.state is not FlightState.DROPPED]
+        earlier = {other.cargo for tail in tails for other in tail.flights if other.state is FlightState.WAITING}
+        for each in {cargo, *earlier}:
+            if each is not None:
+                self._sectors.record(each.sector_id)
         for flight in cargo.flights:
             if flight.state is not FlightState.DROPPED:
                 flight.state = FlightState.WAITING
@@ -281,7 +331,10 @@ class Shipper:
                 continue
             landed = False
             while tail.flights and tail.flights[0].state is FlightState.WAITING:
-                first = tail.flights.popleft()
+                first = tail.flights[0]
+                # Before `sealed` moves: no byte of it needs the journal any more.
+                self.mark(tail, max(tail.journaled, first.end))
+                tail.flights.popleft()
                 if first.cargo is None:
                     raise RuntimeError("a waiting flight without cargo")
                 extent = Extent(tail.value_id, first.offset, first.cargo.sector_id, first.position, first.length)
@@ -293,7 +346,6 @@ class Shipper:
                 tail.sealed = first.end
                 landed = True
             if landed:
-                tail.journaled = max(tail.journaled, tail.sealed)
                 batch.put(value_key(tail.value_id), ValueRecord(VERSION, tail.owner, tail.replication, tail.sealed).encode())
                 if tail.empty:
                     # The invariant of `_tails`: nothing outside of extents, nothing here.
@@ -391,8 +443,10 @@ class Shipper:
         self._relogged_in = self._store.applied_sequence + 1
         for value_id in dict(self._store.pinned_tails()):
             tail = self._tails.get(value_id)
-            if tail is not None:
-                tail.journaled = tail.sealed
+            if tail is None or not self._store.has_room(0, self.unsafe + tail.journaled - tail.sealed, self.unsafe_tails + 1, RELOG_KEPT):
+                # What cannot be written once more stays where it is.
+                continue
+            self.mark(tail, tail.sealed)
 
     async def _space_loop(self) -> None:
         while True:

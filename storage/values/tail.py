@@ -144,7 +144,7 @@ class Cargo:
 class Tail:
     """What is known in memory of one value. Bytes: extents up to `sealed` | flights | buffer."""
 
-    __slots__ = ("buffer", "flights", "journaled", "owner", "replication", "sealed", "value_id")
+    __slots__ = ("buffer", "flights", "journaled", "logged", "owner", "replication", "sealed", "value_id")
 
     def __init__(self, value_id: int, owner: int, replication: str, sealed: int) -> None:
         self.value_id = value_id
@@ -153,6 +153,8 @@ class Tail:
         #: Invariant: sealed <= journaled <= size, where the journal holds [sealed, journaled) once a commit is durable.
         self.sealed = sealed
         self.journaled = sealed
+        #: Up to here the log on the hosts has what is not in extents (as the publisher was given it).
+        self.logged = sealed
         self.flights: deque[Flight] = deque()
         self.buffer = ChunkBuffer()
 
@@ -163,6 +165,17 @@ class Tail:
     @property
     def size(self) -> int:
         return self.buffer_start + self.buffer.length
+
+    def read(self, start: int, stop: int) -> list[Buffer]:
+        """The bytes [start, stop) of the value, in pieces; they must lie between `sealed` and `size`."""
+        pieces: list[Buffer] = []
+        for flight in self.flights:
+            if flight.end > start and flight.offset < stop:
+                pieces.extend(flight.read(start, stop))
+        low, high = max(start - self.buffer_start, 0), stop - self.buffer_start
+        if high > low:
+            pieces.extend(self.buffer.read(low, high - low))
+        return pieces
 
     @property
     def empty(self) -> bool:

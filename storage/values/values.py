@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
-from storage.errors import Corrupt, Fenced, FusefsError, NoSpace, NotFound, Unavailable
+from storage.errors import Corrupt, Fenced, FusefsError, NotFound, Unavailable
+from storage.history.objects import Tail as LogTail
 from storage.interfaces import Batch, Buffer, FlushProgress, FlushReport, MetadataStore, TailPiece
 from storage.metadata.counters import Counter
 from storage.metadata.keys import GARBAGE, u64
@@ -26,6 +28,17 @@ log = logging.getLogger("fusefs.values")
 EXTENTS_PER_SCAN = 64
 #: A read whose sector was merged away under it looks the extents up again; each time means a whole merge finished in between.
 READ_ATTEMPTS = 8
+#: What the metadata of a tail's value and file take in the journal beside its bytes (inode, extent, value, sector), at most.
+BESIDE = 448
+#: Shares of a journal segment left over by appends, and by what makes new names: so that renames, deletions and the records of what lands
+#: in sectors find room when the disk has none any more.
+APPEND_KEPT, CREATE_KEPT = 0.5, 0.25
+#: Bytes of appends (and of what stands beside them) for which the journal's room is looked at once.
+ALLOWANCE = 32 * 1024
+#: Seconds an append on a full disk waits for what was appended before to get to the hosts.
+ROOM_WAIT = 30.0
+#: Seconds between two looks whether a full disk is full still.
+FULL_INTERVAL = 3.0
 #: Sequential streams remembered for read-ahead.
 STREAMS = 128
 #: Sectors fetched ahead of a sequential reader.
@@ -69,7 +82,12 @@ class Values:
         self._reclaimer.on_freed = self._merger.wake
         self._streams: dict[int, int] = {}
         #: Why the last commit could not be made (the local disk or the journal is full); None since one could.
-        self.local_trouble: NoSpace | None = None
+        self.local_trouble: FusefsError | None = None
+        #: Why the journal's files could not grow by what more appends need (the local disk is full or fails); None since they could.
+        self.full: FusefsError | None = None
+        self._cramped = trio.Event()
+        #: Bytes that may be appended before the journal's room is looked at again.
+        self._allowance = 0
 
     def set_path_of(self, path_of: Callable[[int], bytes | None]) -> None:
         """How sector tables name the owner of a value: wired by the volume, since names stand above values."""
@@ -93,8 +111,11 @@ class Values:
             self.shipper.drop(tail)
         self._reclaimer.wake()
 
-    def recover(self, pieces: Mapping[int, Sequence[tuple[int, bytes]]]) -> int:
-        """At open: tails as the journal has them; pieces may overlap, and then agree. Returns the bytes taken back."""
+    def recover(self, pieces: Mapping[int, Sequence[tuple[int, bytes]]], *, ship: bool = True) -> int:
+        """At open: tails as the journal has them; pieces may overlap, and then agree. Returns the bytes taken back.
+
+        `ship` False: they are for reading only, and never leave memory.
+        """
         recovered = 0
         for value_id, parts in pieces.items():
             raw = self._store.get(value_key(value_id))
@@ -111,7 +132,10 @@ class Values:
                 tail.journaled = tail.size
                 self._tails[value_id] = tail
                 recovered += tail.buffer.length
-                self.shipper.added(tail, tail.buffer.length)
+                if ship:
+                    self.shipper.added(tail, tail.buffer.length)
+                else:
+                    self.shipper.kept(tail.buffer.length)
         return recovered
 
     def _record(self, value_id: int) -> ValueRecord:
@@ -137,8 +161,72 @@ class Values:
             raise Fenced(failure)
         if self.local_trouble is not None:
             self.check_room()
+        cost = length + BESIDE
+        if cost > self._allowance:
+            # Looked at for several appends at a time: what comes between them is within what is kept.
+            if self._assured(length + ALLOWANCE, APPEND_KEPT):
+                self._allowance = ALLOWANCE + cost
+            else:
+                await self._wait_room(length)
+                return
         if not self.shipper.has_room(length):
-            await self.shipper.wait_room(length)
+            await self._wait_room(length)
+            return
+        self._allowance -= cost
+
+    def _assured(self, length: int, kept: float) -> bool:
+        """Would everything accepted so far, and `length` bytes more, find room in the journal as it stands on the disk? Arithmetic only."""
+        shipper = self.shipper
+        tails = shipper.unsafe_tails + 1
+        return self._store.has_room(BESIDE * tails, shipper.unsafe + length, tails, kept)
+
+    async def _wait_room(self, length: int) -> None:
+        """Until there is room for `length` bytes in memory, and in the journal (I7: what is accepted can be made durable)."""
+        shipper = self.shipper
+        deadline = trio.current_time() + ROOM_WAIT
+        while True:
+            await shipper.wait_room(length)
+            if self._assured(length, APPEND_KEPT):
+                return
+            error = await self._grow(length)
+            if self._store.failure is not None:
+                raise Fenced(self._store.failure)
+            # No await from here to the return: others append, too.
+            if self._assured(length, APPEND_KEPT) and shipper.has_room(length):
+                return
+            if not shipper.pending and error is None:
+                # An append larger than the whole journal, or one that is full of what has landed: the commit waits for room.
+                return
+            if error is not None and (not shipper.pending or shipper.trouble is not None or trio.current_time() >= deadline):
+                raise error
+            # Room comes as bytes get to the hosts.
+            await shipper.wait_landing()
+
+    async def _grow(self, length: int) -> FusefsError | None:
+        """Have the journal's files grow by what `length` bytes need. Returns why they cannot; None: they did, or their limit is reached."""
+        tails = self.shipper.unsafe_tails + 1
+        try:
+            await self._store.make_room(BESIDE * tails, self.shipper.unsafe + length, tails, APPEND_KEPT)
+        except Fenced:
+            raise
+        except FusefsError as error:
+            if self.full is None:
+                log.error("nothing that cannot be made durable is accepted: %s", error)
+            self.full = error
+            return type(error)(f"{error}; nothing more is accepted until there is room for it")
+        self.full = None
+        return None
+
+    async def _grow_loop(self) -> None:
+        """Room ahead of creations, which cannot wait for it; and find out when a full disk is full no more."""
+        while True:
+            with trio.move_on_after(math.inf if self.full is None else FULL_INTERVAL):
+                await self._cramped.wait()
+            self._cramped = trio.Event()
+            if self._store.failure is None:
+                await self._grow(0)
+            # At most so often, whatever asks.
+            await self._seams.clock.sleep(0.1)
 
     def append_now(self, value_id: int, data: Buffer) -> int:
         tail = self._tails.get(value_id)
@@ -147,7 +235,7 @@ class Values:
             tail = self._tails[value_id] = Tail(value_id, record.owner, record.replication, record.sealed)
         offset = tail.size
         tail.buffer.append(data)
-        self.shipper.added(tail, len(data))
+        self.shipper.accepted(tail, len(data))
         return offset
 
     # ------------------------------------------------------------------------------------------------------------
@@ -260,7 +348,7 @@ class Values:
             at = tail.size
         if at <= start:
             return []
-        tail.journaled = at
+        self.shipper.mark(tail, at)
         return [TailPiece(value_id, start, tuple(data))]
 
     async def commit(self, value_id: int) -> None:
@@ -278,16 +366,25 @@ class Values:
         """Commit; and remember whether it could be done, for `check_room`."""
         try:
             await self._store.commit()
-        except NoSpace as error:
+        except Fenced:
+            raise
+        except FusefsError as error:
             if self.local_trouble is None:
                 log.error("what was written lately is not durable, and nothing more is accepted until it is: %s", error)
             self.local_trouble = error
             raise
         self.local_trouble = None
+        shipper = self.shipper
+        self._store.keep_room(BESIDE * shipper.unsafe_tails, shipper.unsafe, shipper.unsafe_tails, APPEND_KEPT)
 
     def check_room(self) -> None:
-        if self.local_trouble is not None:
-            raise NoSpace(f"{self.local_trouble}; nothing more is accepted until what was written before is durable")
+        local = self.local_trouble
+        if local is not None:
+            raise type(local)(f"{local}; nothing more is accepted until what was written before is durable")
+        if not self._assured(0, CREATE_KEPT):
+            self._cramped.set()
+            if self.full is not None:
+                raise type(self.full)(f"{self.full}; nothing new is accepted until there is room for it")
 
     def _hand_over(self, value_id: int) -> None:
         """Give the store what it does not have of the tail. No await between taking and applying: `journaled` says the store has it."""
@@ -297,11 +394,21 @@ class Values:
                 self._store.apply(Batch(), pieces)
             except FusefsError:
                 # It does not: the next commit must offer the bytes again, not report them as safe.
-                self._tails[value_id].journaled = pieces[0].offset
+                self.shipper.mark(self._tails[value_id], pieces[0].offset)
                 raise
 
+    def take_unlogged(self, anew: bool) -> list[LogTail]:
+        """For the log on the hosts: bytes that are in the journal, in no extent, and were not given before (`anew`: or were). No await."""
+        found: list[LogTail] = []
+        for tail in self._tails.values():
+            start = tail.sealed if anew else max(tail.sealed, tail.logged)
+            if tail.journaled > start:
+                found.append(LogTail(tail.value_id, start, b"".join(tail.read(start, tail.journaled))))
+                tail.logged = tail.journaled
+        return found
+
     def accepting(self) -> bool:
-        return self.local_trouble is None and self.shipper.accepting()
+        return self.local_trouble is None and self.full is None and self.shipper.accepting()
 
     @property
     def pending_bytes(self) -> int:
@@ -322,5 +429,6 @@ class Values:
         """The loops: gather, merge, reclaim. Until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.shipper.run)
+            nursery.start_soon(self._grow_loop)
             nursery.start_soon(self._reclaimer.run)
             nursery.start_soon(self._merger.run)

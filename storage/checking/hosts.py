@@ -1,0 +1,275 @@
+"""What hosts hold against what metadata says they hold; contracts; copies that are missing are made again from good ones.
+
+One listing per host and window of a million shards. A host that is away is one finding, not one for each of its shards.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+import trio
+
+from storage.checking.copies import remake
+from storage.checking.patient import Patient
+from storage.checking.scanning import pages
+from storage.contractor import Contractor
+from storage.errors import BadArgument, Corrupt, FusefsError, NotFound
+from storage.hosts.holders import holders_key
+from storage.hosts.layout import check_root, sectors_prefix, shard_name
+from storage.hosts.registry import HostRegistry
+from storage.metadata.keys import EXTENT, SECTOR, read_u64
+from storage.replication import parse_replication
+from storage.sealing import sealed_length
+from storage.sectors.records import PREAMBLE_SIZE, SectorRecord, check_preamble
+from storage.values.records import decode_extent
+
+#: Shards of one host that are compared at a time: 17 bytes each, some 60 while they are sorted.
+WINDOW = 1_000_000
+#: Copies found bad that are remembered one by one; what is beyond is found by the next check.
+MAX_BAD = 200_000
+#: Sectors without any good copy whose files are named.
+MAX_LOST = 100_000
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the hosts were found to hold."""
+
+    #: (sector, host) -> (kind of finding, why)
+    bad: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
+    away: set[int] = field(default_factory=set)
+    unlisted: int = 0
+
+    def add(self, sector_id: int, host: int, kind: str, why: str) -> None:
+        if len(self.bad) < MAX_BAD:
+            self.bad.setdefault((sector_id, host), (kind, why))
+        else:
+            self.unlisted += 1
+
+
+async def check_hosts(patient: Patient, *, data: bool) -> None:
+    """After `check_sectors`. `data`: every shard is read and verified, on every host, all hosts at the same time."""
+    registry, contractor = patient.registry, patient.contractor
+    if registry is None or contractor is None:
+        return
+    seen = _Seen()
+    counts = await _shards_per_host(patient)
+    for number in sorted({*counts, *registry.numbers()}):
+        await _check_host(patient, registry, contractor, seen, number, counts.get(number, 0))
+    if data:
+        patient.stage("reading every shard", sum(number for host, number in counts.items() if host not in seen.away))
+        async with trio.open_nursery() as nursery:
+            for number in counts:
+                if number not in seen.away:
+                    nursery.start_soon(_read_all, patient, contractor, seen, number)
+    await _conclude(patient, seen)
+    await patient.commit()
+
+
+async def _shards_per_host(patient: Patient) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    async for page in pages(patient.store, SECTOR):
+        for key, _ in page:
+            record = patient.sector(read_u64(key, 1))
+            for shard in record.shards if record is not None else ():
+                for host in shard.hosts:
+                    counts[host] = counts.get(host, 0) + 1
+    return counts
+
+
+async def _check_host(patient: Patient, registry: HostRegistry, contractor: Contractor, seen: _Seen, number: int, shards: int) -> None:
+    where = patient.url(number)
+    if number not in registry.numbers():
+        seen.away.add(number)
+        await patient.found("unknown-host", f"host {number}", f"{shards} shards are said to be there, and the volume has no such host")
+        return
+    if not registry.available(number):
+        seen.away.add(number)
+        await patient.found("host-away", where, f"{registry.reason(number)}; {shards} shards are on it")
+        return
+    contract = contractor.contract_for(number)
+    if contract is None or not contract.active(patient.seams.clock.time_ns()):
+        what = "there is no contract with it" if contract is None else f"contract {contract.contract_id} has ended"
+        await patient.found("no-contract", where, f"{what}; {shards} shards are on it")
+    patient.stage(f"what {where} holds", shards)
+    patient.report.looked_at["shards"] += shards
+    try:
+        await _list(patient, registry, seen, number)
+    except FusefsError as error:
+        seen.away.add(number)
+        await patient.found("host-away", where, f"{error}; {shards} shards are on it")
+
+
+# ---- listing
+
+
+async def _list(patient: Patient, registry: HostRegistry, seen: _Seen, number: int) -> None:
+    orphans = orphan_bytes = 0
+    first = True
+    start: bytes | None = SECTOR
+    while start is not None:
+        window, start = await _window(patient, number, start)
+        if not window.keys and not first:
+            break
+        there = bytearray(len(window.keys))
+        host = registry.get(number)
+        prefix = sectors_prefix(patient.config.volume_id_bytes)
+        async for name, size in host.list(prefix):
+            root = _root_of(patient, name)
+            at = window.find(root) if root is not None else None
+            if root is not None and at is not None:
+                there[at] = 1
+                patient.progress.done += 1
+                _check_size(patient, seen, number, window.sectors[at], size)
+            elif first and (root is None or patient.store.get(holders_key(root, number)) is None):
+                orphans, orphan_bytes = orphans + 1, orphan_bytes + size
+        for at, found in enumerate(there):
+            if not found:
+                seen.add(window.sectors[at], number, "missing-copy", "is not there")
+        first = False
+    if orphans:
+        patient.note("orphan-shards", patient.url(number), f"{orphans} objects of {orphan_bytes} bytes are on no record")
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Shards of one host: the first 8 bytes of their roots, ascending, and their sectors."""
+
+    keys: array[int]
+    sectors: array[int]
+
+    def find(self, root: bytes) -> int | None:
+        key = int.from_bytes(root[:8], "big")
+        at = bisect_left(self.keys, key)
+        return at if at < len(self.keys) and self.keys[at] == key else None
+
+
+async def _window(patient: Patient, number: int, start: bytes) -> tuple[_Window, bytes | None]:
+    """The next shards of the host, and where to go on (None: that was all)."""
+    found: list[int] = []
+    following: bytes | None = None
+    async for page in pages(patient.store, SECTOR, start):
+        for key, _ in page:
+            sector_id = read_u64(key, 1)
+            record = patient.sector(sector_id)
+            for shard in record.shards if record is not None else ():
+                if number in shard.hosts:
+                    found.append(int.from_bytes(shard.root[:8], "big") << 64 | sector_id)
+        if len(found) >= WINDOW:
+            following = page[-1][0] + b"\0"
+            break
+    found.sort()
+    return _Window(array("Q", [one >> 64 for one in found]), array("Q", [one & (2**64 - 1) for one in found])), following
+
+
+def _root_of(patient: Patient, name: str) -> bytes | None:
+    last = name.rpartition("/")[2]
+    try:
+        root = check_root(last)
+    except BadArgument:
+        return None
+    return root if name == shard_name(patient.config.volume_id_bytes, last) else None
+
+
+def _check_size(patient: Patient, seen: _Seen, number: int, sector_id: int, size: int) -> None:
+    record = patient.sector(sector_id)
+    if record is not None and size != sealed_length(record.shards[0].length):
+        seen.add(sector_id, number, "damaged-copy", f"has {size} bytes instead of {sealed_length(record.shards[0].length)}")
+
+
+# ---- reading
+
+
+async def _read_all(patient: Patient, contractor: Contractor, seen: _Seen, number: int) -> None:
+    contract = contractor.contract_for(number)
+    host_io = patient.host_io
+    if contract is None or host_io is None:
+        return
+    async for page in pages(patient.store, SECTOR):
+        for key, _ in page:
+            sector_id = read_u64(key, 1)
+            record = patient.sector(sector_id)
+            for shard in record.shards if record is not None else ():
+                if record is None or number not in shard.hosts or (sector_id, number) in seen.bad:
+                    continue
+                try:
+                    plain = await host_io.read(contract.contract_id, shard.root.hex(), shard.shard_id)
+                    check_preamble(plain, sector_id, record.length)
+                    if len(plain) != record.length + PREAMBLE_SIZE:
+                        raise Corrupt(f"sector {sector_id}: {len(plain)} bytes instead of {record.length + PREAMBLE_SIZE}")
+                    patient.report.looked_at["bytes read"] += len(plain)
+                except NotFound:
+                    seen.add(sector_id, number, "missing-copy", "is not there")
+                except Corrupt as error:
+                    seen.add(sector_id, number, "damaged-copy", f"does not verify ({error})")
+                except FusefsError as error:
+                    seen.add(sector_id, number, "unanswered", f"could not be read ({error})")
+                patient.progress.done += 1
+
+
+# ---- what follows
+
+
+async def _conclude(patient: Patient, seen: _Seen) -> None:
+    """Sector by sector: what is bad is told, and mended from what is good; then the files that have lost something."""
+    patient.stage("copies")
+    lost: set[int] = set()
+    async for page in pages(patient.store, SECTOR):
+        for key, _ in page:
+            sector_id = read_u64(key, 1)
+            record = patient.sector(sector_id)
+            if record is not None:
+                await _conclude_sector(patient, seen, sector_id, record, lost)
+            patient.progress.done += 1
+    if seen.unlisted:
+        await patient.found("missing-copy", "copies", f"{seen.unlisted} more copies are missing or damaged")
+    if lost:
+        await _name_files(patient, lost)
+
+
+async def _conclude_sector(patient: Patient, seen: _Seen, sector_id: int, record: SectorRecord, lost: set[int]) -> None:
+    try:
+        copies = parse_replication(record.replication).copies
+    except BadArgument:
+        return
+    for shard in record.shards:
+        bad = {host: seen.bad[sector_id, host] for host in shard.hosts if (sector_id, host) in seen.bad}
+        good = [host for host in shard.hosts if host not in bad and host not in seen.away]
+        if not good and record.live and len(lost) < MAX_LOST:
+            lost.add(sector_id)
+        for host, (kind, why) in bad.items():
+            repaired, told = False, ""
+            if patient.repair and good and kind != "unanswered":
+                told, repaired = await remake(patient, sector_id, host, good, seen.away)
+            patient.report.add(kind, f"sector {sector_id}", f"its copy on {patient.url(host)} {why}{told}", repaired=repaired)
+        if not bad and record.live and len(shard.hosts) < copies:
+            await _few(patient, seen, sector_id, good, len(shard.hosts), copies)
+
+
+async def _few(patient: Patient, seen: _Seen, sector_id: int, good: list[int], have: int, copies: int) -> None:
+    told, repaired = "", False
+    if patient.repair and good:
+        for _ in range(copies - have):
+            more, repaired = await remake(patient, sector_id, None, good, seen.away)
+            told += more
+            if not repaired:
+                break
+    patient.report.add("few-copies", f"sector {sector_id}", f"it has {have} of {copies} copies{told}", repaired=repaired)
+
+
+async def _name_files(patient: Patient, lost: set[int]) -> None:
+    """One scan of the extents: a finding for each file, with the first range."""
+    patient.stage("files that are affected")
+    last = 0
+    async for page in pages(patient.store, EXTENT):
+        for key, raw in page:
+            try:
+                extent = decode_extent(key, raw)
+            except Corrupt:
+                continue
+            if extent.sector_id in lost and extent.value_id != last and patient.value(extent.value_id) is not None:
+                last = extent.value_id
+                what = f"bytes {extent.offset} to {extent.end} are in sector {extent.sector_id}, of which no good copy can be reached"
+                await patient.found("unreadable", patient.file_of(extent.value_id), what)

@@ -1,0 +1,199 @@
+"""Finding lost extents and lost sector records again, in what the hosts hold. Only under repair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from storage.checking import lostfound
+from storage.checking.patient import Patient, attempt
+from storage.checking.scanning import pages, windows
+from storage.errors import FusefsError
+from storage.hosts.layout import shard_name
+from storage.interfaces import Batch
+from storage.metadata.keys import EXTENT, FREED, HOLDERS, SECTOR, read_u32, read_u64, u64
+from storage.namespace.records import InodeRecord
+from storage.sealing import HEADER_SIZE, ShardHeader
+from storage.sectors.records import PREAMBLE_SIZE, VERSION, SectorRecord, ShardRecord, check_preamble, decode_sector
+from storage.values.packing import TableEntry, parse_table
+from storage.values.records import Extent, decode_extent
+
+#: Sectors that are looked for or into; beyond it, what is left is found by the next check.
+MAX_SECTORS = 10_000
+#: Seconds a host has for one answer.
+TIMEOUT = 60.0
+
+
+def holder_number(root: bytes, host: int) -> int:
+    """A shard on a host as a u64 that ascends with its key; two with one number would have to share 48 bits of their roots."""
+    return int.from_bytes(root[:6], "big") << 16 | (host & 0xFFFF)
+
+
+class Rescue:
+    """One check's search."""
+
+    def __init__(self, patient: Patient) -> None:
+        self._patient = patient
+        #: Sectors whose tables cannot be read: nothing may be concluded from what is not in them.
+        self.unreadable: set[int] = set()
+
+    def new_file(self, batch: Batch, ino: int, value_id: int, size: int) -> InodeRecord:
+        """See `lostfound.new_file`."""
+        return lostfound.new_file(self._patient, batch, ino, value_id, size)
+
+    # ---- sectors that are not on record
+
+    async def find_sectors(self) -> None:
+        """Extents point to sectors that are not on record: look for them among the shards that belong to no sector."""
+        patient = self._patient
+        missing: dict[int, tuple[int, str]] = {}
+        async for page in pages(patient.store, EXTENT):
+            for key, raw in page:
+                extent = decode_extent(key, raw)
+                # Not those of freed values: reclaim passes over what is not on record.
+                if patient.sector(extent.sector_id) is None and len(missing) < MAX_SECTORS:
+                    record = patient.value(extent.value_id)
+                    if record is not None:
+                        live, spec = missing.get(extent.sector_id, (0, record.replication))
+                        missing[extent.sector_id] = (live + extent.length, spec)
+        if not missing or patient.host_io is None:
+            return
+        for sector_id, shard in (await self._unknown_shards(missing)).items():
+            live, spec = missing[sector_id]
+            length = shard.length - PREAMBLE_SIZE
+            batch = Batch()
+            batch.put(SECTOR + u64(sector_id), SectorRecord(VERSION, spec, length, live, live, [shard]).encode())
+            what = f"its record is missing, {live} bytes of files are in it; its shards were found on hosts {shard.hosts}"
+            await patient.found("lost-sector", f"sector {sector_id}", what, batch)
+
+    async def _unknown_shards(self, missing: dict[int, tuple[int, str]]) -> dict[int, ShardRecord]:
+        """Of the holders that no sector on record accounts for, those whose shard's header names a missing sector."""
+        patient = self._patient
+        found: dict[int, ShardRecord] = {}
+        async for tally in windows(patient.store, HOLDERS, lambda key: holder_number(key[1:33], read_u32(key, 33))):
+            for prefix, at in ((SECTOR, 1), (FREED, 9)):
+                async for page in pages(patient.store, prefix):
+                    for key, raw in page:
+                        for shard in decode_sector(raw, read_u64(key, at)).shards:
+                            for host in shard.hosts:
+                                tally.add(holder_number(shard.root, host))
+            async for page in pages(patient.store, HOLDERS):
+                for key, _ in page:
+                    root, host = key[1:33], read_u32(key, 33)
+                    number = holder_number(root, host)
+                    if tally.get(number) == 0 and tally.keys[0] <= number <= tally.keys[-1]:
+                        await self._ask(root, host, missing, found)
+        return found
+
+    async def _ask(self, root: bytes, host: int, missing: dict[int, tuple[int, str]], found: dict[int, ShardRecord]) -> None:
+        patient = self._patient
+        if patient.registry is None or patient.host_io is None or patient.contractor is None:
+            return
+        contract = patient.contractor.contract_for(host)
+        try:
+            raw = await patient.registry.get(host).get_range(shard_name(patient.config.volume_id_bytes, root.hex()), 0, HEADER_SIZE)
+            header = ShardHeader.parse(raw)
+            if header.sector_id not in missing or contract is None:
+                return
+            # The header is not authenticated; the preamble's block is.
+            plain = await patient.host_io.insecure_read(
+                contract.contract_id, root.hex(), header.sector_id, 0, PREAMBLE_SIZE, header.plaintext_length
+            )
+            check_preamble(plain, header.sector_id, header.plaintext_length - PREAMBLE_SIZE)
+        except FusefsError:
+            return
+        known = found.setdefault(header.sector_id, ShardRecord(header.sector_id, header.plaintext_length, root, []))
+        if known.root == root:
+            known.hosts = sorted({*known.hosts, host})
+
+    # ---- extents that are gone
+
+    async def find_extents(self) -> None:
+        """Sectors say that more of them is live than extents do: put back the extents that their tables know and no other sector has."""
+        patient = self._patient
+        short = await self._short_sectors()
+        if not short or patient.host_io is None:
+            return
+        patient.progress.total = len(short)
+        for sector_id in short:
+            patient.progress.done += 1
+            table = await self.table(sector_id)
+            for entry in table or ():
+                await self._restore(sector_id, entry)
+
+    async def _short_sectors(self) -> list[int]:
+        patient = self._patient
+        short: list[int] = []
+        async for tally in windows(patient.store, SECTOR, lambda key: read_u64(key, 1)):
+            await add_live(patient, tally.add)
+            for sector_id in tally.keys:
+                record = patient.sector(sector_id)
+                if record is not None and tally.get(sector_id) < record.live and len(short) < MAX_SECTORS:
+                    short.append(sector_id)
+        return short
+
+    async def _restore(self, sector_id: int, entry: TableEntry) -> None:
+        patient = self._patient
+        if not entry.length or patient.value(entry.value_id) is None:
+            return
+        extent = Extent(entry.value_id, entry.offset, sector_id, entry.position, entry.length)
+        known = patient.store.get(extent.key)
+        if known == extent.encode():
+            return
+        if known is not None:
+            there = decode_extent(extent.key, known)
+            if there.sector_id != sector_id:
+                # Moved by a merge, unless the table there does not know it.
+                table = await self.table(there.sector_id)
+                if patient.sector(there.sector_id) is not None and (table is None or _in(there, table)):
+                    return
+        elif self.covered(extent):
+            return
+        batch = Batch()
+        batch.put(extent.key, extent.encode())
+        where = patient.file_of(entry.value_id)
+        what = f"the extent for bytes {extent.offset} to {extent.end} was {'wrong' if known else 'missing'}; they are in sector {sector_id}"
+        await patient.found("bad-extent", where, what, batch)
+
+    def covered(self, extent: Extent) -> bool:
+        """Some other extent holds bytes of the range: it was merged since."""
+        store, prefix = self._patient.store, EXTENT + u64(extent.value_id)
+        before = store.scan(prefix, prefix + u64(extent.offset), 1, reverse=True)
+        if before and decode_extent(*before[0]).end > extent.offset:
+            return True
+        return bool(store.scan(prefix + u64(extent.offset), prefix + u64(extent.end), 1))
+
+    async def table(self, sector_id: int) -> list[TableEntry] | None:
+        """The sector's own table; None where no copy can be read."""
+        patient = self._patient
+        record = patient.sector(sector_id)
+        if record is None or patient.host_io is None or patient.contractor is None:
+            return None
+        shard = record.shards[0]
+        for host in shard.hosts:
+            contract = patient.contractor.contract_for(host)
+            if contract is None:
+                continue
+            try:
+                plain = await patient.host_io.read(contract.contract_id, shard.root.hex(), shard.shard_id)
+                check_preamble(plain, sector_id, record.length)
+                return parse_table(memoryview(plain)[PREAMBLE_SIZE:])
+            except FusefsError:
+                continue
+        self.unreadable.add(sector_id)
+        return None
+
+
+def _in(extent: Extent, table: list[TableEntry]) -> bool:
+    return any(
+        (entry.value_id, entry.offset, entry.position, entry.length) == (extent.value_id, extent.offset, extent.position, extent.length)
+        for entry in table
+    )
+
+
+async def add_live(patient: Patient, add: Callable[[int, int], None]) -> None:
+    """Call `add(sector id, length)` for every extent: of values, and of freed ones whose extents are still to be walked."""
+    async for page in pages(patient.store, EXTENT):
+        for key, raw in page:
+            extent = attempt(decode_extent, key, raw)
+            if extent is not None:
+                add(extent.sector_id, extent.length)

@@ -1,0 +1,266 @@
+"""One host's part of the history: which superblocks and metadata objects it has, and bringing it up to date."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import trio
+from blake3 import blake3
+
+from storage.errors import Busy, Corrupt, FusefsError, NotFound, Unavailable
+from storage.history.ancestry import Lineage, point_of
+from storage.history.log import Fetch
+from storage.history.objects import MAX_OBJECT, Ref, metadata_prefix, object_name, writer_of
+from storage.history.reading import newest_generation, superblocks_on
+from storage.history.superblock import MAX_SUPERBLOCK, Body, Superblock
+from storage.hosts.layout import superblock_name
+from storage.hosts.registry import HostRegistry
+from storage.interfaces import Host
+from storage.seams import Failpoints
+
+log = logging.getLogger("fusefs.history")
+
+#: Generations kept on each host.
+GENERATIONS = 2
+#: Seconds a request may take, besides what its bytes take at `SLOWEST` bytes per second.
+TIMEOUT = 20.0
+SLOWEST = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A superblock on a host, opened."""
+
+    block: Superblock
+    body: Body
+
+    @property
+    def lineage(self) -> Lineage:
+        return Lineage(self.body.epochs, self.block.sequence)
+
+    def names(self) -> set[str]:
+        """The metadata objects it refers to itself; a checkpoint's chunks stand in its index."""
+        refs = [ref for entry in self.body.log for ref in entry.parts]
+        return {ref.name for ref in ([self.body.checkpoint] if self.body.checkpoint else []) + refs}
+
+
+@dataclass(slots=True)
+class Kept:
+    """A generation that stands on the host."""
+
+    generation: int
+    sequence: int
+    digest: bytes
+    #: Of its objects on the host; None: not known, so nothing is deleted while it stands.
+    names: frozenset[str] | None
+    ours: bool
+
+
+class HostSide:
+    """State of one host. `lineage`: this history as it is now; a superblock of another one is foreign."""
+
+    def __init__(
+        self,
+        number: int,
+        registry: HostRegistry,
+        volume_id: bytes,
+        superblock_key: bytes,
+        lineage: Callable[[], Lineage],
+        failpoints: Failpoints,
+        passed_over: frozenset[bytes] = frozenset(),
+    ) -> None:
+        self.number = number
+        self._registry = registry
+        self._volume_id = volume_id
+        self._key = superblock_key
+        self._lineage = lineage
+        #: Hashes of superblocks a recovery went on without, of whatever history.
+        self._passed_over = passed_over
+        self._hit = failpoints.hit
+        #: False until the host has said what it has; again after it was away.
+        self.examined = False
+        #: Newest first. Valid once examined.
+        self.kept: list[Kept] = []
+        #: The newest superblock, if it is of another history.
+        self.foreign: Found | None = None
+        #: The newest, whoever's it is.
+        self.newest: Found | None = None
+        #: Highest generation by name, valid or not.
+        self.highest = 0
+        #: Metadata objects that are there.
+        self.present: set[str] = set()
+        #: Why the last attempt failed; "" after a success.
+        self.trouble = ""
+
+    @property
+    def generation(self) -> int:
+        """Of our newest superblock on the host; 0 if it has none, or another history's is newer."""
+        return self.kept[0].generation if self.kept and self.foreign is None else 0
+
+    def oldest_sequence(self) -> int | None:
+        """Of the oldest generation it keeps, 0 if that is not known or of another history; None if it keeps none."""
+        if not self.examined or self.foreign is not None:
+            return 0
+        return min((kept.sequence for kept in self.kept), default=None)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    async def examine(self) -> None:
+        """Look what is there. Unavailable; BadArgument for a superblock of a newer fusefs."""
+        host = self._registry.get(self.number)
+        blocks, notes = await superblocks_on(host, self._volume_id)
+        for note in notes:
+            log.warning("%s; it is not used", note)
+        opened: list[Found] = []
+        for block in blocks:
+            where = f"host {host.url}: superblock {block.generation}"
+            try:
+                opened.append(Found(block, block.open(self._key, where)))
+            except Corrupt as error:
+                log.warning("%s; it is not used", error)
+        with _limit(host, 0):
+            level = await host.level(metadata_prefix(self._volume_id))
+            self.highest = await newest_generation(host, self._volume_id)
+        self.present = {name for name in level.objects if writer_of(name) is not None}
+        lineage = self._lineage()
+        self.newest = opened[0] if opened else None
+        self.foreign = self.newest if self.newest is not None and not self._known(lineage, self.newest.block) else None
+        self.kept = [
+            Kept(found.block.generation, found.block.sequence, found.block.digest, None, lineage.contains(point_of(found.block)))
+            for found in opened
+        ]
+        self.examined = True
+        self.trouble = ""
+
+    def _known(self, lineage: Lineage, block: Superblock) -> bool:
+        return lineage.contains(point_of(block)) or block.digest in self._passed_over
+
+    def knows(self, generation: int, names: frozenset[str]) -> None:
+        """What a generation on the host refers to, its checkpoint's chunks included."""
+        for kept in self.kept:
+            if kept.generation == generation:
+                kept.names = names
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    async def place(self, ref: Ref, fetch: Fetch) -> None:
+        """The object is on the host when it returns. What `fetch` and the host raise."""
+        if ref.name in self.present:
+            return
+        data = await fetch(ref)
+        host = self._registry.get(self.number)
+        self._hit("history.object.before_put")
+        with _limit(host, len(data)):
+            await host.put(object_name(self._volume_id, ref.name), data)
+        self._hit("history.object.after_put")
+        self.present.add(ref.name)
+
+    async def get(self, ref: Ref) -> bytes:
+        """The object's bytes, unverified. NotFound, Unavailable, Corrupt."""
+        host = self._registry.get(self.number)
+        with _limit(host, ref.size):
+            return await host.get(object_name(self._volume_id, ref.name), min(ref.size, MAX_OBJECT))
+
+    async def put(self, block: Superblock, refs: Sequence[Ref], fetch: Fetch) -> bool:
+        """Bring the host to this superblock: its objects first (I4), then itself, conditionally (I5). False: somebody else wrote one.
+
+        Then the host is to be examined again. True: it was re-read, and is the newest there. Unavailable, NoSpace, Corrupt.
+        """
+        for ref in refs:
+            await self.place(ref, fetch)
+        host = self._registry.get(self.number)
+        name = superblock_name(self._volume_id, block.generation)
+        self._hit("history.superblock.before_put")
+        with _limit(host, len(block.raw)):
+            if not self._registry.record(self.number).capabilities.conditional_put:
+                if await newest_generation(host, self._volume_id) >= block.generation:
+                    return await self._same(host, block)
+                await host.put(name, block.raw)
+            else:
+                try:
+                    await host.put_if(name, block.raw, None)
+                except Busy:
+                    # Ours after all, if an earlier attempt got through and its answer did not.
+                    if not await self._same(host, block):
+                        return False
+            self._hit("history.superblock.after_put")
+            # A stale writer can make a generation that others have passed and removed: only the newest counts.
+            if await newest_generation(host, self._volume_id) != block.generation:
+                return False
+        names = frozenset(ref.name for ref in refs)
+        self.kept = [Kept(block.generation, block.sequence, block.digest, names, True)] + [
+            # Another history's, which a majority has passed over, hold nothing back any more.
+            kept
+            for kept in self.kept
+            if kept.ours and kept.generation != block.generation
+        ]
+        self.highest = block.generation
+        self.foreign = None
+        self.trouble = ""
+        return True
+
+    async def _same(self, host: Host, block: Superblock) -> bool:
+        try:
+            return await host.get(superblock_name(self._volume_id, block.generation), len(block.raw)) == block.raw
+        except (NotFound, Corrupt):
+            return False
+
+    async def confirm(self) -> bool:
+        """Re-read: is the newest superblock the one we put there? False too where the host does not answer."""
+        if not self.examined or self.foreign is not None or not self.kept or not self.kept[0].ours:
+            return False
+        newest = self.kept[0]
+        try:
+            host = self._registry.get(self.number)
+            with _limit(host, 0):
+                if await newest_generation(host, self._volume_id) != newest.generation:
+                    self.examined = False
+                    return False
+                raw = await host.get(superblock_name(self._volume_id, newest.generation), MAX_SUPERBLOCK)
+        except FusefsError as error:
+            self.trouble = str(error)
+            return False
+        same = blake3(raw).digest() == newest.digest
+        self.examined = same
+        return same
+
+    async def tidy(self, busy: set[str]) -> None:
+        """Delete our older generations but one, then the metadata objects of this history that no generation here needs.
+
+        `busy`: names that are being put there, or soon named by a superblock. Errors leave it for the next time.
+        """
+        host = self._registry.get(self.number)
+        ours = [kept for kept in self.kept if kept.ours]
+        for kept in ours[GENERATIONS:]:
+            self._hit("history.superblock.before_delete")
+            with _limit(host, 0):
+                await host.delete(superblock_name(self._volume_id, kept.generation))
+            self.kept.remove(kept)
+        needed = set(busy)
+        for kept in self.kept:
+            if kept.names is None:
+                return
+            needed |= kept.names
+        lineage = self._lineage()
+        for name in sorted(self.present - needed):
+            writer = writer_of(name)
+            # I5: another history's are not ours to delete, whoever holds the majority.
+            if writer is None or not lineage.has_epoch(*writer):
+                continue
+            self._hit("history.object.before_delete")
+            with _limit(host, 0):
+                await host.delete(object_name(self._volume_id, name))
+            self.present.discard(name)
+
+
+@contextmanager
+def _limit(host: Host, size: int) -> Iterator[None]:
+    """A host that hangs is one that does not answer: Unavailable."""
+    seconds = TIMEOUT + size / SLOWEST
+    with trio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise Unavailable(f"host {host.url} did not answer within {seconds:.0f} s")

@@ -1,0 +1,647 @@
+"""Publishing the volume's history: what makes the volume survive this machine.
+
+    cut (between two batches) -> local commit -> log objects on every host -> superblock, next generation, conditionally, on every host (I4)
+        on a majority of the hosts that can do that, and re-read there as the newest: published (I5)
+        another history on a majority: fenced. On a minority, while a majority is ours: passed over with a higher generation.
+
+One round at a time; a host that was away is brought up to date when it is back. Also here: the gate for deletions (I3).
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import trio
+from blake3 import blake3
+
+from storage.config import VolumeConfig, encode_config
+from storage.epochs import Epochs
+from storage.errors import Fenced, FusefsError, Unavailable
+from storage.history.ancestry import Lineage, point_of
+from storage.history.checkpoint import Checkpoint, write_checkpoint
+from storage.history.host_side import HostSide
+from storage.history.log import Log, TailWanted
+from storage.history.objects import INDEX, Delta, Ref, SealedObject, Tail, Writer, decode_index, object_name, open_object
+from storage.history.superblock import BODY_VERSION, Body, KnownEpoch, KnownHost, Superblock, encode_superblock
+from storage.hosts.registry import HostRegistry
+from storage.interfaces import Batch
+from storage.keyfile import KEY_FILE, KeyFile, load_keyfile
+from storage.keys import Keys
+from storage.metadata.keys import LOST, prefix_end, read_u32, u32, u64
+from storage.metadata.store import Store
+from storage.seams import Seams
+
+log = logging.getLogger("fusefs.history")
+
+#: A checkpoint is due when the log has outgrown half of the last one, and this many bytes.
+MIN_LOG = 256 * 1024
+#: Seconds between two looks at hosts that are behind, while there is nothing new to publish.
+CATCH_UP_SECONDS = 15.0
+#: Bytes of objects that are on no host yet, at most (I7).
+MAX_UNPLACED = 64 * 1024 * 1024
+#: Superblocks tried in one round, each with a higher generation, where others write at the same time.
+ATTEMPTS = 4
+
+#: The tail bytes that are in no sector and were not given before; with True all of them. No await inside.
+TakeTails = Callable[[bool], list[Tail]]
+
+
+class Publisher:
+    """See the module. `run` in the volume's nursery; everything else may be called at any time by its tasks."""
+
+    def __init__(
+        self,
+        *,
+        directory: Path,
+        config: VolumeConfig,
+        keys: Keys,
+        keyfile: KeyFile,
+        store: Store,
+        epochs: Epochs,
+        registry: HostRegistry,
+        seams: Seams,
+        interval: float,
+        take_tails: TakeTails,
+        tail_wanted: TailWanted,
+        nursery: trio.Nursery,
+        passed_over: frozenset[bytes] = frozenset(),
+    ) -> None:
+        self._nursery = nursery
+        self._passed_over = passed_over
+        #: Delete nothing on any host, and release nothing for deletion: so it is during a recovery.
+        self.keep_all = False
+        self._directory, self._config, self._keys, self._keyfile = directory, config, keys, keyfile
+        self._store, self._epochs, self._registry, self._seams = store, epochs, registry, seams
+        self._interval = interval
+        self._take_tails = take_tails
+        self._volume_id = config.volume_id_bytes
+        self._lock = trio.Lock()
+        self._sides: dict[int, HostSide] = {}
+        self._log = Log(keys.metadata_key(), self._volume_id, self._writer, seams, tail_wanted)
+        #: The checkpoint superblocks name; None: none is on the hosts yet.
+        self._base: Checkpoint | None = None
+        #: The log does not lead from the checkpoint to the last cut: only a new one helps.
+        self._gap = False
+        #: How often that happened since the scan of the next checkpoint began.
+        self._losses = 0
+        #: One that is being written, its end, and why the last one failed.
+        self._next: Checkpoint | None = None
+        self._writing: trio.Event | None = None
+        self._failure: FusefsError | None = None
+        #: Objects that are on hosts, or on their way, and that no superblock names yet; those of the round that is under way.
+        self._spreading: set[str] = set()
+        self._busy: set[str] = set()
+        #: The next cut takes all tails, not only what was not given before.
+        self._tails_anew = True
+        #: Of the newest superblock of this history, and its digest; 0: there is none.
+        self.generation = 0
+        self._digest = b""
+        #: The one that hosts are to have.
+        self._current: Superblock | None = None
+        #: Up to where the last cut went; what `changes.version` was.
+        self.sequence = 0
+        self._cut_version = -1
+        #: A majority has all that was cut last.
+        self.published_all = False
+        self.published_sequence = 0
+        self.published_ns = 0
+        #: Why this process may not write any more; told once, with `on_fenced`.
+        self.fenced: str | None = None
+        self.on_fenced: Callable[[str], None] = lambda _reason: None
+        #: Why the last attempt did not reach a majority; "" since one did.
+        self.trouble = ""
+        self._wanted = trio.Event()
+        self._again = False
+        store.changes.on_many = self.want
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Who we are
+
+    def _writer(self) -> Writer:
+        epoch = self._epochs.current
+        return Writer(self._volume_id, epoch.number, epoch.salt)
+
+    def _known_epochs(self) -> list[KnownEpoch]:
+        return [KnownEpoch(epoch.number, epoch.salt, epoch.first_sequence) for epoch in self._epochs.all()]
+
+    def lineage(self) -> Lineage:
+        """This history, up to what is durable here."""
+        return Lineage(self._known_epochs(), self._store.durable_sequence)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Hosts
+
+    def lost(self) -> dict[int, int]:
+        """Hosts somebody has marked lost: number -> when, nanoseconds."""
+        pairs = self._store.scan(LOST, prefix_end(LOST), 4096)
+        return {read_u32(key, 1): int.from_bytes(value, "big") for key, value in pairs}
+
+    def mark_lost(self, number: int, lost: bool) -> None:
+        """From the next commit on the host holds back no deletion and does not count for a majority (or does again). NotFound."""
+        self._registry.record(number)
+        batch = Batch()
+        if lost:
+            batch.put(LOST + u32(number), u64(self._seams.clock.time_ns()))
+        else:
+            batch.delete(LOST + u32(number))
+        self._store.apply(batch)
+
+    def sides(self) -> list[HostSide]:
+        """One for each host that is not lost."""
+        lost = self.lost()
+        for number in self._registry.numbers():
+            if number not in self._sides:
+                self._sides[number] = HostSide(
+                    number,
+                    self._registry,
+                    self._volume_id,
+                    self._keys.superblock_key(),
+                    self.lineage,
+                    self._seams.failpoints,
+                    self._passed_over,
+                )
+        return [side for number, side in sorted(self._sides.items()) if number not in lost]
+
+    def voters(self) -> list[HostSide]:
+        """The hosts that count for I5: those with true conditional puts; all, if there is none."""
+        sides = self.sides()
+        able = [side for side in sides if self._registry.record(side.number).capabilities.conditional_put]
+        return able or sides
+
+    @staticmethod
+    def majority(count: int) -> int:
+        """How many of `count` hosts are one."""
+        return count // 2 + 1
+
+    async def _on_each(self, sides: list[HostSide], work: Callable[[HostSide], Awaitable[None]]) -> None:
+        """All at the same time; a host's failure is its own."""
+
+        async def one(side: HostSide) -> None:
+            try:
+                await work(side)
+            except FusefsError as error:
+                # NotFound, Corrupt: what a lying host says; it is looked at anew.
+                side.examined = side.examined and isinstance(error, Unavailable)
+                if str(error) != side.trouble:
+                    log.warning("history: %s", error)
+                side.trouble = str(error) or "?"
+
+        async with trio.open_nursery() as nursery:
+            for side in sides:
+                if self._registry.available(side.number):
+                    nursery.start_soon(one, side)
+                else:
+                    side.examined = False
+                    side.trouble = self._registry.reason(side.number)
+
+    async def examine(self) -> None:
+        """At open, before an epoch begins: which superblocks the hosts have. Fenced if there is a later history on them (use recover)."""
+        async with self._lock:
+            await self._on_each(self.sides(), HostSide.examine)
+            self._judge(opening=True)
+            await self._go_on()
+
+    def latest_epoch_seen(self) -> int:
+        """The highest number of an epoch on any host: a new one is above it."""
+        return max((side.newest.block.epoch for side in self._sides.values() if side.newest is not None), default=0)
+
+    def _judge(self, *, opening: bool = False) -> bool:
+        """Is there another history? Fenced if it has a majority (at open: unless ours has one). True if ours may pass it over."""
+        voters = self.voters()
+        need = self.majority(len(voters))
+        foreign = [side for side in self.sides() if side.examined and side.foreign is not None]
+        if not foreign:
+            return False
+        against = sum(1 for side in foreign if side in voters)
+        ours = sum(1 for side in voters if side.examined and side.foreign is None and side.kept)
+        if against >= need or (opening and ours < need):
+            self._fence(max(foreign, key=lambda side: (side.newest.block.epoch, side.newest.block.sequence) if side.newest else (0, 0)))
+        return ours >= need
+
+    def _fence(self, side: HostSide) -> None:
+        found = side.foreign
+        if found is None:
+            raise RuntimeError("fenced by nobody")
+        block, body = found.block, found.body
+        self.fenced = (
+            f"another machine has gone on with this volume: host {self._registry.url(side.number)} has epoch {block.epoch} of "
+            f"{body.machine}:{body.directory}, commit {block.sequence}, which is not in {self._directory} (epoch {self._last_epoch()}, "
+            f"commit {self._store.durable_sequence}); to go on here: fusefs recover into a new directory; to read what only this one has: "
+            f"fusefs mount --read-only {self._directory}"
+        )
+        self.on_fenced(self.fenced)
+        raise Fenced(self.fenced)
+
+    def _last_epoch(self) -> int:
+        epochs = self._epochs.all()
+        return epochs[-1].number if epochs else 0
+
+    async def _go_on(self) -> None:
+        """Take the newest superblock of this history for what the log goes on from, if nothing newer is here."""
+        lineage = self.lineage()
+        candidates = [side.newest for side in self._sides.values() if side.newest is not None]
+        ours = [found for found in candidates if lineage.contains(point_of(found.block))]
+        self.generation = max([self.generation, *(side.highest for side in self._sides.values())])
+        if not ours or self._current is not None:
+            return
+        newest = max(ours, key=lambda found: (found.block.epoch, found.block.sequence, found.block.generation))
+        published = self._store.published
+        checkpoint = None
+        if published is None or newest.block.sequence < published:
+            # Only hosts that lag behind answer, or what led from there to now is not known: a new checkpoint is needed.
+            log.info("the log on the hosts cannot be gone on with; a checkpoint is due")
+        elif newest.body.checkpoint is not None:
+            try:
+                checkpoint = await self._load_checkpoint(newest.body.checkpoint)
+            except FusefsError as error:
+                log.warning("the checkpoint on the hosts cannot be used, a new one is written: %s", error)
+        self._base = checkpoint
+        self._digest = newest.block.digest
+        if checkpoint is not None:
+            self._log.entries = list(newest.body.log)
+            self.sequence = newest.block.sequence
+            names = frozenset(ref.name for ref in self._refs())
+            for side in self._sides.values():
+                if side.newest is not None and side.newest.block.digest == newest.block.digest:
+                    side.knows(newest.block.generation, names)
+
+    async def _load_checkpoint(self, ref: Ref) -> Checkpoint:
+        data = await self._fetch(ref)
+        body = await self._seams.threads.run(open_object, self._keys.metadata_key(), self._volume_id, ref, INDEX, data, "checkpoint")
+        index = decode_index(body, "checkpoint")
+        stored = sum(chunk.size for chunk in index.chunks) + ref.size
+        return Checkpoint(index.sequence, index.chunks, index.records, index.size, stored, ref)
+
+    async def _fetch(self, ref: Ref) -> bytes:
+        """An object's bytes: from here, or from the first host whose copy is what its name says."""
+        held = self._log.held.objects.get(ref.name)
+        if held is not None:
+            return held
+        reasons: list[str] = []
+        for side in sorted(self.sides(), key=lambda side: ref.name not in side.present):
+            if not self._registry.available(side.number):
+                continue
+            try:
+                data = await side.get(ref)
+            except FusefsError as error:
+                reasons.append(str(error))
+                side.present.discard(ref.name)
+                continue
+            if await self._seams.threads.run(_is, data, ref):
+                return data
+            reasons.append(f"host {self._registry.url(side.number)}: {object_name(self._volume_id, ref.name)} is damaged")
+            side.present.discard(ref.name)
+        raise Unavailable(f"no host gives metadata object {ref.name[:26]} ({'; '.join(reasons) or 'no host can be reached'})")
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Rounds
+
+    def want(self) -> None:
+        """Publish soon, without waiting for the interval."""
+        self._wanted.set()
+
+    @property
+    def dirty(self) -> bool:
+        """Is there something hosts should know?"""
+        return self._store.changes.reason or self._again or not self.published_all
+
+    async def run(self) -> None:
+        """Until cancelled: a round every interval in which something changed; hosts that are behind are brought up to date."""
+        while True:
+            with trio.move_on_after(self._interval):
+                await self._wanted.wait()
+            self._wanted = trio.Event()
+            try:
+                await self.tick()
+            except Fenced:
+                return
+            except FusefsError as error:
+                self._say(f"the volume's metadata are not on a majority of its hosts yet: {error}")
+                await trio.sleep(min(CATCH_UP_SECONDS, self._interval))
+
+    def _say(self, trouble: str) -> None:
+        if trouble != self.trouble:
+            log.warning("%s", trouble)
+        self.trouble = trouble
+
+    async def tick(self) -> None:
+        """What `run` does each time."""
+        if await self._refresh_keys() or self.dirty or self._any_behind():
+            await self.publish(wait=False)
+
+    def _any_behind(self) -> bool:
+        """Is there a host that could be brought up to date now?"""
+        current = self._current
+        return current is not None and any(
+            self._registry.available(side.number) and side.generation < current.generation for side in self.sides()
+        )
+
+    async def _refresh_keys(self) -> bool:
+        """The passphrase may have been changed: superblocks carry the slots. True if it was."""
+        try:
+            keyfile = await self._seams.threads.run(load_keyfile, self._directory / KEY_FILE, self._config.volume_id)
+        except FusefsError as error:
+            log.warning("the key slots on the hosts stay as they are: %s", error)
+            return False
+        if keyfile == self._keyfile:
+            return False
+        self._keyfile, self._again = keyfile, True
+        return True
+
+    async def claim(self) -> None:
+        """At open: put the new epoch on the hosts, with the history as they have it (none: nothing is done). Fenced, Unavailable."""
+        async with self._lock:
+            if self._base is not None:
+                await self._round()
+
+    async def publish(self, *, wait: bool = True) -> None:
+        """Everything applied before the call is on a majority of the hosts when it returns. Fenced; Unavailable: fewer have it.
+
+        `wait`: also for a checkpoint, where nothing can be published before there is one.
+        """
+        version = self._store.changes.version
+        for _ in range(ATTEMPTS):
+            async with self._lock:
+                if self.fenced is not None:
+                    raise Fenced(self.fenced)
+                if self.published_all and self._cut_version >= version and not self._again and not self._any_behind():
+                    return
+                writing = await self._publish()
+            if writing is None or not wait:
+                return
+            await writing.wait()
+            if self._failure is not None:
+                raise type(self._failure)(str(self._failure))
+        raise Unavailable("checkpoints do not keep up with what changes; see that hosts are reachable, and quick enough")
+
+    async def _publish(self) -> trio.Event | None:
+        """One round; or, where nothing can be published without a new checkpoint, the end of that one."""
+        await self._look()
+        if self._base is not None and not self._gap:
+            await self._cut()
+            await self._log.merge(self._fetch)
+        if self._base is not None and not self._gap:
+            await self._round()
+            if self._log.size > max(MIN_LOG, self._base.stored // 2) or self._log.full:
+                self._begin_checkpoint()
+            return None
+        if self._writing is None:
+            self._begin_checkpoint()
+        else:
+            await self._cut()
+            await self._spread_log()
+        return self._writing
+
+    async def _look(self) -> None:
+        """Hosts that came back say what they have; the first time any does, the log goes on from there. Unavailable, Fenced."""
+        sides = self.sides()
+        await self._on_each([side for side in sides if not side.examined], HostSide.examine)
+        if not any(side.examined for side in sides):
+            raise Unavailable(f"no host can be reached ({'; '.join(filter(None, (side.trouble for side in sides))) or 'there is none'})")
+        self._judge()
+        if self._base is None and self._writing is None and self._current is None:
+            await self._go_on()
+
+    async def _cut(self, *, force: bool = False) -> None:
+        """Take what changed, and what hosts lack of the tails, as of one moment, into the log; durable here when this returns."""
+        changes = self._store.changes
+        self._store.run_hooks()
+        # No await from here to the end of the cut: it falls between two batches.
+        if changes.broken:
+            self._lose()
+        if not changes.reason and not self._tails_anew and not force:
+            self._cut_version = changes.version
+            return
+        after, self._cut_version = self.sequence, changes.version
+        ops = changes.cut()
+        tails = self._take_tails(self._tails_anew)
+        self._tails_anew = False
+        self.sequence = self._store.applied_sequence
+        self.published_all = False
+        try:
+            await self._store.commit()
+            await self._log.append(Delta(min(after, self.sequence), self.sequence, ops, tails))
+        except BaseException:
+            # What was taken is in nobody's hands any more: a gap.
+            changes.lose()
+            self._lose()
+            raise
+        if self._log.held.size > MAX_UNPLACED:
+            # Hosts stay away: the journal has it all, and they will get a checkpoint.
+            self._lose()
+            self._log.held.forget(list(self._log.held.unplaced))
+
+    def _lose(self) -> None:
+        """The log does not lead to here any more."""
+        self._gap = True
+        self._losses += 1
+
+    def _encode(self) -> Superblock:
+        base = self._base
+        lost = self.lost()
+        body = Body(
+            version=BODY_VERSION,
+            predecessor=self._digest,
+            config=encode_config(self._config),
+            checkpoint=base.index if base is not None else None,
+            log=list(self._log.entries),
+            hosts=[KnownHost(r.number, r.host_id, r.url, r.number in lost) for r in self._registry.records()],
+            epochs=self.lineage().latest(),
+            machine=socket.gethostname()[:200],
+            directory=str(self._directory).encode("utf-8", "backslashreplace").decode("utf-8")[:4000],
+        )
+        return encode_superblock(
+            self._keys.superblock_key(),
+            volume_id=self._volume_id,
+            generation=max([self.generation, *(side.highest for side in self._sides.values())]) + 1,
+            sequence=self.sequence,
+            written_ns=self._seams.clock.time_ns(),
+            keys=self._keyfile,
+            body=body,
+            random=self._seams.random,
+        )
+
+    async def _round(self) -> None:
+        """A new superblock, with all it names, on every host that can be reached. Returns on a majority. Fenced, Unavailable."""
+        over = False
+        for _ in range(ATTEMPTS):
+            block, refs = self._encode(), self._refs()
+            self.generation = block.generation
+            done: set[int] = set()
+            self._busy = {ref.name for ref in refs}
+            again = await self._bring(block, refs, done, over)
+            self._current, self._digest = block, block.digest
+            for ref in refs:
+                if ref.name in self._log.held.unplaced and any(ref.name in side.present for side in self._sides.values()):
+                    self._log.held.placed(ref.name)
+            voters = self.voters()
+            have = sum(1 for side in voters if side.number in done)
+            if have >= self.majority(len(voters)):
+                foreign = [side for side in self.sides() if side.foreign is not None and self._registry.available(side.number)]
+                if foreign and not over:
+                    # A majority is ours at this very moment, so what the others have never had one, and never will.
+                    for side in foreign:
+                        log.warning("host %s: another history is passed over", self._registry.url(side.number))
+                    over = True
+                    continue
+                self._published(block)
+                await self._tidy()
+                return
+            self._judge()
+            if not again:
+                break
+        reasons = "; ".join(filter(None, (side.trouble for side in self.sides())))
+        raise Unavailable(f"{have} of {len(voters)} hosts have the newest superblock, {self.majority(len(voters))} are needed ({reasons})")
+
+    async def _bring(self, block: Superblock, refs: list[Ref], done: set[int], over: bool) -> bool:
+        """To every host; those that have it are added to `done`. True if somebody wrote to one meanwhile, but no other history."""
+        again = False
+
+        async def bring(side: HostSide) -> None:
+            nonlocal again
+            if not side.examined:
+                await side.examine()
+            if side.foreign is not None and not over:
+                return
+            if side.highest >= block.generation:
+                again = True
+                return
+            if await side.put(block, refs, self._fetch):
+                done.add(side.number)
+                return
+            await side.examine()
+            again = again or side.foreign is None
+
+        await self._on_each(self.sides(), bring)
+        return again
+
+    def _published(self, block: Superblock) -> None:
+        self.published_all, self._again = True, False
+        self.published_sequence, self.published_ns = block.sequence, block.written_ns
+        self.trouble = ""
+        if self._store.failure is None:
+            self._store.mark_published(block.sequence)
+
+    async def _tidy(self) -> None:
+        if self.keep_all:
+            return
+        busy = self._busy | ({ref.name for ref in self._next.refs()} if self._next is not None else set())
+
+        async def tidy(side: HostSide) -> None:
+            if side.generation == self.generation:
+                await side.tidy(busy | self._spreading)
+
+        await self._on_each(self.sides(), tidy)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Checkpoints
+
+    def _begin_checkpoint(self) -> None:
+        """Start one in the background, unless one is being written. No await: the cut it begins with is now."""
+        if self._writing is not None:
+            return
+        self._writing, self._failure = trio.Event(), None
+        if self._gap or self._base is None:
+            # What is in the log leads nowhere: the scan sees everything as it is from now on.
+            self._log.held.forget([ref.name for ref in self._log.refs()])
+            self._log.entries = []
+            self._store.changes.cut()
+            self.sequence = self._store.applied_sequence
+        # The last cut has just been made, or nothing before it counts: either way the new log begins here, with all tails anew.
+        self._tails_anew = True
+        self._log.boundary = len(self._log.entries)
+        self._next = Checkpoint(self.sequence)
+        self._losses = 0
+        self._nursery.start_soon(self._write_checkpoint, self._next)
+
+    async def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Until superblocks name it. A failure leaves everything as it was; it is tried again with the next round."""
+        try:
+            started = self._seams.clock.monotonic()
+            await write_checkpoint(checkpoint, self._store, self._seal, self._spread, self._seams)
+            async with self._lock:
+                await self._cut(force=True)
+                if self._losses:
+                    raise Unavailable("more changed during a checkpoint than can be kept; trying again")
+                boundary = self._log.boundary or 0
+                self._log.held.forget([ref.name for entry in self._log.entries[:boundary] for ref in entry.parts])
+                self._log.entries = self._log.entries[boundary:]
+                self._log.boundary = None
+                self._base, self._gap, self._next = checkpoint, False, None
+                self._spreading.clear()
+                seconds = self._seams.clock.monotonic() - started
+                log.info("checkpoint of %d records, %d bytes stored, in %.1f s", checkpoint.records, checkpoint.stored, seconds)
+                await self._round()
+        except FusefsError as error:
+            log.warning("writing a checkpoint is postponed: %s", error)
+            self._failure = error
+            if self._base is not checkpoint:
+                self._log.held.forget(list(self._spreading - {ref.name for ref in self._log.refs()}))
+        finally:
+            self._log.boundary = None
+            self._next = None
+            self._spreading.clear()
+            writing, self._writing = self._writing, None
+            if writing is not None:
+                writing.set()
+
+    async def _seal(self, kind: int, body: bytes) -> SealedObject:
+        sealed = await self._log.seal(kind, body)
+        # Before it is anywhere: nobody tidies it away while nothing names it.
+        self._spreading.add(sealed.ref.name)
+        return sealed
+
+    async def _spread_log(self) -> None:
+        """Without a checkpoint to go with them, entries at least need not stay in memory."""
+        for ref in self._log.refs():
+            if ref.name in self._log.held.unplaced:
+                self._spreading.add(ref.name)
+                await self._spread(SealedObject(ref, self._log.held.objects[ref.name]))
+
+    async def _spread(self, sealed: SealedObject) -> None:
+        """To every host that can be reached. Unavailable if none takes it."""
+
+        async def fetch(_: Ref) -> bytes:
+            return sealed.data
+
+        async def place(side: HostSide) -> None:
+            await side.place(sealed.ref, fetch)
+
+        await self._on_each(self.sides(), place)
+        if not any(sealed.ref.name in side.present for side in self.sides()):
+            raise Unavailable(f"no host takes metadata ({'; '.join(filter(None, (side.trouble for side in self.sides())))})")
+        self._log.held.placed(sealed.ref.name)
+
+    def _refs(self) -> list[Ref]:
+        return [*(self._base.refs() if self._base is not None else []), *self._log.refs()]
+
+    # ------------------------------------------------------------------------------------------------------------
+    # The gate for deletions (I3): see HistoryGate
+
+    def released_sequence(self) -> int:
+        """What was freed by commits up to this one is in no superblock generation that any host, not marked lost, keeps."""
+        if self.keep_all:
+            return 0
+        kept = [side.oldest_sequence() for side in self.sides()]
+        known = [sequence for sequence in kept if sequence is not None]
+        return min([self._store.durable_sequence, *known])
+
+    async def confirm(self, host_number: int) -> bool:
+        """Re-reads which superblock the host has: is it ours? False also where it does not answer."""
+        side = next((side for side in self.sides() if side.number == host_number), None)
+        # A lost host is not deleted on: it keeps what it has, whatever that is.
+        return side is not None and await side.confirm()
+
+    def want_release(self, sequence: int) -> None:
+        """Something freed by this commit waits for an older generation to go: publish once more, if that can help."""
+        if sequence <= self.published_sequence and all(
+            side.examined and side.foreign is None and self._registry.available(side.number) for side in self.sides()
+        ):
+            self._again = True
+
+
+def _is(data: bytes, ref: Ref) -> bool:
+    return len(data) == ref.size and blake3(data).hexdigest() == ref.root

@@ -1,0 +1,270 @@
+"""The sweep: what was put on hosts and never committed goes; what might be anybody else's, or is still needed, stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from storage.errors import Unavailable
+from storage.hosts.faults import shards_only
+from storage.hosts.holders import holders_key
+from storage.interfaces import Batch
+from storage.metadata.keys import FREED, SECTOR, SETTING, prefix_end, u64
+from storage.seams import Seams
+from storage.sectors import sweep as sweep_module
+from storage.sectors.records import VERSION, SectorRecord, ShardRecord
+from storage.sectors.sweep import SweepCounts
+from storage.volume import Volume, open_volume
+from tests.fakes import Crash, CrashAt
+from tests.host_rig import FaultyOpener
+from tests.rig import PASSPHRASE, QUIET, append, contents, host_dirs, make, new_value, noise, opened
+from tests.sweeping import TestGate, sweeper_of
+
+
+def shards_on(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.rglob("*") if entry.is_file() and "/sectors/" in str(entry))
+
+
+def crashed_in(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return any(crashed_in(inner) for inner in error.exceptions)
+    return isinstance(error, Crash)
+
+
+async def write_and_die(path: Path, at: str = "host_io.write.before_apply") -> None:
+    """A process that dies with a shard on the host and nothing of it on record."""
+    try:
+        async with opened(path, seams=Seams(failpoints=_Dead(at))) as volume:
+            await append(volume, new_value(volume), noise(5000))
+            with trio.move_on_after(5):
+                await volume.flush()
+    except BaseException as error:
+        if not crashed_in(error):
+            raise
+    else:
+        raise AssertionError("it survived")
+
+
+class _Dead(CrashAt):
+    """From the hit on nothing happens any more."""
+
+    def hit(self, name: str) -> None:
+        if self.crashed:
+            raise Crash(name)
+        super().hit(name)
+
+
+async def with_orphan(tmp_path: Path) -> tuple[int, bytes, str]:
+    """A volume with one committed value, and a shard on its host that nobody knows: (value, its bytes, the orphan's root)."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    async with opened(tmp_path / "v") as volume:
+        value, data = new_value(volume), noise(3000)
+        await append(volume, value, data)
+        await volume.flush()
+    before = set(shards_on(tmp_path / "host0"))
+    await write_and_die(tmp_path / "v")
+    (orphan,) = set(shards_on(tmp_path / "host0")) - before
+    return value, data, orphan
+
+
+async def test_what_was_never_committed_goes_and_the_rest_stays(tmp_path: Path) -> None:
+    value, data, orphan = await with_orphan(tmp_path)
+    async with opened(tmp_path / "v") as volume:
+        other, more = new_value(volume), noise(4000)
+        await append(volume, other, more)
+        await volume.flush()
+        assert orphan in shards_on(tmp_path / "host0")
+        sweeper = sweeper_of(volume)
+        assert await sweeper.sweep() == []
+        assert sweeper.counts == SweepCounts(3, 1, 0)
+        assert orphan not in shards_on(tmp_path / "host0")
+        assert sweeper.owed() == []
+        volume.sectors.cache._blocks.clear()
+        assert await contents(volume, value) == data
+        assert await contents(volume, other) == more
+
+
+async def test_a_sector_in_flight_is_left_alone(tmp_path: Path) -> None:
+    """I5: nothing of the current epoch is deleted, on record or not."""
+    await with_orphan(tmp_path)
+    async with opened(tmp_path / "v") as volume:
+        shard = volume.host_io.seal([b"on its way"], await volume.sectors.allocate_sector())
+        name = f"volumes/{volume.volume_id}/sectors/{shard.root[:2]}/{shard.root}"
+        await volume.hosts.get(1).put(name, shard.sealed)
+        sweeper = sweeper_of(volume)
+        assert await sweeper.sweep() == []
+        assert sweeper.counts == SweepCounts(3, 1, 0)
+        assert shard.root in shards_on(tmp_path / "host0")
+
+
+async def test_another_history_s_shards_stay(tmp_path: Path) -> None:
+    """I5: an old copy of the directory that went its own way has the same epoch numbers and sector ids, but other salts."""
+    _, _, theirs = await with_orphan(tmp_path)
+    path = next(entry for entry in (tmp_path / "host0").rglob(theirs))
+    sealed = bytearray(path.read_bytes())
+    sealed[24] ^= 1
+    path.write_bytes(sealed)
+    path.with_name("README").write_bytes(b"what is this")
+    async with opened(tmp_path / "v") as volume:
+        sweeper = sweeper_of(volume)
+        assert await sweeper.sweep() == []
+        assert sweeper.counts == SweepCounts(3, 0, 2)
+        assert {theirs, "README"} < set(shards_on(tmp_path / "host0"))
+
+
+@pytest.mark.parametrize("what", ["sector", "freed", "freed and damaged", "foreign id", "foreign volume"])
+async def test_what_a_record_names_or_the_epoch_does_not_own_stays(tmp_path: Path, what: str) -> None:
+    _, _, orphan = await with_orphan(tmp_path)
+    async with opened(tmp_path / "v") as volume:
+        path = next(entry for entry in (tmp_path / "host0").rglob(orphan))
+        sealed = bytearray(path.read_bytes())
+        sector_id = int.from_bytes(sealed[48:56], "big")
+        record = SectorRecord(VERSION, "1", 5, 5, 5, [ShardRecord(sector_id, 5, bytes.fromhex(orphan), [1])])
+        batch = Batch()
+        if what == "sector":
+            batch.put(SECTOR + u64(sector_id), record.encode())
+        elif what.startswith("freed"):
+            batch.put(FREED + u64(1 << 50) + u64(sector_id), record.encode() if what == "freed" else b"damaged")
+        elif what == "foreign id":
+            # In the range of the epoch after the one in the header.
+            sealed[48:56] = (volume.epochs.current.first_sector_id + 1).to_bytes(8, "big")
+            path.write_bytes(sealed)
+        else:
+            sealed[8] ^= 1
+            path.write_bytes(sealed)
+        volume.store.apply(batch)
+        sweeper = sweeper_of(volume)
+        assert await sweeper.sweep() == []
+        assert sweeper.counts.deleted == 0
+        assert sweeper.counts.kept == 1
+        assert orphan in shards_on(tmp_path / "host0")
+        assert not sweeper.settle() or what.startswith("foreign")
+        batch = Batch()
+        batch.delete(SECTOR + u64(sector_id))
+        for key, _ in volume.store.scan(FREED, prefix_end(FREED), 100):
+            batch.delete(key)
+        volume.store.apply(batch)
+    if not what.startswith("foreign"):
+        # The sector is gone now: what nobody else deletes is an orphan.
+        async with opened(tmp_path / "v") as volume:
+            sweeper = sweeper_of(volume)
+            assert await sweeper.sweep() == []
+            assert sweeper.counts.deleted == 1
+            assert orphan not in shards_on(tmp_path / "host0")
+
+
+async def test_nothing_goes_before_the_gate_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I3: superblocks somebody may be restored from must not know it; I5: the host's superblock must be ours right before."""
+    monkeypatch.setattr(sweep_module, "START_DELAY", 0.0)
+    monkeypatch.setattr(sweep_module, "RETRY_FIRST", 0.02)
+    _, _, orphan = await with_orphan(tmp_path)
+    async with opened(tmp_path / "v") as volume:
+        gate = TestGate(released=0, ours=False)
+        sweeper = sweeper_of(volume, gate)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sweeper.run)
+            await trio.sleep(0.3)
+            assert sweeper.counts.listed == 0, "nothing is asked of hosts while it could not be deleted anyway"
+            assert gate.wanted > 0
+            gate.released = gate.wanted
+            while gate.asked < 3:
+                await trio.sleep(0.01)
+            assert orphan in shards_on(tmp_path / "host0")
+            assert sweeper.owed() == [1]
+            gate.ours = True
+            with trio.fail_after(10):
+                while orphan in shards_on(tmp_path / "host0"):
+                    await trio.sleep(0.01)
+
+
+async def test_a_host_that_fails_is_gone_on_with_where_it_was(tmp_path: Path) -> None:
+    """Also by the next process: the directories before are not listed again, and then it is owed one for the epochs in between."""
+    _, _, orphan = await with_orphan(tmp_path)
+    opener, listed = FaultyOpener(), list[str]()
+    failing = 101
+
+    def count(operation: str, name: str) -> bool:
+        if operation == "list" and "/sectors/" in name and not name.endswith("/sectors/"):
+            listed.append(name[-3:-1])
+            return len(listed) == failing
+        return False
+
+    sectors = next((tmp_path / "host0").rglob("sectors"))
+    for number in range(256):
+        (sectors / f"{number:02x}").mkdir(exist_ok=True)
+    async with open_volume(tmp_path / "v", passphrase=PASSPHRASE, options=QUIET, opener=opener) as volume:
+        faults = next(iter(opener.faults.values()))
+        faults.only, faults.gone = count, "away"
+        assert await sweeper_of(volume).sweep() == [1]
+        assert len(listed) == 101
+    await write_and_die(tmp_path / "v")
+    failing = 0
+    async with open_volume(tmp_path / "v", passphrase=PASSPHRASE, options=QUIET, opener=opener) as volume:
+        faults.gone = None
+        listed.clear()
+        sweeper = sweeper_of(volume)
+        assert await sweeper.sweep() == []
+        assert listed[0] == "64"
+        assert len(listed) == 156 + 256
+        assert sweeper.owed() == []
+        (left,) = shards_on(tmp_path / "host0")
+        assert left != orphan
+        assert volume.store.get(holders_key(bytes.fromhex(left), 1)) is not None
+
+
+async def test_after_a_clean_end_nothing_is_owed(tmp_path: Path) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    async with opened(tmp_path / "v") as volume:
+        await append(volume, new_value(volume), noise(100))
+        await volume.flush()
+        sweeper = sweeper_of(volume)
+        assert sweeper.owed() == [1], "the one before did not settle"
+        await sweeper.sweep()
+        assert sweeper.settle()
+        with pytest.raises(Unavailable):
+            await volume.sectors.write_sector(await volume.sectors.allocate_sector(), b"too late", "1")
+        await volume.commit()
+    async with opened(tmp_path / "v") as volume:
+        assert sweeper_of(volume).owed() == []
+        await volume.commit()
+    async with opened(tmp_path / "v") as volume:
+        assert sweeper_of(volume).owed() == [1], "nobody settled"
+
+
+async def test_a_put_whose_answer_was_lost_makes_the_end_unclean(tmp_path: Path) -> None:
+    url = host_dirs(tmp_path, 1)[0]
+    await make(tmp_path / "v", [url])
+    opener = FaultyOpener()
+    async with open_volume(tmp_path / "v", passphrase=PASSPHRASE, options=QUIET, opener=opener) as volume:
+        sweeper = sweeper_of(volume)
+        await sweeper.sweep()
+        faults = opener.faults[url]
+        faults.only, faults.lose_answer_next = shards_only, 1
+        await append(volume, new_value(volume), noise(100))
+        with pytest.raises(Unavailable):
+            await volume.flush()
+        await volume.flush()
+        assert not sweeper.settle()
+        await volume.commit()
+    assert len(shards_on(tmp_path / "host0")) == 2
+    async with opened(tmp_path / "v") as volume:
+        sweeper = sweeper_of(volume)
+        assert await sweeper.sweep() == []
+        assert len(shards_on(tmp_path / "host0")) == 1
+        assert sweeper.counts.deleted == 1
+
+
+async def test_a_damaged_note_means_one_sweep_more(tmp_path: Path) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    async with opened(tmp_path / "v") as volume:
+        sweeper = sweeper_of(volume)
+        await sweeper.sweep()
+        assert sweeper.owed() == []
+        batch = Batch()
+        batch.put(SETTING + b"swept.1", b"damaged")
+        volume.store.apply(batch)
+        assert sweeper.owed() == [1]
+        assert await sweeper.sweep() == []
+        assert sweeper.owed() == []

@@ -1,0 +1,410 @@
+"""Rounds of writing, dying and comparing: `KillRounds` (kill -9 of the mount) and `PowerRounds` (power cuts of a `powerfs` that holds volume and
+hosts). One round: mounted, by a new process with nothing cached; compared with what the journals of all earlier rounds allow; written to
+by several programs while sectors merge; dead at a random moment. `python -m tests.torture_rig` (scripts/torture) runs as many as wanted.
+
+A round that shows nothing fails as well: nothing acknowledged, or nothing pending when it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from fusefs.mounts import mount_at
+from storage import create_volume
+from storage.keyfile import CHEAP
+from tests.cli_runner import ROOT, environment
+from tests.mount_child import PASSPHRASE
+from tests.mounting import START_SECONDS, Mounted, MountFailed
+from tests.power_rig import Power
+from tests.torture_model import DIRECTORY, Tree
+
+WRITERS = 3
+SECTOR_SIZE = 64 * 1024
+#: Tails go into sectors, many of them small, and small sectors are merged, several times in a round.
+OPTIONS = "commit_interval=0.4,flush_interval=0.15"
+#: Seconds in which writers write, at most.
+LONGEST = 1.2
+HOSTS = 2
+
+
+class Lost(AssertionError):
+    """A round broke a promise; the text says which, and how to see it again."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round was like."""
+
+    number: int
+    how: str
+    seconds: float
+    acknowledged: int
+    pending: int
+
+    def __str__(self) -> str:
+        return f"round {self.number}: {self.how} after {self.seconds:.2f} s, {self.acknowledged} acknowledged, {self.pending} pending"
+
+
+class Served(Protocol):
+    """A mount in a process of its own."""
+
+    def kill(self) -> None:
+        """kill -9; nothing is mounted any more."""
+        ...
+
+    def logged(self) -> str: ...
+
+
+class ByCommand:
+    """`fusefs mount -f`, as a person types it."""
+
+    def __init__(self, volume: Path, mountpoint: Path, options: str, log: Path, *, wait: bool = True) -> None:
+        self._mountpoint = mountpoint
+        self._log = log
+        with open(log, "ab") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fusefs", "mount", "-f", volume, mountpoint, "-o", options],
+                env=environment({"FUSEFS_PASSPHRASE": PASSPHRASE}),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while wait and mount_at(mountpoint) is None:
+            if self._process.poll() is not None:
+                raise MountFailed(self._process.returncode, self.logged())
+            if time.monotonic() > deadline:
+                self.kill()
+                raise MountFailed(-1, "not mounted in time:\n" + self.logged())
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        if mount_at(self._mountpoint) is not None:
+            subprocess.run(["fusermount3", "-u", "-z", self._mountpoint], check=True, capture_output=True)
+
+    def logged(self) -> str:
+        return self._log.read_text(errors="replace")
+
+
+class Rounds(ABC):
+    """A volume and what is known of it. Use in `with`: whatever happens, all processes are ended, nothing stays mounted."""
+
+    def __init__(self, base: Path, seed: int) -> None:
+        self.base = base
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.mountpoint = base / "mnt"
+        self.mountpoint.mkdir()
+        self.count = 0
+        self.trees = [Tree(f"{seed}/{number}") for number in range(WRITERS)]
+        self._started = False
+        self._writers: list[subprocess.Popen[bytes]] = []
+        self._server: Served | None = None
+
+    # ---- one round
+
+    def round(self) -> Round:
+        """Raises Lost. What the round before left is compared at the beginning, so the last one of a test is compared by `finish`."""
+        self.count += 1
+        self._mount()
+        if not self._started:
+            self._begin()
+        self._compare()
+        before = time.monotonic()
+        self._write()
+        try:
+            how = self._die()
+        finally:
+            self._stop_writers()
+            self._kill()
+            self._gone()
+        seconds = time.monotonic() - before
+        self._read()
+        done = Round(
+            self.count, how, seconds, sum(tree.acknowledged for tree in self.trees), sum(tree.pending for tree in self.trees)
+        )
+        if not done.acknowledged or not done.pending:
+            raise self._lost([f"a round that shows nothing: {done}"])
+        return done
+
+    def finish(self) -> None:
+        """Compare what the last round left."""
+        self.count += 1
+        self._mount()
+        self._compare()
+        self._kill()
+        self._gone()
+
+    def __enter__(self) -> Rounds:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop_writers()
+        self._kill()
+
+    # ---- what differs
+
+    @abstractmethod
+    def _serve(self) -> Served:
+        """Mount the volume; made first if there is none."""
+
+    @abstractmethod
+    def _die(self) -> str:
+        """Let the writers write for a while, then end it. Says how."""
+
+    def _gone(self) -> None:
+        """After the mount's process ended."""
+        return
+
+    # ---- parts
+
+    def _mount(self) -> None:
+        try:
+            self._server = self._serve()
+        except MountFailed as error:
+            raise self._lost([f"the volume cannot be mounted any more: {error}"]) from None
+
+    def _kill(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.kill()
+
+    def _begin(self) -> None:
+        for number, tree in enumerate(self.trees):
+            (self.mountpoint / f"w{number}").mkdir()
+            (self.mountpoint / f"w{number}" / "sub").mkdir()
+            tree.names["sub"] = [DIRECTORY]
+            for path in (self.mountpoint / f"w{number}", self.mountpoint):
+                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+                os.fsync(fd)
+                os.close(fd)
+        self._started = True
+
+    def _compare(self) -> None:
+        wrong: list[str] = []
+        for number, tree in enumerate(self.trees):
+            root = self.mountpoint / f"w{number}"
+            if not root.is_dir():
+                raise self._lost([f"w{number}, made and fsync'd, is gone"])
+            wrong += [f"w{number}/{line}" for line in tree.compare(root)]
+        if wrong:
+            raise self._lost(wrong)
+
+    def _write(self) -> None:
+        for number, tree in enumerate(self.trees):
+            state = self.base / f"state{number}"
+            state.write_text(json.dumps(tree.state()))
+            self._journal(number).unlink(missing_ok=True)
+            self._journal(number).touch()
+            arguments = [self.mountpoint / f"w{number}", self._journal(number), state, tree.seed, str(self.count * 100_000)]
+            with open(self.base / "writers.log", "ab") as log:
+                self._writers.append(
+                    subprocess.Popen([sys.executable, "-S", "-m", "tests.torture_writer", *arguments], cwd=ROOT, stderr=log)
+                )
+
+    def _journal(self, number: int) -> Path:
+        return self.base / f"journal{number}"
+
+    def _busy(self) -> None:
+        """Until each writer has written something: a slow machine is no reason for a round that shows nothing."""
+        deadline = time.monotonic() + 20
+        while not all(self._journal(number).read_bytes().count(b"\n") > 3 for number in range(WRITERS)):
+            if time.monotonic() > deadline:
+                raise self._lost(["the writers do not get going: " + (self.base / "writers.log").read_text(errors="replace")[-2000:]])
+            time.sleep(0.01)
+
+    def _stop_writers(self) -> None:
+        for process in self._writers:
+            process.kill()
+
+    def _read(self) -> None:
+        for process in self._writers:
+            process.wait()
+        self._writers.clear()
+        for number, tree in enumerate(self.trees):
+            tree.read(self._journal(number))
+
+    def _failures(self) -> list[str]:
+        return [f"a program in w{number} got an error: {tree.failure}" for number, tree in enumerate(self.trees) if tree.failure]
+
+    def _lost(self, wrong: Sequence[str]) -> Lost:
+        said = self._server.logged()[-3000:] if self._server is not None else ""
+        return Lost("\n".join([f"seed {self.seed}, found in round {self.count}:", *wrong[:30], *([said] if said else [])]))
+
+
+async def _create(volume: Path, hosts: Sequence[Path]) -> None:
+    await create_volume(
+        volume, PASSPHRASE, hosts=[f"dir:{host}" for host in hosts], replication=str(len(hosts)), sector_size=SECTOR_SIZE, argon2=CHEAP
+    )
+
+
+class KillRounds(Rounds):
+    """kill -9 of `fusefs mount`, started by the command line. Now and then while it is only starting."""
+
+    def __init__(self, base: Path, seed: int) -> None:
+        super().__init__(base, seed)
+        self._volume = base / "volume"
+        self.hosts = [base / f"host{number}" for number in range(HOSTS)]
+        for host in self.hosts:
+            host.mkdir()
+        trio.run(_create, self._volume, self.hosts)
+
+    def _serve(self) -> Served:
+        if self.count > 1 and self.random.random() < 0.2:
+            # Recovery is no safer a time to die than any other.
+            short = ByCommand(self._volume, self.mountpoint, OPTIONS, self.base / "log", wait=False)
+            time.sleep(0.3 + self.random.random() * 0.7)
+            short.kill()
+        return ByCommand(self._volume, self.mountpoint, OPTIONS, self.base / "log")
+
+    def _die(self) -> str:
+        self._busy()
+        time.sleep(self.random.random() ** 2 * LONGEST)
+        # Before the kill: afterwards errors are what there is to expect.
+        ended = [number for number, process in enumerate(self._writers) if process.poll() is not None]
+        self._kill()
+        if ended:
+            self._stop_writers()
+            self._read()
+            raise self._lost(self._failures() or [f"the program in w{number} ended by itself" for number in ended])
+        return "killed"
+
+
+class PowerRounds(Rounds):
+    """Power cuts of what holds the volume and its hosts. `without`: rules of `tests.mount_child` that are taken out."""
+
+    def __init__(self, base: Path, seed: int, without: Sequence[str] = (), only: str = "") -> None:
+        super().__init__(base, seed)
+        self._without = without
+        self._only = only
+        self.power = Power(base)
+        self._volume = self.power.mountpoint / "volume"
+        self.hosts = [self.power.mountpoint / f"host{number}" for number in range(HOSTS)]
+        self._cut_seed: int | None = None
+    def __enter__(self) -> Rounds:
+        self.power.start()
+        try:
+            for host in self.hosts:
+                host.mkdir()
+            fd = os.open(self.power.mountpoint, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+            trio.run(_create, self._volume, self.hosts)
+            # Made is made.
+            self.power.cut(None)
+        finally:
+            self.power.end()
+        return self
+
+    def _serve(self) -> Served:
+        self.power.start()
+        if self.count > 1 and self.random.random() < 0.15:
+            self._cut_while_starting()
+        return self._served()
+
+    def _served(self) -> Served:
+        return Mounted(self.base / "run", self._volume, self.mountpoint, OPTIONS, ["small-journal", *self._without])
+
+    def _cut_while_starting(self) -> None:
+        self._choose()
+        self.power.arm(self.random.randint(1, 60), self._cut_seed)
+        try:
+            server = self._served()
+        except MountFailed:
+            pass  # by the cut
+        else:
+            if self.power.wait_cut(0.01) is None:
+                self.power.cut(self._cut_seed)
+            server.kill()
+        self.power.end()
+        self.power.start()
+
+    def _choose(self) -> None:
+        """What the next cut takes: all that is volatile, or a random part of it."""
+        drop = self._only == "drop" or (self._only != "random" and self.random.random() < 0.35)
+        self._cut_seed = None if drop else self.random.randrange(1 << 32)
+
+    def _die(self) -> str:
+        self._choose()
+        self._busy()
+        what = "all dropped" if self._cut_seed is None else "a random part dropped"
+        if self.random.random() < 0.5:
+            time.sleep(self.random.random() * LONGEST)
+            if self.random.random() < 0.3:
+                # The process goes first: what it was in the middle of is not even visible.
+                self._kill()
+            volatile = self.power.cut(self._cut_seed)
+        else:
+            time.sleep(self.random.random() * LONGEST / 2)
+            self.power.arm(self.random.randint(1, 400), self._cut_seed)
+            cut = self.power.wait_cut(LONGEST / 2)
+            volatile = cut if cut is not None else self.power.cut(self._cut_seed)
+            # What is acknowledged after a cut must have been durable before it.
+            time.sleep(self.random.choice((0.0, 0.1)))
+        return f"cut, {what}, {volatile} volatile,"
+
+    def _gone(self) -> None:
+        if self._server is None:
+            self.power.end()
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self.power.end()
+
+
+@contextmanager
+def temporary() -> Iterator[Path]:
+    """A directory with a short name: a volume's control socket lies inside."""
+    path = Path(tempfile.mkdtemp(prefix="ft."))
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/torture", description="Rounds of writing, dying and comparing; stops at the first loss.")
+    parser.add_argument("what", choices=["kill", "power"])
+    parser.add_argument("rounds", type=int)
+    parser.add_argument("--seed", type=int, default=None, help="of a run that is to be seen again (times still differ)")
+    parser.add_argument("--without", action="append", default=[], metavar="RULE", help="power only: a rule of tests/mount_child.py to take out")
+    arguments = parser.parse_args()
+    seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(1 << 32)
+    print(f"{arguments.what}: {arguments.rounds} rounds, --seed {seed}", flush=True)
+    with ExitStack() as stack:
+        base = stack.enter_context(temporary())
+        rounds: Rounds = KillRounds(base, seed) if arguments.what == "kill" else PowerRounds(base, seed, arguments.without)
+        stack.enter_context(rounds)
+        try:
+            for _ in range(arguments.rounds):
+                print(rounds.round(), flush=True)
+            rounds.finish()
+        except Lost as error:
+            print(error, file=sys.stderr)
+            return 1
+    print(f"{arguments.rounds} rounds: nothing lost")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
