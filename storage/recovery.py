@@ -127,7 +127,8 @@ async def recover_volume(
     one, where there are several. `superblock`: of several histories or generations the one to go back to (`Candidate.name`).
 
     Exists: there is a volume already. BadArgument: what is missing or has to be chosen. NotFound: no volume, no superblock.
-    WrongPassphrase. Corrupt, Unavailable: no generation can be restored. Fenced: somebody else began an epoch meanwhile. NoSpace, IOFailure.
+    WrongPassphrase. Corrupt, Unavailable: no generation can be restored. Fenced: somebody else began an epoch meanwhile. NoSpace,
+    IOFailure.
     If it raises, the directory is as it was before.
     """
     path = absolute(path)

@@ -356,7 +356,7 @@ async def _wire(
         passed_over=passed_over,
     )
     publisher.keep_all = tails is not None
-    volume.deleter.gate = publisher
+    volume.deleter.gate, publisher.on_published = publisher, volume.deleter.wake
     await volume.hosts.open_all()
     if not create:
         # I5: before an epoch begins here.

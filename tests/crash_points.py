@@ -20,18 +20,21 @@ import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 from blake3 import blake3
 
 from storage import creation
+from storage.config import CONFIG_FILE
 from storage.errors import FusefsError, WrongPassphrase
-from storage.interfaces import Batch
+from storage.history import publisher
 from storage.keyfile import CHEAP, KEY_FILE, change_passphrase
-from storage.metadata.keys import FREED, FRESH, GARBAGE, HOLDERS, MAP, ORPHAN, SECTOR, VALUE, prefix_end, read_u64
+from storage.metadata.keys import FREED, FRESH, GARBAGE, HOLDERS, INODE, MAP, ORPHAN, SECTOR, VALUE, prefix_end, read_u64
 from storage.namespace import filemap
+from storage.recovery import recover_volume
 from storage.seams import InlineWorker, Seams
 from storage.sectors import deleter
 from storage.sectors.records import decode_sector
@@ -77,10 +80,12 @@ class DeadFrom:
 
 @dataclass(eq=False)
 class Content:
-    """One file's bytes, whatever it is called. Appended to only; or `sparse`, written once, and what is acknowledged must be there whole."""
+    """One file's bytes, whatever it is called. Appended to only; or `sparse`: written once, and what is acknowledged is there whole."""
 
     data: bytearray = field(default_factory=bytearray)
+    #: Bytes that survive the process; the machine.
     committed: int = 0
+    flushed: int = 0
     sparse: bool = False
 
     def allows(self, found: bytes, least: int) -> bool:
@@ -89,6 +94,8 @@ class Content:
         return len(found) >= least and bytes(self.data[: len(found)]) == found
 
 
+#: Some work on a new volume, with a crash on order, and the comparison afterwards.
+Work = Callable[["Run", "DeadFrom"], Awaitable[None]]
 #: A failpoint's name, and which hit of it.
 Point = tuple[str, int]
 #: path -> (content or None for a directory, bytes of it that must be there).
@@ -96,34 +103,40 @@ State = dict[str, tuple[Content | None, int]]
 
 
 class Model:
-    """What a crash may leave: one of `states`, the first of which was acknowledged."""
+    """What may be found: after a crash one of `states`, on the hosts alone one of `shipped`; the first of each was acknowledged as such."""
 
     def __init__(self) -> None:
         self.now: dict[str, Content | None] = {}
         self.states: list[State] = [{}]
+        self.shipped: list[State] = [{}]
         self.passphrases = [PASSPHRASE]
 
-    def snapshot(self, least: dict[Content, int] | None = None) -> State:
-        least = least or {}
-        return {path: (one, max(one.committed, least.get(one, 0)) if one else 0) for path, one in self.now.items()}
+    def _snapshot(self, promised: Callable[[Content], int], least: dict[Content, int]) -> State:
+        return {path: (one, max(promised(one), least.get(one, 0)) if one else 0) for path, one in self.now.items()}
 
     def may(self, least: dict[Content, int] | None = None) -> None:
-        """From now on what is `now` may be what is found. Called before the operation is."""
-        self.states.append(self.snapshot(least))
+        """From now on what is `now` may be what is found, with so many bytes at least. Called before the operation is."""
+        self.states.append(self._snapshot(lambda one: one.committed, least or {}))
+        self.shipped.append(self._snapshot(lambda one: one.flushed, least or {}))
 
-    def must(self, *contents: Content) -> None:
+    def must(self, *contents: Content, flushed: bool = False) -> None:
         """It was acknowledged, with all bytes of these."""
         for content in contents:
             content.committed = len(content.data)
-        self.states = [self.snapshot()]
+            if flushed:
+                content.flushed = content.committed
+        self.states = [self._snapshot(lambda one: one.committed, {})]
+        if flushed:
+            self.shipped = [self._snapshot(lambda one: one.flushed, {})]
 
     def all(self) -> list[Content]:
         return [content for content in self.now.values() if content is not None]
 
-    def compare(self, found: dict[str, bytes | None]) -> None:
+    def compare(self, found: dict[str, bytes | None], *, recovered: bool = False) -> None:
         """Go on with what was found, which must be one of the states."""
         problems = []
-        for state in self.states:
+        states = self.shipped if recovered else self.states
+        for state in states:
             wrong = [f"{path} is {'missing' if path in state else 'there'}" for path in state.keys() ^ found.keys()]
             for path in state.keys() & found.keys():
                 (content, least), bytes_found = state[path], found[path]
@@ -132,11 +145,24 @@ class Model:
                 elif content is not None and bytes_found is not None and not content.allows(bytes_found, least):
                     wrong.append(f"{path}: {len(bytes_found)} bytes found, {least} of {len(content.data)} promised")
             if not wrong:
-                self.now = {path: None if data is None else Content(bytearray(data), len(data)) for path, data in found.items()}
-                self.states = [self.snapshot()]
+                self._take(found, state, recovered)
                 return
             problems.append("; ".join(wrong))
-        raise AssertionError(f"none of {len(self.states)} states: " + " | ".join(problems))
+        raise AssertionError(f"none of {len(states)} states: " + " | ".join(problems))
+
+    def _take(self, found: dict[str, bytes | None], state: State, recovered: bool) -> None:
+        """What was found is what there is. Not yet known to be flushed, so what hosts may give back stays as wide as it was."""
+        self.now = {}
+        for path, data in found.items():
+            content = state[path][0]
+            if data is not None and content is not None:
+                content = Content(bytearray(data), len(data), len(data) if recovered else min(content.flushed, len(data)), content.sparse)
+            self.now[path] = content
+        self.states = [self._snapshot(lambda one: one.committed, {})]
+        if recovered:
+            self.shipped = [self._snapshot(lambda one: one.flushed, {})]
+        else:
+            self.shipped.append(self._snapshot(lambda one: one.flushed, {}))
 
 
 class Script:
@@ -188,8 +214,10 @@ class Script:
         self.model.must(*self.model.all())
 
     async def flush(self) -> None:
-        await self.volume.flush()
-        self.model.must(*self.model.all())
+        report = await self.volume.flush()
+        # Any one host gives it back then; the script's always answer.
+        assert not any(reason.startswith("metadata") for reason in report.reasons), report.reasons
+        self.model.must(*self.model.all(), flushed=True)
 
     async def rename(self, source: str, target: str, *, exchange: bool = False) -> None:
         now = self.model.now
@@ -237,11 +265,24 @@ class Script:
             if not await self.volume.deleter.drain():
                 return
             # The gate: superblocks that know the sector have to go first.
-            await self.volume.flush()
+            await self.flush()
         await self.commit()
 
     async def sweep(self) -> None:
-        await sweeper_of(self.volume).sweep()
+        """As `Sweeper.run` does it, without the waiting."""
+        gate = self.volume.publisher
+        assert gate is not None
+        sweeper = sweeper_of(self.volume, gate)
+        while gate.released_sequence() < sweeper.since:
+            gate.want_release(sweeper.since)
+            await self.flush()
+        for _ in range(20):
+            if not await sweeper.sweep():
+                break
+            # A superblock was put between the looks of the gate: it does not vouch for what it has not re-read.
+            await self.flush()
+        else:
+            raise AssertionError("the sweep is postponed for ever")
         await self.commit()
 
     async def hosts(self) -> None:
@@ -308,11 +349,9 @@ class Script:
 
     async def long(self, steps: int) -> None:
         """Some of it in any order."""
-        number = 0
-        for _ in range(steps):
+        for number in range(steps):
             files = [path for path, one in self.model.now.items() if one is not None and not one.sparse]
             path = self.random.choice(files) if files else ""
-            number += 1
             what = self.random.choice(_CHOICES)
             if not files or what == "create":
                 self.create(f"{self.random.getrandbits(40):x}-{number}")
@@ -387,7 +426,7 @@ class Run:
     def __post_init__(self) -> None:
         self.opener = RecordingOpener(self.nonces)
 
-    async def make(self) -> None:
+    async def make(self, failpoints: DeadFrom | None = None) -> None:
         """The new volume, kept beside for `again`."""
         shutil.rmtree(self.base, ignore_errors=True)
         self.base.mkdir(parents=True)
@@ -395,7 +434,14 @@ class Run:
         for url in hosts:
             Path(url.removeprefix("dir:")).mkdir()
         await creation.create_volume(
-            self.base / "v", PASSPHRASE, hosts=hosts, replication="2", sector_size=SECTOR_SIZE, seams=_seams(None), argon2=CHEAP
+            self.base / "v",
+            PASSPHRASE,
+            hosts=hosts,
+            replication="2",
+            sector_size=SECTOR_SIZE,
+            seams=_seams(failpoints),
+            argon2=CHEAP,
+            opener=self.opener,
         )
         shutil.copytree(self.base, self.base.with_name("template"), dirs_exist_ok=True)
 
@@ -425,9 +471,7 @@ class Run:
         """A crash while the passphrase was changed leaves the old or the new."""
         for passphrase in self.model.passphrases:
             try:
-                manager = open_volume(
-                    self.base / "v", passphrase=passphrase, seams=_seams(failpoints), options=OPTIONS, opener=self.opener
-                )
+                manager = open_volume(self.base / "v", passphrase=passphrase, seams=_seams(failpoints), options=OPTIONS, opener=self.opener)
                 if passphrase != self.model.passphrases[-1]:
                     await _try_passphrase(self.base / "v", passphrase)
             except WrongPassphrase:
@@ -436,13 +480,13 @@ class Run:
             return manager
         raise AssertionError("no passphrase opens it")
 
-    async def check(self, failpoints: DeadFrom | None = None) -> bool:
+    async def check(self, failpoints: DeadFrom | None = None, *, recovered: bool = False) -> bool:
         """Open, compare, clean up, compare with the hosts. True if that was cut short by a crash of its own."""
         failpoints = failpoints or DeadFrom(0)
 
         async def do(script: Script) -> None:
             volume = script.volume
-            self.model.compare(await tree(volume))
+            self.model.compare(await tree(volume), recovered=recovered)
             await clean_up(script)
             volume.sectors.cache._blocks.clear()
             self.model.compare(await tree(volume))
@@ -450,6 +494,41 @@ class Run:
 
         died = await self.live(failpoints, do)
         self.nonces.check()
+        return died
+
+    async def recover(self, failpoints: DeadFrom | None = None) -> bool:
+        """The machine is lost: back from one of the hosts, alone if need be. True if that was cut short."""
+        failpoints = failpoints or DeadFrom(0)
+        hosts = sorted(self.base.glob("host?"))
+        # Superblocks have a new one from the next round on; the old one opens older superblocks for good.
+        for passphrase in (PASSPHRASE, NEW_PASSPHRASE):
+            try:
+                await recover_volume(
+                    self.base / "v",
+                    [f"dir:{host}" for host in hosts],
+                    passphrase=passphrase,
+                    seams=_seams(failpoints),
+                    opener=self.opener,
+                )
+            except WrongPassphrase:
+                continue
+            except BaseException as error:
+                if not failpoints.died:
+                    raise
+                if any(not isinstance(one, Crash | FusefsError | trio.Cancelled) for one in leaves(error)):
+                    raise
+                return True
+            self.model.passphrases = [passphrase]
+            return False
+        raise AssertionError("no passphrase opens any superblock")
+
+    async def lose_machine(self, failpoints: DeadFrom | None = None) -> bool:
+        """All that is not on hosts goes; recovered, compared and cleaned up. True if a recovery was cut short by the crash asked for."""
+        shutil.rmtree(self.base / "v")
+        died = await self.recover(failpoints)
+        if died and not (self.base / "v" / CONFIG_FILE).exists():
+            await self.recover()
+        await self.check(recovered=True)
         return died
 
 
@@ -487,22 +566,10 @@ async def clean_up(script: Script) -> None:
         while volume.store.scan(FREED, prefix_end(FREED), 1):
             await volume.flush()
             await volume.deleter.drain()
-        gate = volume.publisher
-        since = await volume.store.commit()
-        while gate is not None and gate.released_sequence() < since:
-            _touch(volume)
-            await volume.flush()
-        assert await sweeper_of(volume).sweep() == []
+        await script.sweep()
         await script.flush()
     for prefix, what in ((GARBAGE, "freed values"), (ORPHAN, "orphans"), (FRESH, "fresh sectors"), (FREED, "freed sectors")):
         assert not volume.store.scan(prefix, prefix_end(prefix), 1), f"{what} are left"
-
-
-def _touch(volume: Volume) -> None:
-    """A change, so that there is something to publish."""
-    batch = Batch()
-    batch.put(b"wtouched", volume.store.applied_sequence.to_bytes(8, "big"))
-    volume.store.apply(batch)
 
 
 def check_hosts(volume: Volume, base: Path) -> None:
@@ -515,16 +582,15 @@ def check_hosts(volume: Volume, base: Path) -> None:
         named |= {(host, shard.root.hex()): sector_id for shard in record.shards for host in shard.hosts}
     held = {(int.from_bytes(key[33:37], "big"), key[1:33].hex()) for key, _ in volume.store.scan(HOLDERS, prefix_end(HOLDERS), 1_000_000)}
     there = set()
-    for record in volume.hosts.records():
-        root = Path(record.url.removeprefix("dir:"))
-        there |= {(record.number, path.name) for path in root.glob("volumes/*/sectors/*/*")}
+    for host in volume.hosts.records():
+        root = Path(host.url.removeprefix("dir:"))
+        there |= {(host.number, path.name) for path in root.glob("volumes/*/sectors/*/*")}
     assert there == named.keys(), f"on hosts and unknown: {there - named.keys()}; known and missing: {named.keys() - there}"
     assert held == there, f"holders on record: {held ^ there}"
-    live = [entry for entry in volume.store.scan(VALUE, prefix_end(VALUE), 1_000_000)]
-    files = sum(1 for _ in base.joinpath("v").glob("nothing"))
-    assert len(live) + files <= volume.namespace.regular_files(), "a value belongs to no file"
-    maps = volume.store.scan(MAP, prefix_end(MAP), 1_000_000)
-    assert not maps or volume.namespace.regular_files(), "a map belongs to no file"
+    inodes = [volume.namespace._inodes.get(read_u64(key, 1)).rec for key, _ in volume.store.scan(INODE, prefix_end(INODE), 1_000_000)]
+    for prefix, owned, what in ((VALUE, {rec.value for rec in inodes}, "values"), (MAP, {rec.map for rec in inodes}, "maps")):
+        stored = {read_u64(key, 1) for key, _ in volume.store.scan(prefix, prefix_end(prefix), 1_000_000)}
+        assert stored <= owned, f"{what} {stored - owned} belong to no file"
 
 
 # ------------------------------------------------------------------------------------------------------------ all runs
@@ -535,6 +601,7 @@ def hasten() -> list[tuple[object, str, object]]:
     changes: list[tuple[object, str, object]] = [
         (filemap, "DROP_AT_ONCE", 2),
         (reclaim, "SLICE", 1),
+        (publisher, "MIN_LOG", 0),
         (deleter, "GATHER_SECONDS", 60.0),
         (shipping, "RETRY_FIRST", 0.02),
         (shipping, "RETRY_LAST", 0.1),
@@ -560,18 +627,13 @@ def what_lies_there(base: Path) -> bytes:
     return hasher.digest()
 
 
-def find_points(run: Run) -> tuple[list[Point], list[Point]]:
-    """The hits of the short script without a crash, and those after which something changes on a disk before the next: others are like the
-    one that follows them, which promises no less.
+def find_points(run: Run, work: Work) -> tuple[list[Point], list[Point]]:
+    """The hits of some work without a crash, and those after which something changes on a disk before the next: others are like the one
+    that follows them, which promises no less.
     """
     states: list[bytes] = []
     failpoints = DeadFrom(0, at_hit=lambda: states.append(what_lies_there(run.base)))
-
-    async def whole() -> None:
-        await run.live(failpoints, Script.short)
-        await run.check()
-
-    _run(whole)
+    _run(lambda: work(run, failpoints))
     counts: Counter[str] = Counter()
     hits: list[Point] = []
     for name in failpoints.hits:
@@ -582,35 +644,52 @@ def find_points(run: Run) -> tuple[list[Point], list[Point]]:
 
 def _run(whole: Callable[[], Awaitable[T]]) -> T:
     """With the same order of tasks every time, as far as time itself allows."""
-    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc,attr-defined]
-    trio._core._run._r.seed(0)  # type: ignore[attr-defined]
+    # What trio itself does under Hypothesis.
+    scheduler: Any = trio._core._run
+    scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
+    scheduler._r.seed(0)
     try:
         return trio.run(whole)
     finally:
-        trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = False  # type: ignore[misc,attr-defined]
+        scheduler._ALLOW_DETERMINISTIC_SCHEDULING = False
 
 
-def every_point(base: Path, *, all_hits: bool = False) -> Counter[str]:
-    """Crash at each point of the short script; how often each name was the one. AssertionError names the point."""
+async def crash(run: Run, failpoints: DeadFrom) -> None:
+    """The short script, and the same directory opened again."""
+    await run.live(failpoints, Script.short)
+    await run.check()
+
+
+async def lose(run: Run, failpoints: DeadFrom) -> None:
+    """The short script, and nothing but the hosts left of it."""
+    await run.live(failpoints, Script.short)
+    await run.lose_machine()
+
+
+async def recover(run: Run, failpoints: DeadFrom) -> None:
+    """A recovery that is cut short, and started over."""
+    await run.live(DeadFrom(0), Script.short)
+    await run.lose_machine(failpoints)
+
+
+def every_point(base: Path, work: Work = crash, *, all_hits: bool = False, step: int = 1) -> Counter[str]:
+    """Do the work with a crash at each of its points; how often each name was the one. AssertionError names the point."""
     before = hasten()
     try:
         run = Run(base / "run")
         trio.run(run.make)
-        hits, points = find_points(run.again())
+        hits, points = find_points(run.again(), work)
         died: Counter[str] = Counter()
-        for name, nth in hits if all_hits else points:
+        for name, nth in hits if all_hits else points[::step]:
             failpoints = DeadFrom(nth, name)
             one = run.again()
-
-            async def crash_and_check(one: Run = one, failpoints: DeadFrom = failpoints) -> None:
-                await one.live(failpoints, Script.short)
-                await one.check()
-
             try:
-                _run(crash_and_check)
+                _run(partial(work, one, failpoints))
             except BaseException as error:
                 how = "crash" if failpoints.died else "no crash"
-                raise AssertionError(f"{how} at {name}, number {nth}, hit {len(failpoints.hits)} of {len(hits)}: {leaves(error)}") from error
+                raise AssertionError(
+                    f"{how} at {name}, number {nth}, hit {len(failpoints.hits)} of {len(hits)}: {leaves(error)}"
+                ) from error
             died[name] += failpoints.died
         return died
     finally:
@@ -633,7 +712,10 @@ def random_runs(base: Path, count: int, seed: int) -> int:
                 for _ in range(3):
                     nth = int(10 ** chance.uniform(1, 3))
                     died += await one.live(DeadFrom(nth), lambda script: script.long(chance.randint(5, 60)), chance.getrandbits(32))
-                    died += await one.check(DeadFrom(int(10 ** chance.uniform(0.5, 2.7))))
+                    if chance.random() < 0.3:
+                        died += await one.lose_machine(DeadFrom(int(10 ** chance.uniform(0.5, 2.5))))
+                    else:
+                        died += await one.check(DeadFrom(int(10 ** chance.uniform(0.5, 2.7))))
                 await one.check()
                 return died
 
@@ -650,8 +732,9 @@ def main(arguments: list[str]) -> int:
     """See the module. The exit status is 0 if everything held; else the first thing that did not is said."""
     with quick_directory() as base:
         if not arguments:
-            died = every_point(base, all_hits=True)
-            print(f"{sum(died.values())} crashes at {len(died)} kinds of points, all survived")
+            for work in (crash, lose, recover):
+                died = every_point(base, work, all_hits=True)
+                print(f"{work.__name__}: {sum(died.values())} crashes at {len(died)} kinds of points, all survived", flush=True)
             return 0
         count, seed = int(arguments[0]), int(arguments[1]) if len(arguments) > 1 else random.SystemRandom().getrandbits(32)
         print(f"seed {seed}")

@@ -33,6 +33,19 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) 
         time.sleep(0.02)
 
 
+def reap(process: subprocess.Popen[bytes], mountpoint: Path) -> None:
+    """Wait for a mount's process that was killed.
+
+    One of its threads may be in the kernel, on its own mount, waiting for what only the process could answer: then neither it nor the
+    programs that use the mount ever end, unless the connection is aborted.
+    """
+    try:
+        process.wait(1)
+    except subprocess.TimeoutExpired:
+        subprocess.run(["umount", "-f", mountpoint], check=False, capture_output=True)
+        process.wait(END_SECONDS)
+
+
 class MountFailed(Exception):
     """The process ended before it was ready; the text is what it said."""
 
@@ -111,7 +124,7 @@ class Mounted:
     def kill(self) -> None:
         """kill -9, and take the dead mount away."""
         self.process.kill()
-        self.process.wait()
+        reap(self.process, self.path)
         self.end()
 
     def end(self) -> None:

@@ -69,5 +69,11 @@ def free(volume: Volume, value_id: int) -> None:
     volume.store.apply(batch)
 
 
+async def published(volume: Volume) -> None:
+    """One round of publishing, as every `flush_interval`: what was freed leaves the hosts after two of them (I3)."""
+    assert volume.publisher is not None
+    await volume.publisher.tick()
+
+
 def noise(size: int) -> bytes:
     return os.urandom(size)

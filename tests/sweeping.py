@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from storage.interfaces import HistoryGate
 from storage.sectors.sweep import Sweeper
 from storage.volume import Volume
 
@@ -30,7 +31,7 @@ class TestGate:
         return self.ours
 
 
-def sweeper_of(volume: Volume, gate: TestGate | None = None) -> Sweeper:
+def sweeper_of(volume: Volume, gate: HistoryGate | None = None) -> Sweeper:
     return Sweeper(
         volume.store,
         volume.config.volume_id_bytes,

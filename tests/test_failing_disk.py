@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -19,10 +20,11 @@ from typing import Any
 import pytest
 import trio
 
-from storage.errors import Fenced, FusefsError, IOFailure, NoSpace
+from storage.durable import write_file_atomic
+from storage.errors import Fenced, FusefsError, IOFailure, NoSpace, Unavailable
 from storage.interfaces import Batch
 from storage.metadata.store import Store
-from tests.metadata_rig import FailAt, content, copy, opened, piece, put, quick_directory, seal, tail_of, take_over
+from tests.metadata_rig import SEGMENT, FailAt, content, copy, opened, piece, put, quick_directory, seal, tail_of, take_over
 from tests.mounting import Mounting, mounting_in
 from tests.rig import append, contents, host_dirs, make, new_value
 from tests.rig import opened as volume_opened
@@ -196,7 +198,7 @@ async def test_the_check_notices_a_flush_that_failed_and_was_forgotten(monkeypat
     """The same with a journal that takes a failed fdatasync for a good one: bytes that were acknowledged are missing."""
     caught = 0
     with quick_directory() as base:
-        for nth in range(15, 40, 3):
+        for nth in range(14, 44):
             directory = base / f"v{nth}"
             directory.mkdir()
             disk = FailingDisk(directory, nth, errno.EIO)
@@ -215,7 +217,6 @@ async def test_the_check_notices_a_flush_that_failed_and_was_forgotten(monkeypat
                 except FusefsError as error:
                     told.errors.append(error)
                 monkeypatch.undo()
-            print(nth, disk.failed, told, disk.calls[max(0,nth-3):nth+2])
             if not any(name.startswith("fdatasync") for name in disk.failed):
                 continue
             try:
@@ -235,6 +236,109 @@ async def test_the_database_may_fail(name: str, error: FusefsError) -> None:
         assert told.acknowledged == STEPS
         assert not told.errors
         await check(base, told, name)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_small_files_are_the_old_or_the_new(code: int) -> None:
+    """`write_file_atomic`, each call failing in turn: an error, one whole content, nothing left beside it."""
+    with quick_directory() as base:
+        path = base / "file"
+        errors = nth = 0
+        while True:
+            nth += 1
+            path.write_bytes(b"old")
+            with failing(FailingDisk(base, nth, code)) as disk:
+                try:
+                    write_file_atomic(path, b"new")
+                except (NoSpace, IOFailure):
+                    errors += 1
+                else:
+                    assert path.read_bytes() == b"new"
+            assert path.read_bytes() in (b"old", b"new")
+            assert os.listdir(base) == ["file"]
+            if len(disk.calls) < nth:
+                break
+        assert errors >= 4
+
+
+async def test_tails_that_landed_meanwhile_do_not_keep_a_commit_from_a_full_disk() -> None:
+    """More tails pending than there is room for, and not a file more to be had. Their sectors landed: then they need no room."""
+    with quick_directory() as base:
+        point = FailAt("journal.segment.create", OSError(errno.ENOSPC, "No space left on device"), nth=3)
+        async with opened(base, failpoints=point) as store:
+            seal(store, 1, 0)
+            store.apply(Batch(), [piece(1, 0, bytes(8 * SEGMENT))])
+            assert not store.has_room(0, 0, 0, 0.0)
+            with pytest.raises(NoSpace):
+                await store.commit()
+            seal(store, 1, 8 * SEGMENT)
+            await store.commit()
+            put(store, b"k", b"v")
+            await store.commit()
+
+
+async def test_what_is_not_safe_is_counted(tmp_path: Path) -> None:
+    """`unsafe` is exactly what neither the journal nor a sector has, whatever happens to tails; or more would be accepted than fits."""
+    sample = random.Random(3)
+    opener = FaultyOpener()
+    urls = host_dirs(tmp_path, 1)
+    await make(tmp_path / "v", urls)
+    async with volume_opened_with(tmp_path / "v", opener) as volume:
+        values = [new_value(volume) for _ in range(6)]
+        tails, shipper = volume.values._tails, volume.values.shipper
+        for step in range(300):
+            value = sample.choice(values)
+            match sample.randrange(9):
+                case 0 | 1 | 2:
+                    with suppress(Unavailable):
+                        await append(volume, value, bytes(sample.randrange(60_000)))
+                case 3:
+                    await volume.values.commit(value)
+                case 4:
+                    shipper.gather()
+                case 5:
+                    await volume.commit()
+                case 6:
+                    opener.faults[urls[0]].gone = "away" if sample.random() < 0.5 else None
+                case 7:
+                    if sample.random() < 0.3:
+                        batch = Batch()
+                        volume.values.free(batch, value)
+                        volume.store.apply(batch)
+                        values[values.index(value)] = new_value(volume)
+                case 8:
+                    shipper._relogged_in = 0
+                    shipper._relog()
+            await trio.sleep(0.001)
+            assert shipper.unsafe == sum(tail.size - tail.journaled for tail in tails.values()), step
+            assert shipper.unsafe_tails == sum(tail.size > tail.journaled for tail in tails.values()), step
+        opener.faults[urls[0]].gone = None
+        await volume.commit()
+        assert shipper.unsafe == shipper.unsafe_tails == 0
+
+
+async def test_room_that_is_not_needed_goes_back(tmp_path: Path) -> None:
+    await make(tmp_path / "v")
+
+    def taken() -> int:
+        return sum(path.stat().st_size for path in (tmp_path / "v" / "journal").iterdir())
+
+    async with volume_opened(tmp_path / "v") as volume:
+        await volume.commit()
+        before = taken()
+        value = new_value(volume)
+        for _ in range(12):
+            await append(volume, value, bytes(1 << 20))
+        assert taken() > before + (10 << 20), "what is accepted has room of its own"
+        batch = Batch()
+        volume.values.free(batch, value)
+        volume.store.apply(batch)
+        await volume.commit()
+        await trio.sleep(0.5)
+        await volume.commit()
+        with trio.fail_after(10):
+            while taken() > before + (5 << 20):
+                await trio.sleep(0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------- a real disk

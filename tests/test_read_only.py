@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 
 from fusefs.scratch import Scratch
 from storage.errors import BadArgument, Fenced, FusefsError, NotFound, Unavailable, WrongPassphrase
@@ -85,6 +86,29 @@ async def test_a_crashed_volume_shows_all_it_durably_has_and_not_a_byte_of_it_ch
         await view.commit()
         await view.flush()
     assert everything(copy, tmp_path / "host0", tmp_path / "host1") == before
+
+
+async def test_a_tail_larger_than_a_sector_stays_where_it_is(tmp_path: Path) -> None:
+    """Hosts refused it, so the journal has it whole; a reader must not send it now that they are back."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    data = os.urandom(1_000_000)
+    async with opened(tmp_path / "v") as volume:
+        await put(volume, "f", b"")
+        await volume.commit()
+        (tmp_path / "host0").rename(tmp_path / "away")
+        await put(volume, "f", data)
+        await volume.commit()
+        copy = crashed_copy(tmp_path / "v", tmp_path / "copy")
+    (tmp_path / "away").rename(tmp_path / "host0")
+    before = everything(copy, tmp_path / "host0")
+    async with viewed(Source(copy, passphrase=PASSPHRASE), tmp_path / "scratch") as view:
+        assert (await view.status()).pending_bytes == len(data)
+        assert await content(view, "f") == data
+        await view.flush()
+        await trio.sleep(0.3)
+        # Nor was it tried: that would have been refused, and said here.
+        assert (await view.status()).warnings == []
+    assert everything(copy, tmp_path / "host0") == before
 
 
 async def test_nothing_inside_can_write(tmp_path: Path) -> None:

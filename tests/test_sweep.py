@@ -11,7 +11,7 @@ from storage.errors import Unavailable
 from storage.hosts.faults import shards_only
 from storage.hosts.holders import holders_key
 from storage.interfaces import Batch
-from storage.metadata.keys import FREED, SECTOR, SETTING, prefix_end, u64
+from storage.metadata.keys import FREED, LOCAL, SECTOR, prefix_end, u64
 from storage.seams import Seams
 from storage.sectors import sweep as sweep_module
 from storage.sectors.records import VERSION, SectorRecord, ShardRecord
@@ -263,7 +263,7 @@ async def test_a_damaged_note_means_one_sweep_more(tmp_path: Path) -> None:
         await sweeper.sweep()
         assert sweeper.owed() == []
         batch = Batch()
-        batch.put(SETTING + b"swept.1", b"damaged")
+        batch.put(LOCAL + b"swept.1", b"damaged")
         volume.store.apply(batch)
         assert sweeper.owed() == [1]
         assert await sweeper.sweep() == []

@@ -16,7 +16,7 @@ from storage.metadata.keys import EXTENT, FREED, GARBAGE, SECTOR, prefix_end
 from storage.values.packing import parse_table
 from storage.values.records import extents_between
 from storage.volume import Volume
-from tests.rig import QUIET, append, contents, free, host_dirs, make, new_value, noise, opened
+from tests.rig import QUIET, append, contents, free, host_dirs, make, new_value, noise, opened, published
 from tests.rig import SECTOR as SECTOR_SIZE
 from tests.values_child import stream
 
@@ -38,6 +38,7 @@ async def settled(volume: Volume, seconds: float = 20.0) -> None:
     with trio.fail_after(seconds):
         while True:
             await volume.commit()
+            await published(volume)
             if (
                 volume.sectors.partials.due() is None
                 and not volume.sectors.partials.held
@@ -272,6 +273,7 @@ async def test_deletion_waits_for_a_durable_commit(tmp_path: Path) -> None:
         free(volume, value)
         durable = volume.store.durable_sequence
         while shards_on(tmp_path / "host0"):
+            await published(volume)
             await trio.sleep(0.02)
         assert volume.store.durable_sequence > durable
 

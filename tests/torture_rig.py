@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from storage import create_volume
 from storage.keyfile import CHEAP
 from tests.cli_runner import ROOT, environment
 from tests.mount_child import PASSPHRASE
-from tests.mounting import START_SECONDS, Mounted, MountFailed
+from tests.mounting import START_SECONDS, Mounted, MountFailed, reap
 from tests.power_rig import Power
 from tests.torture_model import DIRECTORY, Tree
 
@@ -97,7 +98,7 @@ class ByCommand:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait()
+        reap(self._process, self._mountpoint)
         if mount_at(self._mountpoint) is not None:
             subprocess.run(["fusermount3", "-u", "-z", self._mountpoint], check=True, capture_output=True)
 
@@ -116,6 +117,9 @@ class Rounds(ABC):
         self.mountpoint.mkdir()
         self.count = 0
         self.trees = [Tree(f"{seed}/{number}") for number in range(WRITERS)]
+        #: Shards that were on the hosts at one comparison and not at the next: merged ones, and deleted files'.
+        self.deleted = 0
+        self._shards: set[Path] = set()
         self._started = False
         self._writers: list[subprocess.Popen[bytes]] = []
         self._server: Served | None = None
@@ -163,6 +167,9 @@ class Rounds(ABC):
 
     # ---- what differs
 
+    #: Directories of the hosts.
+    hosts: list[Path]
+
     @abstractmethod
     def _serve(self) -> Served:
         """Mount the volume; made first if there is none."""
@@ -208,6 +215,9 @@ class Rounds(ABC):
             wrong += [f"w{number}/{line}" for line in tree.compare(root)]
         if wrong:
             raise self._lost(wrong)
+        shards = {path for host in self.hosts for path in host.glob("volumes/*/sectors/*/*")}
+        self.deleted += len(self._shards - shards)
+        self._shards = shards
 
     def _write(self) -> None:
         for number, tree in enumerate(self.trees):
@@ -238,7 +248,7 @@ class Rounds(ABC):
 
     def _read(self) -> None:
         for process in self._writers:
-            process.wait()
+            process.wait(20)
         self._writers.clear()
         for number, tree in enumerate(self.trees):
             tree.read(self._journal(number))
@@ -391,6 +401,8 @@ def main() -> int:
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(1 << 32)
     print(f"{arguments.what}: {arguments.rounds} rounds, --seed {seed}", flush=True)
+    # Ended from outside, too, it takes its mounts away.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with ExitStack() as stack:
         base = stack.enter_context(temporary())
         rounds: Rounds = KillRounds(base, seed) if arguments.what == "kill" else PowerRounds(base, seed, arguments.without)

@@ -55,14 +55,16 @@ class Writer:
         self._step = ""
 
     def run(self) -> int:
+        parent = os.getppid()
         try:
-            while True:
+            # Not longer than whoever started it.
+            while os.getppid() == parent:
                 self.step()
                 if self._random.random() < 0.1:
                     time.sleep(self._random.random() * 0.02)
         except OSError as error:
             self._note("failed", error.errno, f"{self._step}: {error}")
-            return 1
+        return 1
 
     # ---- what it does
 

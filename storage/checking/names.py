@@ -58,39 +58,41 @@ async def _check_root(patient: Patient) -> None:
 
 
 async def _check_hints(patient: Patient) -> None:
-    """The (parent, name) that an inode remembers is one of its names; a name that is gone is put back."""
+    """The (parent, name) that a file remembers is not another's. One that nobody has is looked at when its names are counted."""
     patient.stage("inodes")
     async for page in pages(patient.store, INODE):
         for key, _ in page:
             ino = read_u64(key, 1)
             rec = patient.inode(ino)
-            if rec is not None and ino != ROOT and rec.parent and rec.nlink:
-                await _check_hint(patient, ino, rec)
+            if rec is not None and not rec.is_dir and rec.parent and rec.nlink:
+                entry = patient.dirent(rec.parent, rec.name)
+                if entry is not None and entry.ino != ino:
+                    await _forget_hint(patient, ino, rec)
         patient.progress.done += len(page)
     patient.report.looked_at["inodes"] = patient.progress.done
 
 
-async def _check_hint(patient: Patient, ino: int, rec: InodeRecord) -> None:
-    entry = patient.dirent(rec.parent, rec.name)
-    if entry is not None and entry.ino == ino:
-        return
-    above = patient.inode(rec.parent)
-    where = f"inode {ino}"
-    if entry is None and above is not None and above.is_dir and rec.name:
-        batch = Batch()
-        if patient.repair:
-            lostfound.link(patient, batch, rec.parent, rec.name, ino, rec.mode)
-        await patient.found(
-            "lost-name", where, f"it should be {show(rec.name)!r} in {patient.path(rec.parent)}, which has no such name", batch
-        )
-        return
-    if rec.is_dir:
-        return  # Its names tell, or it is unreachable.
+async def _forget_hint(patient: Patient, ino: int, rec: InodeRecord) -> None:
     batch = Batch()
-    what = f"it remembers the name {show(rec.name)!r} in inode {rec.parent}, which is not its own"
+    what = f"it remembers the name {show(rec.name)!r} in {patient.path(rec.parent)}, which is not its own"
     rec.parent, rec.name = 0, b""
     batch.put(inode_key(ino), encode_inode(rec))
-    await patient.found("hint", where, what, batch)
+    await patient.found("hint", f"inode {ino}", what, batch)
+
+
+def _lost_its_name(patient: Patient, rec: InodeRecord) -> bool:
+    """It remembers a name in a directory that is there, and has none of that name."""
+    if not (rec.parent and rec.name and rec.nlink):
+        return False
+    return _is_directory(patient, rec.parent) and patient.dirent(rec.parent, rec.name) is None
+
+
+async def _give_back(patient: Patient, ino: int, rec: InodeRecord) -> None:
+    batch = Batch()
+    if patient.repair:
+        lostfound.link(patient, batch, rec.parent, rec.name, ino, rec.mode)
+    what = f"it should be {show(rec.name)!r} in {patient.path(rec.parent)}, which has no such name"
+    await patient.found("lost-name", f"inode {ino}", what, batch)
 
 
 async def _check_each_name(patient: Patient) -> None:
@@ -212,6 +214,9 @@ async def _check_ways_up(patient: Patient) -> None:
             ino = read_u64(key, 1)
             rec = patient.inode(ino)
             if rec is not None and rec.is_dir:
+                if ino != ROOT and _lost_its_name(patient, rec):
+                    # Any other name of it would have been found, and remembered, with the names.
+                    await _give_back(patient, ino, rec)
                 await _walk_up(patient, ino, reached)
         patient.progress.done += len(page)
 
@@ -271,6 +276,12 @@ async def _check_links(patient: Patient, tally: Tally) -> None:
 
 async def _check_inode_links(patient: Patient, ino: int, rec: InodeRecord, names: int, below: int) -> None:
     mark = patient.store.get(orphan_key(ino))
+    if not rec.is_dir and _lost_its_name(patient, rec):
+        if names < rec.nlink:
+            await _give_back(patient, ino, rec)
+            names += 1
+        else:
+            await _forget_hint(patient, ino, rec)
     if names == 0 and ino != ROOT:
         if rec.nlink == 0 and mark == ORPHAN_INODE:
             patient.note("pending", f"inode {ino}", "it was removed while it was open; the next mount removes it")
@@ -292,9 +303,8 @@ async def _check_inode_links(patient: Patient, ino: int, rec: InodeRecord, names
 
 
 async def _reattach(patient: Patient, ino: int, rec: InodeRecord, below: int) -> None:
-    own = patient.dirent(rec.parent, rec.name) if rec.parent else None
-    if own is None and rec.parent and rec.nlink and rec.name and _is_directory(patient, rec.parent) and not patient.repair:
-        return  # Told as a lost name.
+    if rec.is_dir and _lost_its_name(patient, rec):
+        return  # Told already; under repair it has the name by now.
     batch = Batch()
     what = "it has no name"
     if patient.repair:

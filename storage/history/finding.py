@@ -285,14 +285,13 @@ async def find(found: Places, volume_id: bytes, secret: Secret, *, superblock: s
     NotFound (there is none: salvage), WrongPassphrase, Corrupt (none verifies), Unavailable; BadArgument: a newer format, or several
     histories of which none has a majority of the hosts: the message describes them, and how to choose.
     """
-    seams = found.seams
     await found.read(volume_id)
     if not any(found.blocks.values()):
         raise NotFound(
             f"no superblock of volume {volume_id.hex()} is left on {', '.join(source.url.base for source in found.sources)}"
             f"{_because([*found.notes, *found.silent.values()])}; name more hosts, or bring back what the sectors hold with --salvage"
         )
-    keys, keyfile = await _unlock(found, volume_id, secret, seams)
+    keys, keyfile = await unlock(found, volume_id, secret)
     candidates = _verified(found, keys)
     if not candidates:
         if secret.phrase is not None:
@@ -333,7 +332,7 @@ def _within(lineage: Lineage, candidate: Candidate) -> bool:
     return lineage.contains(point)
 
 
-async def _unlock(found: Places, volume_id: bytes, secret: Secret, seams: Seams) -> tuple[Keys, KeyFile | None]:
+async def unlock(found: Places, volume_id: bytes, secret: Secret) -> tuple[Keys, KeyFile | None]:
     """(keys, key file that the passphrase opened). WrongPassphrase."""
     if secret.phrase is not None:
         return Keys(master_of_phrase(secret.phrase)), None
@@ -344,7 +343,7 @@ async def _unlock(found: Places, volume_id: bytes, secret: Secret, seams: Seams)
     refused: FusefsError | None = None
     for keyfile in list(keyfiles.values())[:MAX_KEYFILES]:
         try:
-            return Keys(await seams.threads.run(open_slots, keyfile, secret.passphrase)), keyfile
+            return Keys(await found.seams.threads.run(open_slots, keyfile, secret.passphrase)), keyfile
         except (WrongPassphrase, Corrupt) as error:
             refused = refused if isinstance(refused, WrongPassphrase) else error
     raise refused or WrongPassphrase(f"no key slot of volume {volume_id.hex()} opens with this passphrase; try again")

@@ -30,7 +30,7 @@ from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch
 from storage.keyfile import KEY_FILE, KeyFile, load_keyfile
 from storage.keys import Keys
-from storage.metadata.keys import LOST, prefix_end, read_u32, u32, u64
+from storage.metadata.keys import LOCAL, LOST, prefix_end, read_u32, u32, u64
 from storage.metadata.store import Store
 from storage.seams import Seams
 
@@ -111,6 +111,8 @@ class Publisher:
         #: Why this process may not write any more; told once, with `on_fenced`.
         self.fenced: str | None = None
         self.on_fenced: Callable[[str], None] = lambda _reason: None
+        #: Called when a majority has a new superblock.
+        self.on_published: Callable[[], None] = lambda: None
         #: Why the last attempt did not reach a majority; "" since one did.
         self.trouble = ""
         self._wanted = trio.Event()
@@ -412,7 +414,7 @@ class Publisher:
         # No await from here to the end of the cut: it falls between two batches.
         if changes.broken:
             self._lose()
-        if not changes.reason and not self._tails_anew and not force:
+        if not changes.reason and not self._tails_anew and not force and self.sequence == self._store.applied_sequence:
             self._cut_version = changes.version
             return
         after, self._cut_version = self.sequence, changes.version
@@ -489,6 +491,7 @@ class Publisher:
                     continue
                 self._published(block)
                 await self._tidy()
+                self.on_published()
                 return
             self._judge()
             if not again:
@@ -637,10 +640,15 @@ class Publisher:
 
     def want_release(self, sequence: int) -> None:
         """Something freed by this commit waits for an older generation to go: publish once more, if that can help."""
-        if sequence <= self.published_sequence and all(
-            side.examined and side.foreign is None and self._registry.available(side.number) for side in self.sides()
-        ):
-            self._again = True
+        sides = self.sides()
+        if not all(side.examined and side.foreign is None and self._registry.available(side.number) for side in sides):
+            return
+        if sequence > self._store.applied_sequence and self._store.failure is None:
+            # Freed in the latest commit, and counted to the next, since a cut may have fallen between: let there be a next one.
+            batch = Batch()
+            batch.put(LOCAL + b"tick", u64(sequence))
+            self._store.apply(batch)
+        self._again = True
 
 
 def _is(data: bytes, ref: Ref) -> bool:

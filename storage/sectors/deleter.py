@@ -50,6 +50,10 @@ class Deleter:
         batch.put(key, record.encode())
         self._wake.set()
 
+    def wake(self) -> None:
+        """Look again: something may be released by now."""
+        self._wake.set()
+
     def pending(self, limit: int = 100_000) -> int:
         """Freed sectors still to be deleted."""
         return len(self._store.scan(FREED, prefix_end(FREED), limit))

@@ -9,12 +9,13 @@ no holders record (`r`). It deletes only (I5) what was sealed
   earlier epoch any more, what is on no record now never will be;
 - under a sector id that this epoch owns, with no sector on record under it, and no freed sector that names the root (the deleter's turn);
 
-and only through the same gate as the deleter (I3): once every kept superblock generation is of after the sweep's beginning, hence does not
-know the shard either, and after the host's own superblock was found ours. Everything else stays, and is counted.
+and only through the same gate as the deleter (I3): once every kept superblock generation is of the current epoch, hence does not know the
+shard either, and after the host's own superblock was found ours. Everything else stays, and is counted.
 
 When: a host is owed a sweep of the epochs below E unless it is on record that it has none of their orphans. That is put on record when a
 sweep of it ends, and when a volume is closed and every put on the host was answered and recorded (`settle`); so it costs nothing after
-a clean end. Record, under the key `w` + "swept." + host number in decimal digits:
+a clean end. A directory without the record, after a recovery, is owed one for all epochs. Record, under the key `L` + "swept." + host
+number in decimal digits:
 
 | bytes | field |
 |---|---|
@@ -48,7 +49,7 @@ from storage.hosts.holders import holders_key
 from storage.hosts.layout import check_root, sectors_prefix, shard_name
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, HistoryGate, Host, MetadataStore
-from storage.metadata.keys import FREED, SECTOR, SETTING, prefix_end, read_u64, u64
+from storage.metadata.keys import FREED, LOCAL, SECTOR, prefix_end, read_u64, u64
 from storage.sealing import HEADER_SIZE, ShardHeader
 from storage.seams import Seams
 from storage.sectors.records import decode_sector
@@ -96,7 +97,7 @@ class _State:
 
 
 def _key(number: int) -> bytes:
-    return SETTING + b"swept.%d" % number
+    return LOCAL + b"swept.%d" % number
 
 
 class Sweeper:
@@ -127,6 +128,9 @@ class Sweeper:
         self._pause = pause
         self._current = epochs.current.number
         self._lineage = {epoch.number: epoch.salt for epoch in epochs.all()}
+        #: I3: a superblock of an earlier commit could still know what we do not. From the epoch's first commit on, what earlier epochs put
+        #: somewhere and is on no record there never will be.
+        self.since = epochs.current.first_sequence
         #: Hosts that have had their sweep, and are owed another one at the next open.
         self._again: set[int] = set()
         #: For `status` and the log.
@@ -174,10 +178,8 @@ class Sweeper:
         await self._seams.clock.sleep(START_DELAY)
         retry = RETRY_FIRST
         try:
-            since = await self._store.commit()
-            while self._gate.released_sequence() < since:
-                # I3: a superblock somebody may be restored from could still know what we do not.
-                self._gate.want_release(since)
+            while self._gate.released_sequence() < self.since:
+                self._gate.want_release(self.since)
                 await self._seams.clock.sleep(RETRY_FIRST)
             while await self.sweep():
                 await self._seams.clock.sleep(retry)
@@ -196,7 +198,7 @@ class Sweeper:
     async def sweep(self) -> list[int]:
         """One pass over the hosts that are owed one; the numbers of those that have to be tried again. Fenced.
 
-        The caller has seen to it that the gate has released everything of before this process.
+        The caller has seen to it that the gate has released `since`.
         """
         postponed: list[int] = []
         for number in self.owed():

@@ -2,8 +2,8 @@
 
     python -m tests.fuzz.fuzzer TARGET SECONDS WORK
 
-WORK holds libFuzzer's own large corpus between runs, and what it found. A finding ends the run: it is also stored in the corpus of the
-target, so that scripts/test fails until the parser is mended, and goes on checking ever after.
+WORK holds libFuzzer's own large corpus between runs. A finding ends the run, its input kept as WORK/TARGET-crash-..., -timeout-... or
+-oom-...; the script puts it into the target's corpus, so that scripts/test fails until the parser is mended, and looks for it ever after.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ with atheris.instrument_imports(include=["storage", "fusefs"]):
     from tests.fuzz.files import forget_journal_directory
     from tests.fuzz.targets import TARGETS
 
-from tests.fuzz.frames import hash_of
 from tests.fuzz.mutation import MAX_INPUT, mutate
-from tests.fuzz.target import CORPUS, check
+from tests.fuzz.target import check
 
 #: Megabytes, and seconds for one input.
 MEMORY_MB = 1024
@@ -36,21 +35,9 @@ def main() -> None:
     logging.disable(logging.WARNING)
     seeds = [*target.seeds(), *target.corpus()]
     small = [seed for seed in seeds if len(seed) <= 8192] or seeds
-    last = b""
 
     def one(data: bytes) -> None:
-        nonlocal last
-        last = data
-        try:
-            check(target, data)
-        except BaseException:
-            keep(data)
-            raise
-
-    def keep(data: bytes) -> None:
-        directory = CORPUS / name
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"found-{hash_of(data)[:12]}").write_bytes(data)
+        check(target, data)
 
     def change(data: bytes, max_size: int, seed: int) -> bytes:
         """libFuzzer's own mutations know what was compared with what; ours know MessagePack and JSON."""
