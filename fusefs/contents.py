@@ -155,3 +155,5 @@ class ContentHandlers(HandlerBase):
             number, handle.lost = handle.lost, None
             raise pyfuse3.FUSEError(number)
         await self.namespace.commit(handle.ino)
+        if self.options.fsync_hosts:
+            await self.volume.publish()

@@ -30,6 +30,7 @@ from fusefs.control_protocol import (
     Flush,
     FlushedAnswer,
     GetStatus,
+    Mark,
     MountStatus,
     Progress,
     Renew,
@@ -197,6 +198,9 @@ class ControlServer:
                 return ContractAnswer(contract_id=await state.volume.contractor.conclude_contract(request.host, request.seconds))
             case Renew():
                 return ContractAnswer(contract_id=await state.volume.contractor.renew_contract(request.contract_id, request.seconds))
+            case Mark():
+                await state.volume.mark_host(request.host, lost=request.lost)
+                return DoneAnswer()
             case Stop():
                 await state.unmount()
                 return DoneAnswer()

@@ -20,6 +20,7 @@ from fusefs.control_protocol import (
     Flush,
     FlushedAnswer,
     GetStatus,
+    Mark,
     MountStatus,
     Progress,
     Renew,
@@ -131,6 +132,10 @@ class ControlClient:
     def conclude(self, host: str, seconds: float) -> str:
         """The new contract's id."""
         return self._contract(Conclude(host=host, seconds=seconds))
+
+    def mark(self, host: str, lost: bool) -> None:
+        """Say that a host is lost for good, or back after all; durable when it returns. NotFound, BadArgument."""
+        self._done(Mark(host=host, lost=lost))
 
     def renew(self, contract_id: str, seconds: float) -> str:
         """The new contract's id."""

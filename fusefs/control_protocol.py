@@ -69,11 +69,18 @@ class Renew(Request, frozen=True, tag="renew", kw_only=True):
     seconds: Duration
 
 
+class Mark(Request, frozen=True, tag="mark", kw_only=True):
+    """A host is lost for good, or back after all: -> DoneAnswer"""
+
+    host: Text
+    lost: bool
+
+
 class Stop(Request, frozen=True, tag="stop"):
     """Unmount, as SIGTERM does: -> DoneAnswer once the kernel has unmounted."""
 
 
-AnyRequest = GetStatus | Flush | Drain | Worm | Conclude | Renew | Stop
+AnyRequest = GetStatus | Flush | Drain | Worm | Conclude | Renew | Mark | Stop
 
 
 class MountStatus(msgspec.Struct, frozen=True, kw_only=True):

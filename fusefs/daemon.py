@@ -52,6 +52,7 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hosts: list[str] = []
     volume_id: str = ""
     phrase: str = ""
+    superblock: str = ""
 
     def __repr__(self) -> str:
         # Never the passphrase, nor the phrase.
@@ -135,6 +136,7 @@ def start_from(source: Source, mountpoint: Path, options: Sequence[str], log_fil
         hosts=[pack(url) for url in source.hosts],
         volume_id=pack(source.volume_id),
         phrase=pack(source.phrase),
+        superblock=pack(source.superblock),
     )
     if child.stdin is None or child.stderr is None:
         raise RuntimeError("no pipe to the child")
@@ -238,7 +240,7 @@ def main() -> int:
             trio.run(serve, Path(unpack(order.volume)), mountpoint, passphrase, options, reporter.ready, reporter.note)
         else:
             hosts = tuple(unpack(url) for url in order.hosts)
-            source = Source(None, hosts, unpack(order.volume_id), passphrase, unpack(order.phrase))
+            source = Source(None, hosts, unpack(order.volume_id), passphrase, unpack(order.phrase), unpack(order.superblock))
             trio.run(serve_read_only, source, mountpoint, options, reporter.ready, reporter.note)
     except FusefsError as error:
         log.error("%s", error)

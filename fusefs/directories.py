@@ -160,3 +160,5 @@ class DirectoryHandlers(HandlerBase):
     @guarded
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         await self.namespace.commit(fh)
+        if self.options.fsync_hosts:
+            await self.volume.publish()

@@ -47,6 +47,8 @@ class MountOptions:
     #: Seconds between commits; between gatherings of small tails.
     commit_interval: float = 5.0
     flush_interval: float | None = None
+    #: fsync(2) returns when a majority of the hosts has it, too.
+    fsync_hosts: bool = False
     debug: bool = False
     passed_on: frozenset[str] = field(default_factory=frozenset)
 
@@ -89,12 +91,9 @@ class MountOptions:
             elif name in ("commit_interval", "flush_interval") and equals:
                 choose(name, option, _seconds(option, value))
             elif name == "fsync":
-                if value == "hosts":
-                    raise BadArgument(
-                        "mount option 'fsync=hosts' comes with a later version; use fsync=local, and fusefs flush to reach the hosts"
-                    )
-                if value != "local":
-                    raise BadArgument(f"mount option {option!r}: fsync=local is the only choice")
+                if value not in ("local", "hosts"):
+                    raise BadArgument(f"mount option {option!r}: fsync=local or fsync=hosts")
+                choose("fsync_hosts", option, value == "hosts")
             else:
                 raise BadArgument(f"unknown mount option {option!r}; known: {', '.join(KNOWN)}")
         return cls(passed_on=frozenset(passed), **values)
@@ -103,6 +102,7 @@ class MountOptions:
         """What is in force, for `status`."""
         words = ["ro" if self.read_only else "rw", "writeback" if self.writeback else "nowriteback", *sorted(self.passed_on)]
         words += ["allow_other"] * self.others_allowed + ["xattr"] * self.xattr + ["link=deny"] * self.link_denied
+        words += ["fsync=hosts"] * self.fsync_hosts
         return ",".join([*words, f"commit_interval={self.commit_interval:g}"])
 
     def kernel_options(self, source: str) -> set[str]:
@@ -126,7 +126,7 @@ _FLAGS: dict[str, tuple[str, bool]] = {
     "noallow_other": ("allow_other", False),
     "debug": ("debug", True),
 }
-KNOWN = sorted([*_FLAGS, *PASSED_ON, "link=deny", "cache=SIZE", "commit_interval=SECONDS", "flush_interval=SECONDS", "fsync=local"])
+KNOWN = sorted([*_FLAGS, *PASSED_ON, "link=deny", "cache=SIZE", "commit_interval=SECONDS", "flush_interval=SECONDS", "fsync=local|hosts"])
 
 
 def parse_size(option: str, text: str) -> int:

@@ -15,6 +15,7 @@ Metadata restored from hosts stand in a private directory (`scratch`): names, si
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,15 +28,14 @@ import trio
 
 from storage.config import load_config
 from storage.epochs import Epochs
-from storage.errors import Fenced, Unavailable
-from storage.history.lookup import Secret, look_up
-from storage.history.restore import Progress, restore
-from storage.history.superblock import config_of
+from storage.errors import Corrupt, Fenced, FusefsError, NotFound, Unavailable
+from storage.history.finding import Candidate, Choice, Secret, choose_volume, find, places
+from storage.history.restore import Progress, Restored, restore
 from storage.hosts.registry import Opener, decode_record
 from storage.hosts.urls import HostURL, parse_url
 from storage.interfaces import FlushProgress, FlushReport, Host
 from storage.keyfile import KEY_FILE, load_keyfile, open_slots
-from storage.keys import Keys
+from storage.keys import Keys, master_of_phrase, phrase_of
 from storage.lock import VolumeLock
 from storage.metadata.counters import Counter
 from storage.metadata.keys import HOST, prefix_end
@@ -57,7 +57,8 @@ REASON = "it is mounted read-only"
 class Source:
     """What a read-only view is made from: `path`, a volume's directory; or `hosts`, URLs of some of its hosts.
 
-    `volume_id`: which one, where hosts hold several (32 hexadecimal digits). One of passphrase and phrase; `path` needs the passphrase.
+    `volume_id`: which one, where hosts hold several (the beginning of it). `superblock`: of several histories or generations the one to
+    show. One of passphrase and phrase; `path` needs the passphrase.
     """
 
     path: Path | None = None
@@ -65,6 +66,7 @@ class Source:
     volume_id: str = ""
     passphrase: str = field(default="", repr=False)
     phrase: str = field(default="", repr=False)
+    superblock: str = ""
 
 
 class ReadOnlyVolume(Volume):
@@ -119,17 +121,20 @@ async def open_read_only(
     seams = seams or Seams()
     options = options or VolumeOptions()
     if source.path is None:
-        async with _from_hosts(source, None, scratch, seams, options, opener, progress) as volume:
+        async with _from_hosts(source, scratch, seams, options, opener, progress) as volume:
             yield volume
         return
     path = absolute(source.path)
     config = await seams.threads.run(load_config, path)
     keyfile = await seams.threads.run(load_keyfile, path / KEY_FILE, config.volume_id)
-    keys = Keys(await seams.threads.run(open_slots, keyfile, source.passphrase))
+    master = await seams.threads.run(open_slots, keyfile, source.passphrase)
+    keys = Keys(master)
     lock = VolumeLock(path)
     if not lock.acquire_shared():
         known = await seams.threads.run(known_hosts, path)
-        async with _from_hosts(Source(path, known, config.volume_id), keys, scratch, seams, options, opener, progress) as volume:
+        # By the phrase: the passphrase may have been changed since the superblock was written.
+        there = Source(path, known, config.volume_id, phrase=phrase_of(master))
+        async with _from_hosts(there, scratch, seams, options, opener, progress) as volume:
             volume.view += f", while another process has {path} open"
             yield volume
         return
@@ -204,7 +209,6 @@ class _Relocated(Opener):
 @asynccontextmanager
 async def _from_hosts(
     source: Source,
-    keys: Keys | None,
     scratch: Path,
     seams: Seams,
     options: VolumeOptions,
@@ -212,22 +216,41 @@ async def _from_hosts(
     progress: Progress | None,
 ) -> AsyncIterator[ReadOnlyVolume]:
     """The newest superblock on `source.hosts`, restored into `scratch`."""
-    opener = opener or Opener()
-    secret = Secret(source.passphrase, source.phrase)
-    found = await look_up(source.hosts, seams, volume_id=source.volume_id, secret=secret, keys=keys, opener=opener)
-    try:
-        keys, block, body = found.keys, found.block, found.body
-        config = config_of(body, found.where)
-        restored = await restore(scratch, found.hosts, keys, block, body, sealed_of=sealed_end, seams=seams, progress=progress)
-    finally:
-        await found.aclose()
-    places = {known.url: found.urls[known.host_id] for known in body.hosts if known.host_id in found.urls}
+    secret = Secret(source.passphrase or None, source.phrase or None)
+    if source.phrase:
+        # Before anything is asked of a host: it can be mistyped.
+        master_of_phrase(source.phrase)
+    async with places(source.hosts, seams, opener) as found:
+        choice = await find(found, await choose_volume(found, source.volume_id or None), secret, superblock=source.superblock or None)
+        chosen, restored = await _restore(scratch, choice, bool(source.superblock), seams, progress)
+        having = ", ".join(one.url.base for one in choice.sources if one.host_id in chosen.hosts)
+        moved = {one.host_id: one.url.base for one in choice.sources}
+    block, body, keys = chosen.block, chosen.body, choice.keys
+    at = {known.url: moved[known.host_id] for known in body.hosts if known.host_id in moved}
     async with open_read_only_store(scratch, seams, reason=REASON, journal_key=keys.journal_key, tail_needed=tail_needed) as store:
-        volume = ReadOnlyVolume(source.path or scratch, config, options, seams)
+        volume = ReadOnlyVolume(source.path or scratch, choice.config, options, seams)
         volume.shown_path = str(source.path or ", ".join(source.hosts))
         volume.local = False
         written = datetime.fromtimestamp(block.written_ns // 1_000_000_000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        volume.view = f"commit {block.sequence} of {written} (epoch {block.epoch}, {body.machine}), what host {found.where} has"
-        volume.warnings += [*found.notes, *restored.notes]
-        async with _served(volume, store, keys, _Relocated(opener, places), restored.tails):
+        volume.view = f"commit {block.sequence} of {written} (epoch {block.epoch}, {body.machine}), what {having} has"
+        volume.warnings += [*choice.notes, *choice.silent.values(), *restored.notes]
+        async with _served(volume, store, keys, _Relocated(opener or Opener(), at), restored.tails):
             yield volume
+
+
+async def _restore(scratch: Path, choice: Choice, by_hand: bool, seams: Seams, progress: Progress | None) -> tuple[Candidate, Restored]:
+    """The newest superblock that is whole, of the history chosen; what a person chose is not replaced by another. Corrupt, Unavailable."""
+    refused: FusefsError = NotFound("there is no superblock")
+    for candidate in [choice.chosen] if by_hand else [choice.chosen, *choice.older]:
+        hosts = [source.host for source in choice.sources]
+        try:
+            restored = await restore(
+                scratch, hosts, choice.keys, candidate.block, candidate.body, sealed_of=sealed_end, seams=seams, progress=progress
+            )
+        except (Corrupt, NotFound, Unavailable) as error:
+            refused = error
+            choice.notes.append(f"superblock {candidate.name} cannot be used: {error}")
+            await seams.threads.run(shutil.rmtree, scratch / "metadata")
+            continue
+        return candidate, restored
+    raise refused

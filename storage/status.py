@@ -71,6 +71,12 @@ class VolumeStatus(msgspec.Struct, frozen=True):
     refusals_total: int
     hosts: list[HostStatus]
     contracts: list[ContractStatus]
+    #: The last durable commit here; the last one a majority of the hosts has, when (nanoseconds; 0: not since it was opened), and whether
+    #: something has changed since.
+    commit: int = 0
+    published_commit: int = 0
+    published_ns: int = 0
+    unpublished: bool = False
     #: Of a volume open for reading only: what it shows; "" for one that is open for writing.
     view: str = ""
     #: Another machine has gone on with the volume; `read_only_reason` says which.

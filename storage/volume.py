@@ -15,7 +15,7 @@ import trio
 from storage.config import VolumeConfig, load_config
 from storage.contractor import Contractor
 from storage.epochs import Epochs
-from storage.errors import BadArgument, FusefsError, Unavailable
+from storage.errors import BadArgument, FusefsError, NotPermitted, Unavailable
 from storage.files import Files
 from storage.history.publisher import Publisher
 from storage.host_io import HostIO
@@ -111,6 +111,11 @@ class Volume:
         """Everything appended and changed before the call survives kill -9 and power cuts when it returns."""
         await self.values.commit_all()
 
+    async def publish(self) -> None:
+        """What is durable here is so on a majority of the hosts when it returns, tails included. Fenced, Unavailable."""
+        if self.publisher is not None:
+            await self.publisher.publish()
+
     async def flush(self, progress: FlushProgress | None = None) -> FlushReport:
         """As `commit`, and on the hosts at full replication (or at write quorum: then the report says so). NoSpace, Unavailable: what
         hosts said."""
@@ -130,11 +135,28 @@ class Volume:
         await self.contractor.conclude_contract(str(number), (contract_days or self.config.contract_days) * DAY)
         return number
 
+    async def mark_host(self, host: str, *, lost: bool) -> None:
+        """Say that a host (its number, id or URL) is lost for good, or back after all; durable when it returns. NotFound, BadArgument.
+
+        A lost host holds back no deletion and does not count for a majority (I3, I5); what it has, if it ever answers again, is left alone.
+        """
+        if self.publisher is None:
+            raise NotPermitted(f"{self.path} is open for reading only")
+        number = self.hosts.resolve(host)
+        others = [other for other in self.hosts.numbers() if other != number and other not in self.publisher.lost()]
+        if lost and not others:
+            raise BadArgument(f"host {self.hosts.url(number)} is the last one that is not lost; add another first")
+        self.publisher.mark_lost(number, lost)
+        await self.store.commit()
+        self.publisher.want()
+
     async def status(self) -> VolumeStatus:
         """A snapshot, without asking any host anything that could hang."""
         now = self.seams.clock.time_ns()
         size = self.namespace.counts()[1]
         failure = self.store.failure
+        publisher = self.publisher
+        lost = publisher.lost() if publisher is not None else {}
         hosts: list[HostStatus] = []
         for record in self.hosts.records():
             space, stats = self.placement.space(record.number), self.hostdb.stats(record.number)
@@ -143,7 +165,7 @@ class Volume:
                     number=record.number,
                     host_id=record.host_id,
                     url=record.url,
-                    state=_state(self.hosts.state(record.number), stats.failures),
+                    state="lost" if record.number in lost else _state(self.hosts.state(record.number), stats.failures),
                     error=self.hosts.reason(record.number) or (stats.last_error if stats.failures >= FAILING else ""),
                     free=space.free if space else None,
                     total=space.total if space else None,
@@ -180,11 +202,16 @@ class Volume:
             local_error=str(local or ("" if fenced else failure) or ""),
             warnings=[
                 *self.warnings,
+                *([publisher.trouble] if publisher is not None and publisher.trouble else []),
                 *(str(error) for error in (local, self.values.full, trouble) if error is not None),
                 *self.sectors.notes,
             ],
             refusals=[RefusalStatus(r.when_ns, r.program, r.path, r.offset, r.reason) for r in self.refusals],
             refusals_total=self.refusals_total,
+            commit=self.store.durable_sequence,
+            published_commit=publisher.published_sequence if publisher is not None else 0,
+            published_ns=publisher.published_ns if publisher is not None else 0,
+            unpublished=publisher.dirty if publisher is not None else False,
             hosts=hosts,
             contracts=[
                 ContractStatus(c.contract_id, c.host_number, urls.get(c.host_number, "?"), c.start_ns, c.end_ns, c.active(now))

@@ -13,6 +13,7 @@ Work is done on the event loop, so that the points of a run are nearly the same 
 
 from __future__ import annotations
 
+import copy
 import random
 import shutil
 import sys
@@ -427,7 +428,7 @@ class Run:
         self.opener = RecordingOpener(self.nonces)
 
     async def make(self, failpoints: DeadFrom | None = None) -> None:
-        """The new volume, kept beside for `again`."""
+        """The new volume, kept for `again`."""
         shutil.rmtree(self.base, ignore_errors=True)
         self.base.mkdir(parents=True)
         hosts = [f"dir:{self.base / f'host{number}'}" for number in range(2)]
@@ -443,13 +444,19 @@ class Run:
             argon2=CHEAP,
             opener=self.opener,
         )
-        shutil.copytree(self.base, self.base.with_name("template"), dirs_exist_ok=True)
+        self.keep()
+
+    def keep(self) -> None:
+        """Everything as it is now, for `again`."""
+        template = self.base.with_name("template")
+        shutil.rmtree(template, ignore_errors=True)
+        shutil.copytree(self.base, template)
 
     def again(self) -> Run:
-        """The new volume as it was made."""
+        """As it was kept, with what was known of it then: nothing may have been done to this run since."""
         shutil.rmtree(self.base)
         shutil.copytree(self.base.with_name("template"), self.base)
-        return Run(self.base)
+        return Run(self.base, model=copy.deepcopy(self.model))
 
     async def live(self, failpoints: DeadFrom, do: Callable[[Script], Awaitable[None]], seed: int = 0) -> bool:
         """A life of the volume. True if it was cut short."""
@@ -472,7 +479,7 @@ class Run:
         for passphrase in self.model.passphrases:
             try:
                 manager = open_volume(self.base / "v", passphrase=passphrase, seams=_seams(failpoints), options=OPTIONS, opener=self.opener)
-                if passphrase != self.model.passphrases[-1]:
+                if len(self.model.passphrases) > 1:
                     await _try_passphrase(self.base / "v", passphrase)
             except WrongPassphrase:
                 continue
@@ -517,6 +524,7 @@ class Run:
                     raise
                 if any(not isinstance(one, Crash | FusefsError | trio.Cancelled) for one in leaves(error)):
                     raise
+                self.model.passphrases = [PASSPHRASE, NEW_PASSPHRASE]
                 return True
             self.model.passphrases = [passphrase]
             return False
@@ -601,7 +609,7 @@ def hasten() -> list[tuple[object, str, object]]:
     changes: list[tuple[object, str, object]] = [
         (filemap, "DROP_AT_ONCE", 2),
         (reclaim, "SLICE", 1),
-        (publisher, "MIN_LOG", 0),
+        (publisher, "MIN_LOG", 4096),
         (deleter, "GATHER_SECONDS", 60.0),
         (shipping, "RETRY_FIRST", 0.02),
         (shipping, "RETRY_LAST", 0.1),
@@ -667,8 +675,7 @@ async def lose(run: Run, failpoints: DeadFrom) -> None:
 
 
 async def recover(run: Run, failpoints: DeadFrom) -> None:
-    """A recovery that is cut short, and started over."""
-    await run.live(DeadFrom(0), Script.short)
+    """A recovery, after the short script, that is cut short, and started over."""
     await run.lose_machine(failpoints)
 
 
@@ -678,6 +685,9 @@ def every_point(base: Path, work: Work = crash, *, all_hits: bool = False, step:
     try:
         run = Run(base / "run")
         trio.run(run.make)
+        if work is recover:
+            trio.run(run.live, DeadFrom(0), Script.short)
+            run.keep()
         hits, points = find_points(run.again(), work)
         died: Counter[str] = Counter()
         for name, nth in hits if all_hits else points[::step]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,15 +17,26 @@ from tests.test_cli_volume import put
 CLEAN, REPAIRED, LEFT = 0, 20, 21
 
 
-@pytest.fixture
-def volume(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two hosts, two copies, three files."""
-    hosts = [word for name in ("host0", "host1") for word in ("--host", f"dir:{tmp_path / name}")]
-    fusefs("init", tmp_path / "v", "--replication", "2", *hosts)
-    put(tmp_path / "v", "logs/today", b"a line\n" * 1000)
-    put(tmp_path / "v", "logs/\x1b[31mred\n", b"a name that must not reach the terminal as it is")
-    put(tmp_path / "v", "other", b"data")
-    return tmp_path / "v"
+    place = tmp_path_factory.mktemp("made")
+    hosts = [word for name in ("host0", "host1") for word in ("--host", f"dir:{place / name}")]
+    fusefs("init", place / "v", "--replication", "2", *hosts)
+    put(place / "v", "logs/today", b"a line\n" * 1000)
+    put(place / "v", "logs/\x1b[31mred\n", b"a name that must not reach the terminal as it is")
+    put(place / "v", "other", b"data")
+    return place
+
+
+@pytest.fixture
+def volume(made: Path) -> Iterator[Path]:
+    """The volume as it was made; hosts know their paths, so it is put back there after each test."""
+    backup = made.with_name("backup")
+    shutil.copytree(made, backup, symlinks=True)
+    yield made / "v"
+    shutil.rmtree(made)
+    backup.rename(made)
 
 
 def copies(volume: Path, root: Path) -> list[Path]:
@@ -41,7 +54,7 @@ def test_findings_are_a_line_each_repaired_once_and_then_gone(volume: Path) -> N
     store = Store(volume)
     edit_inode(store, "logs/today", nlink=5)
     key = b"s" + store.extents_of("other")[0].sector_id.to_bytes(8, "big")
-    # With its live bytes the index of small sectors is wrong, too.
+    # With its live bytes the index of small sectors is wrong, too, until they are put right.
     edit_sector(store, key, live=1)
     store.close()
     told = fusefs("check", volume, expect=LEFT).text.splitlines()
@@ -51,7 +64,7 @@ def test_findings_are_a_line_each_repaired_once_and_then_gone(volume: Path) -> N
     assert told[-1].startswith("3 found, 0 repaired, 3 left: ")
     mended = fusefs("check", volume, "--repair", expect=REPAIRED).text.splitlines()
     assert mended[0] == "repaired: /logs/today: it says it has 5 links, and has 1"
-    assert mended[-1].startswith("3 found, 3 repaired, 0 left: ")
+    assert mended[-1].startswith("2 found, 2 repaired, 0 left: ")
     assert fusefs("check", volume, "--repair", expect=CLEAN).text.startswith("nothing found")
     assert fusefs("cat", volume, "logs/today").out == b"a line\n" * 1000
 

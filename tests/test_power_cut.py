@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from storage import create_volume, open_volume
+from storage.keyfile import CHEAP
+from tests.mount_child import PASSPHRASE
+from tests.power_rig import power_in
 from tests.torture_rig import Lost, PowerRounds, temporary
 
 ROUNDS = int(os.environ.get("FUSEFS_TORTURE_ROUNDS", "20"))
@@ -48,3 +52,16 @@ def test_a_flush_that_is_taken_out_is_noticed(base: Path, rule: str) -> None:
         print(str(lost.value)[:1000])
         assert "shows nothing" not in str(lost.value)
         assert "do not get going" not in str(lost.value)
+
+
+async def test_a_volume_is_whole_when_it_is_made(base: Path) -> None:
+    with power_in(base) as power:
+        volume = power.mountpoint / "volume"
+        await create_volume(volume, PASSPHRASE, argon2=CHEAP)
+        power.cut(None)
+        power.end()
+        # Its metadata would come back from the journal, as long as that holds the first commit.
+        assert (power.backing / "volume" / "metadata" / "data.mdb").stat().st_size > 0
+        power.start()
+        async with open_volume(volume, passphrase=PASSPHRASE) as opened:
+            await opened.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -289,6 +290,34 @@ async def test_a_host_that_was_away_does_not_hide_what_the_others_have(tmp_path:
         assert await content(view, "f") == b"old and new"
 
 
+async def test_two_histories_are_a_persons_choice_and_each_can_be_looked_at(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 2)
+    await make(tmp_path / "v", urls, "1")
+    async with opened(tmp_path / "v") as volume:
+        await put(volume, "both", b"1")
+        await volume.flush()
+    shutil.copytree(tmp_path / "v", tmp_path / "w")
+    # Each machine reaches another host: neither has a majority, both go on.
+    for place, away in (("v", 1), ("w", 0)):
+        (tmp_path / f"host{away}").rename(tmp_path / "away")
+        async with opened(tmp_path / place) as volume:
+            await put(volume, f"only {place}", b"2")
+            await volume.flush()
+        (tmp_path / "away").rename(tmp_path / f"host{away}")
+    both = Source(hosts=tuple(urls), passphrase=PASSPHRASE)
+    with pytest.raises(BadArgument, match="--superblock") as caught:
+        async with viewed(both, tmp_path / "scratch"):
+            pass
+    names = re.findall(r"([0-9]+-[0-9a-f]{8}): epoch", str(caught.value))
+    assert len(names) == 2
+    found = set()
+    for name in names:
+        async with viewed(replace(both, superblock=name), tmp_path / "scratch") as view:
+            found |= {file async for file, _ in view.files.entries("only")}
+            assert "both" in {file async for file, _ in view.files.entries()}
+    assert found == {"only v", "only w"}
+
+
 async def test_what_hosts_do_not_have_is_said(tmp_path: Path) -> None:
     urls = host_dirs(tmp_path, 1)
     await make(tmp_path / "v", urls)
@@ -296,8 +325,8 @@ async def test_what_hosts_do_not_have_is_said(tmp_path: Path) -> None:
     both = Source(hosts=(urls[0],), passphrase=PASSPHRASE)
     for source, kind, text in (
         (both, BadArgument, "--volume"),
-        (replace(both, volume_id="zz"), BadArgument, "no volume id"),
-        (replace(both, volume_id="0" * 32), NotFound, "no superblock"),
+        (replace(both, volume_id="zz"), NotFound, "no volume 'zz'"),
+        (replace(both, volume_id="0" * 32), NotFound, "no volume"),
         (replace(both, hosts=(f"dir:{tmp_path / 'nowhere'}",)), Unavailable, "nowhere"),
         (replace(both, passphrase="", phrase="twenty four words"), BadArgument, "phrase"),
     ):
@@ -310,7 +339,7 @@ async def test_what_hosts_do_not_have_is_said(tmp_path: Path) -> None:
     with pytest.raises(WrongPassphrase):
         async with viewed(replace(both, volume_id=mine, passphrase="wrong"), tmp_path / "scratch"):
             pass
-    with pytest.raises(FusefsError, match="phrase"):
+    with pytest.raises(WrongPassphrase, match="24 words"):
         async with viewed(Source(hosts=(urls[0],), volume_id=mine, phrase=other), tmp_path / "scratch"):
             pass
 

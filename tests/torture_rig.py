@@ -143,9 +143,7 @@ class Rounds(ABC):
             self._gone()
         seconds = time.monotonic() - before
         self._read()
-        done = Round(
-            self.count, how, seconds, sum(tree.acknowledged for tree in self.trees), sum(tree.pending for tree in self.trees)
-        )
+        done = Round(self.count, how, seconds, sum(tree.acknowledged for tree in self.trees), sum(tree.pending for tree in self.trees))
         if not done.acknowledged or not done.pending:
             raise self._lost([f"a round that shows nothing: {done}"])
         return done
@@ -310,6 +308,7 @@ class PowerRounds(Rounds):
         self._volume = self.power.mountpoint / "volume"
         self.hosts = [self.power.mountpoint / f"host{number}" for number in range(HOSTS)]
         self._cut_seed: int | None = None
+
     def __enter__(self) -> Rounds:
         self.power.start()
         try:
@@ -397,7 +396,9 @@ def main() -> int:
     parser.add_argument("what", choices=["kill", "power"])
     parser.add_argument("rounds", type=int)
     parser.add_argument("--seed", type=int, default=None, help="of a run that is to be seen again (times still differ)")
-    parser.add_argument("--without", action="append", default=[], metavar="RULE", help="power only: a rule of tests/mount_child.py to take out")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="RULE", help="power only: a rule of tests/mount_child.py to take out"
+    )
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(1 << 32)
     print(f"{arguments.what}: {arguments.rounds} rounds, --seed {seed}", flush=True)

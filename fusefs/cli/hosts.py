@@ -15,17 +15,31 @@ from fusefs.cli.session import run, unmounted_volume
 from fusefs.cli.status import day, hosts_table, volume_status
 
 
-@click.command(short_help="List the hosts of a volume.")
+@click.command(short_help="List the hosts of a volume; say which is lost.")
 @click.argument("path", type=DIRECTORY_PATH, metavar="VOLUME")
+@click.argument("action", type=click.Choice(["list", "lost", "back"]), default="list", metavar="[list|lost|back]")
+@click.argument("host", default=None, required=False, metavar="[HOST]")
 @click.option("-l", "long", is_flag=True, help="Also show each host's id, size, reads and writes, and the last error.")
 @passphrase_option
-def hosts(path: Path, long: bool, passphrase_file: Path | None) -> None:
+def hosts(path: Path, action: str, host: str | None, long: bool, passphrase_file: Path | None) -> None:
     """List the hosts of VOLUME: state, free space, usual latency, recent failures, end of the contract.
 
+    A host that is away may come back, so what was freed stays on the others until it does. Where it never will, say `lost`: from then on
+    it holds nothing back, and does not count for the majority that decides whose turn it is to write. HOST is a number, id or URL.
+
     \b
-    Example:
+    Examples:
       fusefs hosts ~/volume
+      fusefs hosts ~/volume lost 2
+      fusefs hosts ~/volume back 2
     """
+    if action != "list":
+        if host is None:
+            raise click.UsageError(f"{action} needs HOST")
+        _mark(live.resolve(path), host, action == "lost", passphrase_file)
+        return
+    if host is not None:
+        raise click.UsageError(f"list takes nothing more, and got {host!r}")
     now = volume_status(live.resolve(path), passphrase_file, "hosts")
     if not long:
         hosts_table(now)
@@ -46,6 +60,20 @@ def hosts(path: Path, long: bool, passphrase_file: Path | None) -> None:
         for host in now.hosts
     ]
     write_table(("host", "id", "url", "state", "free", "latency", "reads", "writes", "failures", "error"), rows, right=(0, 4, 5, 6, 7, 8))
+
+
+def _mark(target: live.Target, host: str, lost: bool, passphrase_file: Path | None) -> None:
+    if target.served:
+        with live.client(target.volume) as client:
+            client.mark(host, lost)
+        return
+    secret = passphrase(passphrase_file)
+
+    async def work() -> None:
+        async with unmounted_volume(target.volume, secret, "hosts") as volume:
+            await volume.mark_host(host, lost=lost)
+
+    run(work)
 
 
 @click.command(short_help="List, conclude and renew contracts with hosts.")

@@ -15,8 +15,7 @@ import trio
 from fusefs.cli import live
 from fusefs.cli.arguments import DIRECTORY_PATH, passphrase_option
 from fusefs.cli.output import progress_bar, say
-from fusefs.cli.passphrase import passphrase
-from fusefs.cli.phrase import phrase_options, recovery_phrase
+from fusefs.cli.passphrase import PHRASE_ENVIRONMENT, passphrase, recovery_phrase
 from fusefs.cli.session import tell_degraded
 from fusefs.daemon import setup_logging, start_from
 from fusefs.mount import serve, serve_read_only
@@ -43,8 +42,10 @@ ELSEWHERE_SECONDS = 5.0
 @click.option(
     "--host", "hosts", multiple=True, metavar="URL", help="With --read-only, instead of VOLUME: a host that holds the volume; repeat."
 )
-@click.option("--volume", "volume_id", default="", metavar="ID", help="With --host: which volume, where a host holds several.")
-@phrase_options
+@click.option("--volume", "volume_id", default="", metavar="ID", help="With --host: which volume, where hosts hold several.")
+@click.option("--superblock", default="", metavar="NAME", help="With --host: which generation or history, where somebody has to choose.")
+@click.option("--phrase", "by_phrase", is_flag=True, help="With --host: use the 24 words: asked for, or in FUSEFS_PHRASE.")
+@click.option("--phrase-file", type=click.Path(path_type=Path), metavar="FILE", help="With --host: the 24 words, first line of FILE.")
 @passphrase_option
 def mount(
     volume: Path,
@@ -55,7 +56,8 @@ def mount(
     read_only: bool,
     hosts: tuple[str, ...],
     volume_id: str,
-    phrase: bool,
+    superblock: str,
+    by_phrase: bool,
     phrase_file: Path | None,
     passphrase_file: Path | None,
 ) -> None:
@@ -79,13 +81,15 @@ def mount(
         if not parsed.read_only:
             raise click.UsageError("--host is for --read-only; for writing, make a volume's directory with fusefs recover.")
         mountpoint = check_mountpoint(None, volume)
-        words = recovery_phrase(phrase, phrase_file)
-        source = Source(None, hosts, volume_id, "" if words else passphrase(passphrase_file), words)
+        if by_phrase or phrase_file is not None or (passphrase_file is None and PHRASE_ENVIRONMENT in os.environ):
+            source = Source(None, hosts, volume_id, phrase=recovery_phrase(phrase_file), superblock=superblock)
+        else:
+            source = Source(None, hosts, volume_id, passphrase(passphrase_file), superblock=superblock)
     else:
         if mountpoint is None:
             raise click.UsageError("Missing argument 'MOUNTPOINT'.")
-        if volume_id or phrase or phrase_file is not None:
-            raise click.UsageError("--volume, --phrase and --phrase-file go with --host.")
+        if volume_id or superblock or by_phrase or phrase_file is not None:
+            raise click.UsageError("--volume, --superblock, --phrase and --phrase-file go with --host.")
         load_config(volume)
         check_mountpoint(volume, mountpoint, beside=parsed.read_only)
         source = Source(volume, passphrase=passphrase(passphrase_file))

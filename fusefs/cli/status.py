@@ -132,12 +132,22 @@ def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, st
         *([("shows", now.view)] if now.view else []),
         ("stored", f"{_count(now.files, 'file')}, {human_bytes(now.bytes)}, in {_count(now.sectors, 'sector')}, {copies}"),
         ("pending", pending),
+        *([("metadata", _published(now))] if not now.view else []),
         ("cache", f"{human_bytes(now.cache_bytes)} of {human_bytes(now.cache_limit)}{hits}"),
         ("journal", f"{now.journal_fill * 100:.0f} % full"),
     ]
     if now.refusals_total:
         lines.append(("refused", f"{_count(now.refusals_total, 'operation')} since it was opened"))
     return lines
+
+
+def _published(now: VolumeStatus) -> str:
+    """What a recovery without this machine would find."""
+    if not now.published_ns:
+        return f"commit {now.commit} here; not on the hosts yet since it was opened"
+    since = human_span(max(0.0, (time.time_ns() - now.published_ns) / 1e9))
+    rest = "; more has changed since" if now.unpublished else ", everything there is"
+    return f"on the hosts as of commit {now.published_commit}, {since} ago{rest}"
 
 
 def _mounted(mount: MountStatus | None) -> str:

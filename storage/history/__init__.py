@@ -15,9 +15,9 @@ Words
 
 Picture
 
-    store.apply --> changes --cut--> log entry --seal--> objects on every host --> superblock there, conditionally --> published on a majority
-                                        ^                     ^
-               tails not in sectors ----+    checkpoint, in the background, when the log has outgrown half of the last one
+    store.apply --> changes --cut--> log entry --seal--> objects on every host --> superblock there, conditionally --> majority: published
+                                         ^                    ^
+                 tails not in sectors ---+                    checkpoint, in the background, when the log has outgrown half of the last
 
 Modules: `objects`, `superblock` (formats), `ancestry` (which history goes on from which), `reading` (what a host says), `host_side` (one
 host), `log`, `checkpoint`, `publisher` (rounds, fencing, the gate for deletions), `restore` (back into a directory).

@@ -219,12 +219,14 @@ class Journal:
                 # The first was filled with zeros: small commits go there, and must not have metadata to flush. These are for bulk.
                 self._prepared.append(await self._make(self.segment_size, worker, zeros=not self._prepared))
 
-    def trim(self, count: int) -> None:
-        """Let go of prepared segments beyond `count` (`tidy` puts them away). Not while a commit is being written. No await inside."""
+    def trim(self, count: int) -> bool:
+        """Let go of prepared segments beyond `count`: True if `tidy` has some to put away. Not while a commit is being written. No await
+        inside."""
         count = max(count, _AHEAD)
         if not self._preparing.locked() and len(self._prepared) > count:
             self._discarded += self._prepared[count:]
             del self._prepared[count:]
+        return bool(self._discarded)
 
     async def prepare_ahead(self, worker: Worker) -> None:
         """Have the next segment at hand before it is needed. NoSpace, IOFailure."""

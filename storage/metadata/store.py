@@ -408,7 +408,9 @@ class Store:
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
         """See MetadataStore."""
         if self._progress.flight is None and not self._next.wanted:
-            self._journal.trim(self._wanted(ops_bytes, tail_bytes, tails, kept))
+            # No await between this look and the trimming: nothing of what goes is being written to.
+            if self._journal.trim(self._wanted(ops_bytes, tail_bytes, tails, kept)):
+                self._takeover.kick()
 
     async def _clear_out(self) -> bool:
         """The disk is full: have segments recycled that are kept only because there was room. True if any was."""

@@ -25,7 +25,7 @@ class Target:
     errors: tuple[type[Exception], ...] = (Corrupt,)
     shape: Shape = "bytes"
     #: Mutations in scripts/test.
-    rounds: int = 3500
+    rounds: int = 2500
 
     def corpus(self) -> list[bytes]:
         """What earlier findings left, by name."""
