@@ -117,8 +117,8 @@ class MetadataStore(MetadataReader, Protocol):
         ...
 
     def has_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:
-        """Do the journal's files, as they stand on the disk, take for certain all that is pending, operations of `ops_bytes` more, that many
-        bytes more of that many tails, and the share `kept` of a segment besides? Arithmetic only."""
+        """Do the journal's files, as they stand on the disk, take for certain all that is pending, operations of `ops_bytes` more, that
+        many bytes more of that many tails, and the share `kept` of a segment besides? Arithmetic only."""
         ...
 
     async def make_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:

@@ -143,10 +143,10 @@ class Volume:
         if self.publisher is None:
             raise NotPermitted(f"{self.path} is open for reading only")
         number = self.hosts.resolve(host)
-        others = [other for other in self.hosts.numbers() if other != number and other not in self.publisher.lost()]
+        others = [other for other in self.hosts.numbers() if other != number and other not in self.publisher.fleet.lost()]
         if lost and not others:
             raise BadArgument(f"host {self.hosts.url(number)} is the last one that is not lost; add another first")
-        self.publisher.mark_lost(number, lost)
+        self.publisher.fleet.mark_lost(number, lost)
         await self.store.commit()
         self.publisher.want()
 
@@ -156,7 +156,7 @@ class Volume:
         size = self.namespace.counts()[1]
         failure = self.store.failure
         publisher = self.publisher
-        lost = publisher.lost() if publisher is not None else {}
+        lost = publisher.fleet.lost() if publisher is not None else {}
         hosts: list[HostStatus] = []
         for record in self.hosts.records():
             space, stats = self.placement.space(record.number), self.hostdb.stats(record.number)
@@ -382,7 +382,7 @@ async def _wire(
         nursery=nursery,
         passed_over=passed_over,
     )
-    publisher.keep_all = tails is not None
+    publisher.fleet.keep_all = tails is not None
     volume.deleter.gate, publisher.on_published = publisher, volume.deleter.wake
     await volume.hosts.open_all()
     if not create:
@@ -396,7 +396,7 @@ async def _wire(
         sector_ids.first,
         seams.clock.time_ns(),
         first_sequence=store.applied_sequence + 1,
-        above=publisher.latest_epoch_seen(),
+        above=publisher.fleet.latest_epoch_seen(),
     )
     sector_ids.reserve(batch)
     store.begin_epoch(epoch.number, epoch.salt)

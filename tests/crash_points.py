@@ -14,6 +14,7 @@ Work is done on the event loop, so that the points of a run are nearly the same 
 from __future__ import annotations
 
 import copy
+import os
 import random
 import shutil
 import sys
@@ -31,7 +32,6 @@ from blake3 import blake3
 from storage import creation
 from storage.config import CONFIG_FILE
 from storage.errors import FusefsError, WrongPassphrase
-from storage.history import publisher
 from storage.keyfile import CHEAP, KEY_FILE, change_passphrase
 from storage.metadata.keys import FREED, FRESH, GARBAGE, HOLDERS, INODE, MAP, ORPHAN, SECTOR, VALUE, prefix_end, read_u64
 from storage.namespace import filemap
@@ -77,6 +77,10 @@ class DeadFrom:
                     self.died = self._left == 0
         if self.died:
             raise Crash(name)
+
+    def die(self) -> None:
+        """Now: nothing with a failpoint happens any more."""
+        self.died = True
 
 
 @dataclass(eq=False)
@@ -286,6 +290,18 @@ class Script:
             raise AssertionError("the sweep is postponed for ever")
         await self.commit()
 
+    async def checkpoint(self) -> None:
+        """A new one, though the log is not long yet; the old one's objects go once no kept superblock names them."""
+        publisher = self.volume.publisher
+        assert publisher is not None
+        async with publisher._lock:
+            await publisher._look()
+            await publisher._cut()
+            publisher._begin_checkpoint()
+            writing = publisher._writing
+        if writing is not None:
+            await writing.wait()
+
     async def hosts(self) -> None:
         """A host more, and its contract renewed."""
         if len(self.volume.hosts.numbers()) < 3:
@@ -342,6 +358,7 @@ class Script:
         self.truncate("log")
         await self.append("log", 400)
         await self.rename("log", "d/a", exchange=True)
+        await self.checkpoint()
         await self.flush()
         await take_over(self.volume.store)
         await self.delete_freed()
@@ -390,6 +407,7 @@ _CHOICES = [
     "truncate",
     "sparse",
     "merge",
+    "checkpoint",
     "reclaim",
     "delete_freed",
     "sweep",
@@ -609,7 +627,6 @@ def hasten() -> list[tuple[object, str, object]]:
     changes: list[tuple[object, str, object]] = [
         (filemap, "DROP_AT_ONCE", 2),
         (reclaim, "SLICE", 1),
-        (publisher, "MIN_LOG", 4096),
         (deleter, "GATHER_SECONDS", 60.0),
         (shipping, "RETRY_FIRST", 0.02),
         (shipping, "RETRY_LAST", 0.1),
@@ -626,13 +643,30 @@ def restore(before: list[tuple[object, str, object]]) -> None:
         setattr(module, name, value)
 
 
-def what_lies_there(base: Path) -> bytes:
-    """All that a process that starts now would find, temporary files of hosts apart: they are never read."""
-    hasher = blake3()
-    for path in sorted(base.rglob("*")):
-        if "/~" not in str(path) and path.name not in ("lock", "lock.mdb") and path.is_file():
-            hasher.update(str(path.relative_to(base)).encode() + b"\0" + path.read_bytes())
-    return hasher.digest()
+class Disk:
+    """What lies below a directory, for seeing whether anything has changed."""
+
+    def __init__(self, base: Path) -> None:
+        self._base = base
+        self._known: dict[tuple[str, int, int], bytes] = {}
+
+    def state(self) -> bytes:
+        """Of all that a process that starts now would find; temporary files of hosts apart, which are never read."""
+        hasher = blake3()
+        for directory, below, names in os.walk(self._base):
+            below[:] = sorted(name for name in below if name != "~tmp")
+            for name in sorted(names):
+                if name not in ("lock", "~lock", "lock.mdb"):
+                    hasher.update(os.path.join(directory, name).encode() + b"\0" + self._digest(os.path.join(directory, name)))
+        return hasher.digest()
+
+    def _digest(self, path: str) -> bytes:
+        status = os.stat(path)
+        key = (path, status.st_ino, status.st_mtime_ns)
+        # What hosts hold is put by renaming, never changed in place.
+        if "/host" not in path or key not in self._known:
+            self._known[key] = blake3(Path(path).read_bytes()).digest()
+        return self._known[key]
 
 
 def find_points(run: Run, work: Work) -> tuple[list[Point], list[Point]]:
@@ -640,7 +674,8 @@ def find_points(run: Run, work: Work) -> tuple[list[Point], list[Point]]:
     that follows them, which promises no less.
     """
     states: list[bytes] = []
-    failpoints = DeadFrom(0, at_hit=lambda: states.append(what_lies_there(run.base)))
+    disk = Disk(run.base)
+    failpoints = DeadFrom(0, at_hit=lambda: states.append(disk.state()))
     _run(lambda: work(run, failpoints))
     counts: Counter[str] = Counter()
     hits: list[Point] = []

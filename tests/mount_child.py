@@ -21,6 +21,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyfuse3
@@ -31,7 +32,7 @@ import fusefs.options
 from fusefs import coherence, contents, directories, kernel
 from fusefs.daemon import setup_logging
 from fusefs.options import MountOptions
-from storage import open_volume
+from storage import VolumeOptions, open_volume
 from storage.errors import FusefsError, IOFailure, NoSpace, NotPermitted, Unavailable
 from storage.hosts import tree
 from storage.metadata import journal
@@ -176,17 +177,23 @@ def take_out(rule: str) -> None:
             # Not a rule: pretend the kernel does not drop pages under direct writes.
             contents.ContentHandlers.kernel_drops_pages = False
         case "journal-fdatasync":
-            journal.fdatasync = _no_sync  # type: ignore[attr-defined]
+            _replace(journal, "fdatasync", _no_sync)
         case "host-fsync":
-            tree.os = _OsWithoutFsync(of_directories=False)  # type: ignore[assignment]
+            _replace(tree, "os", _OsWithoutFsync(of_directories=False))
         case "host-dirsync":
-            tree.os = _OsWithoutFsync(of_directories=True)  # type: ignore[assignment]
+            _replace(tree, "os", _OsWithoutFsync(of_directories=True))
         case "small-journal":
             # Not a rule: segments that are begun, and recycled, many times a second.
-            options = functools.partial(fusefs.mount.VolumeOptions, journal_segment=256 * 1024, journal_limit=8 * 1024 * 1024)
-            fusefs.mount.VolumeOptions = options  # type: ignore[assignment, misc]
+            options = functools.partial(VolumeOptions, journal_segment=256 * 1024, journal_limit=8 * 1024 * 1024)
+            _replace(fusefs.mount, "VolumeOptions", options)
         case _:
             raise SystemExit(f"no rule {rule}")
+
+
+def _replace(module: ModuleType, name: str, value: object) -> None:
+    if name not in vars(module):
+        raise SystemExit(f"{module.__name__} does not use {name} any more: the rule would take nothing out")
+    vars(module)[name] = value
 
 
 def _no_sync(fd: int) -> None:

@@ -8,10 +8,10 @@ Visible is everything that was done, at once. Durable is, read as strictly as PO
 | names made, removed, renamed, linked | fsync of the directory (a rename between two: of either) |
 | permissions, owner | fsync |
 
-A cut leaves the durable, and of the rest nothing (`drop`) or a random part (`random`): of a file any of the sizes it had since, and of each page written
-since the old content, the newest, one in between, or a mixture of 512-byte sectors; of names any changes in any order of directories, so
-long as each change is whole (rename is atomic), changes of one name stay in order, and no directory is removed before what was moved out
-of it. Directories choose at random between a beginning of their changes and any of them.
+A cut leaves the durable, and of the rest nothing (`drop`) or a random part (`random`): of a file any of the sizes it had since, and of
+each page written since the old content, the newest, one in between, or a mixture of 512-byte sectors; of names any changes, so long as each
+change is whole (rename is atomic), changes of one name stay in order, and no directory is removed before what was moved out of it.
+Directories choose at random between a beginning of their changes and any of them.
 
 What was cut off is gone for good: what is left *is* the disk. No I/O but `load` and `store`.
 """

@@ -44,7 +44,7 @@ class Power:
         self._expect("ready")
 
     def cut(self, seed: int | None) -> int:
-        """Now: nothing but the durable stays (None), or a random part of the rest too. Returns what was volatile: pages, changes of names."""
+        """Now: nothing but the durable stays (None), or a random part of the rest too. Returns how many pages and names were volatile."""
         self._tell(f"cut {_how(seed)}")
         return self.wait_cut(SECONDS) or 0
 

@@ -2,8 +2,8 @@
 
     python -m tests.powerfs BACKING MOUNTPOINT
 
-BACKING holds what is durable when nothing is mounted: it is read at the start and replaced at a cut or at the end. Commands come as lines on
-standard input, answers go to standard output as lines:
+BACKING holds what is durable when nothing is mounted: it is read at the start and replaced at a cut or at the end. Commands come as
+lines on standard input, answers go to standard output as lines:
 
     ready                       first of all
     cut drop | cut random SEED  everything fails with EIO from now on and reaches nothing; BACKING is what survived  ->  cut VOLATILE
@@ -65,7 +65,7 @@ def _error(number: int) -> pyfuse3.FUSEError:
 
 
 @_guarded
-class PowerFs(pyfuse3.Operations):  # type: ignore[misc]
+class PowerFs(pyfuse3.Operations):
     """The handlers. File handles are inode numbers."""
 
     def __init__(self, disk: Disk, on_cut: Callable[[random.Random | None], None]) -> None:

@@ -229,7 +229,7 @@ async def test_a_host_that_is_away_holds_deletions_back_until_it_is_marked_lost(
             await publisher.publish()
             await volume.deleter.drain()
         assert [len(Stored(url).shards()) for url in urls[:2]] == [1, 1]
-        publisher.mark_lost(3, True)
+        publisher.fleet.mark_lost(3, True)
         assert volume.store.get(LOST + u32(3)) is not None
         for i in range(3):
             await write(volume, f"b{i}", b"x")

@@ -1,4 +1,7 @@
-"""kill -9 of the mount at random moments: nothing acknowledged is lost, nothing is there that was never written. Hundreds: scripts/torture."""
+"""kill -9 of the mount at random moments: nothing acknowledged is lost, nothing is there that was not written.
+
+Hundreds: scripts/torture.
+"""
 
 from __future__ import annotations
 

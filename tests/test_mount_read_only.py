@@ -109,7 +109,7 @@ def test_beside_a_writer_what_the_hosts_have_is_shown_and_the_writer_is_not_dist
     epoch = demo.status(demo.mnt)["epoch"]
     before, superblocks = everything(*demo.hosts), demo.superblocks()
     said = demo.read().err
-    assert re.search(rf"{demo.view} shows commit [0-9]+ of 20.*what host dir:.* has, while another process has {demo.volume} open", said)
+    assert re.search(rf"{demo.view} shows commit [0-9]+ of 20.*what dir:.* has, while another process has {demo.volume} open", said)
     assert (demo.view / "dir" / "f").read_bytes() == first
     assert (demo.view / "dir" / "f").stat().st_mtime_ns == (demo.mnt / "dir" / "f").stat().st_mtime_ns
     assert subprocess.run(["touch", demo.view / "g"], check=False, capture_output=True).returncode != 0

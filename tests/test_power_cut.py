@@ -1,6 +1,6 @@
-"""Power cuts under volume and hosts: nothing acknowledged is lost, whatever the disk kept of what was not flushed. Hundreds: scripts/torture.
+"""Power cuts under volume and hosts: nothing acknowledged is lost, whatever the disk kept of what was not flushed.
 
-And the test of the test: with any one flush taken out, it fails.
+Hundreds: scripts/torture. And the test of the test: with any one flush taken out, it fails.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ def test_a_flush_that_is_taken_out_is_noticed(base: Path, rule: str) -> None:
                 rounds.round()
             rounds.finish()
         print(str(lost.value)[:1000])
-        assert "shows nothing" not in str(lost.value)
-        assert "do not get going" not in str(lost.value)
+        # By what is missing, not because the test itself does not work.
+        said = str(lost.value)
+        assert "bytes of incarnation" in said or "is gone" in said or "is not there" in said or "Corrupt:" in said
 
 
 async def test_a_volume_is_whole_when_it_is_made(base: Path) -> None:

@@ -294,7 +294,7 @@ async def test_two_histories_are_a_persons_choice_and_each_can_be_looked_at(tmp_
     urls = host_dirs(tmp_path, 2)
     await make(tmp_path / "v", urls, "1")
     async with opened(tmp_path / "v") as volume:
-        await put(volume, "both", b"1")
+        await put(volume, "both", b"")
         await volume.flush()
     shutil.copytree(tmp_path / "v", tmp_path / "w")
     # Each machine reaches another host: neither has a majority, both go on.

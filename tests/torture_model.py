@@ -1,9 +1,10 @@
 """What may be there after a crash: the journals of `torture_writer`, understood, against a tree.
 
-A name has alternatives: what it may stand for, in the order in which they came to be; the last is what a living mount shows. fsync of a directory
-settles the names in it. A file has lives (incarnations: one for each truncation to nothing), each with the least and the most bytes it may have;
-fsync of the file settles the lives, the bytes, and, which is more than POSIX says but what this filesystem promises (a commit takes all
-that was changed before it), the names the file has. A file renamed over another has, under that name, all it had at the rename.
+A name has alternatives: what it may stand for, in the order in which they came to be; the last is what a living mount shows. fsync of a
+directory settles the names in it. A file has lives (incarnations: one for each truncation to nothing), each with the least and the most
+bytes it may have; fsync of the file settles the lives, the bytes, and, which is more than POSIX says but what this filesystem promises (a
+commit takes all that was changed before it), the names the file has. A file renamed over another has, under that name, all it had at the
+rename.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Rounds of writing, dying and comparing: `KillRounds` (kill -9 of the mount) and `PowerRounds` (power cuts of a `powerfs` that holds volume and
-hosts). One round: mounted, by a new process with nothing cached; compared with what the journals of all earlier rounds allow; written to
-by several programs while sectors merge; dead at a random moment. `python -m tests.torture_rig` (scripts/torture) runs as many as wanted.
+"""Rounds of writing, dying and comparing: `KillRounds` (kill -9 of the mount) and `PowerRounds` (power cuts).
+
+One round: mounted, by a new process with nothing cached; compared with what the journals of all earlier rounds allow; written to by several
+programs while sectors merge; dead at a random moment. `python -m tests.torture_rig` (scripts/torture) runs as many as wanted.
 
 A round that shows nothing fails as well: nothing acknowledged, or nothing pending when it ended.
 """
@@ -223,7 +224,7 @@ class Rounds(ABC):
             state.write_text(json.dumps(tree.state()))
             self._journal(number).unlink(missing_ok=True)
             self._journal(number).touch()
-            arguments = [self.mountpoint / f"w{number}", self._journal(number), state, tree.seed, str(self.count * 100_000)]
+            arguments = [str(self.mountpoint / f"w{number}"), str(self._journal(number)), str(state), tree.seed, str(self.count * 100_000)]
             with open(self.base / "writers.log", "ab") as log:
                 self._writers.append(
                     subprocess.Popen([sys.executable, "-S", "-m", "tests.torture_writer", *arguments], cwd=ROOT, stderr=log)

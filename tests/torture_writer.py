@@ -1,10 +1,11 @@
-"""A program that writes to a mount until it is killed, and keeps a journal, outside of the mount, of what it is about to do and of what was
-acknowledged. Nothing but the standard library: it starts in a moment.
+"""A program that writes to a mount until it is killed, and keeps a journal of what it is about to do and of what was acknowledged.
+
+The journal lies outside of the mount. Nothing but the standard library: it starts in a moment.
 
     python -m tests.torture_writer DIRECTORY JOURNAL STATE SEED FIRST
 
-STATE is JSON, what is in DIRECTORY: path to [incarnation, size], or to null for a directory. An incarnation is one life of a file: its content
-is `content(SEED's first part, incarnation)`, as far as it was written. FIRST is the first number of a new one.
+STATE is JSON, what is in DIRECTORY: path to [incarnation, size], or to null for a directory. An incarnation is one life of a file: its
+content is `content(SEED, incarnation)`, as far as it was written. FIRST is the first number of a new one.
 
 The journal, a JSON list per line, each written before what it says, or after it where it is in the past tense:
 

@@ -138,7 +138,8 @@ def umount(mountpoint: Path) -> None:
     except FusefsError as error:
         with live.client(mount.volume) as client:
             now = client.status().volume
-        if now.local_error:
+        # Where the journal failed for good, staying mounted would save nothing.
+        if now.local_error and not now.read_only:
             # Hosts that stay away are no reason to stay mounted: what was written is in the journal. This is.
             raise NoSpace(
                 f"{mountpoint} stays mounted: what was written is not durable ({now.local_error}); free some space, then again"

@@ -141,7 +141,7 @@ def _tell(report: RecoveryReport, volume: Path, as_json: bool) -> None:
         write_line(f"volume      {report.volume_id}, in {printable(str(volume))}")
         write_line(f"as of       commit {report.sequence}, {human_time(report.written_ns)}, superblock {report.generation}")
         write_line(f"written by  {printable(report.machine)}:{printable(report.directory)}")
-        write_line(f"holds       {report.files} files, {human_bytes(report.bytes)} in {report.sectors} sectors")
+        write_line(f"holds       {_count(report.files, 'file')}, {human_bytes(report.bytes)} in {_count(report.sectors, 'sector')}")
         write_line(f"epoch       {report.epoch}, begun here")
     for note in report.notes[:MANY]:
         say(f"note: {note}")
@@ -162,12 +162,16 @@ def _tell(report: RecoveryReport, volume: Path, as_json: bool) -> None:
         say(f"warning: the hosts do not have everything yet, they get it at the next mount: {report.trouble}")
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _tell_salvaged(report: SalvageReport, volume: Path, as_json: bool) -> None:
     if as_json:
         write_line(msgspec.json.encode(report).decode())
     else:
-        write_line(f"salvaged    {report.files} files, {human_bytes(report.bytes)}, into {printable(str(volume))}")
-        write_line(f"from        {report.sectors} sectors of volume {report.volume_id}")
+        write_line(f"salvaged    {_count(report.files, 'file')}, {human_bytes(report.bytes)}, into {printable(str(volume))}")
+        write_line(f"from        {_count(report.sectors, 'sector')} of volume {report.volume_id}")
         write_line("these are plain files: not a volume, and without owners, modes, times, links and empty files")
     for name, missing in report.holes[:MANY]:
         say(f"warning: {name}: {human_bytes(missing)} are missing and read as zeros")

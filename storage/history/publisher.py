@@ -11,26 +11,26 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import trio
-from blake3 import blake3
 
 from storage.config import VolumeConfig, encode_config
 from storage.epochs import Epochs
 from storage.errors import Fenced, FusefsError, Unavailable
 from storage.history.ancestry import Lineage, point_of
 from storage.history.checkpoint import Checkpoint, write_checkpoint
+from storage.history.fleet import Fleet
 from storage.history.host_side import HostSide
 from storage.history.log import Log, TailWanted
-from storage.history.objects import INDEX, Delta, Ref, SealedObject, Tail, Writer, decode_index, object_name, open_object
+from storage.history.objects import INDEX, Delta, Ref, SealedObject, Tail, Writer, decode_index, open_object
 from storage.history.superblock import BODY_VERSION, Body, KnownEpoch, KnownHost, Superblock, encode_superblock
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch
 from storage.keyfile import KEY_FILE, KeyFile, load_keyfile
 from storage.keys import Keys
-from storage.metadata.keys import LOCAL, LOST, prefix_end, read_u32, u32, u64
+from storage.metadata.keys import LOCAL, u64
 from storage.metadata.store import Store
 from storage.seams import Seams
 
@@ -70,17 +70,23 @@ class Publisher:
         passed_over: frozenset[bytes] = frozenset(),
     ) -> None:
         self._nursery = nursery
-        self._passed_over = passed_over
-        #: Delete nothing on any host, and release nothing for deletion: so it is during a recovery.
-        self.keep_all = False
         self._directory, self._config, self._keys, self._keyfile = directory, config, keys, keyfile
         self._store, self._epochs, self._registry, self._seams = store, epochs, registry, seams
         self._interval = interval
         self._take_tails = take_tails
         self._volume_id = config.volume_id_bytes
         self._lock = trio.Lock()
-        self._sides: dict[int, HostSide] = {}
         self._log = Log(keys.metadata_key(), self._volume_id, self._writer, seams, tail_wanted)
+        self.fleet = Fleet(
+            volume_id=self._volume_id,
+            superblock_key=keys.superblock_key(),
+            store=store,
+            registry=registry,
+            lineage=self.lineage,
+            held=self._log.held,
+            seams=seams,
+            passed_over=passed_over,
+        )
         #: The checkpoint superblocks name; None: none is on the hosts yet.
         self._base: Checkpoint | None = None
         #: The log does not lead from the checkpoint to the last cut: only a new one helps.
@@ -101,6 +107,7 @@ class Publisher:
         self._digest = b""
         #: The one that hosts are to have.
         self._current: Superblock | None = None
+        self._current_refs: list[Ref] = []
         #: Up to where the last cut went; what `changes.version` was.
         self.sequence = 0
         self._cut_version = -1
@@ -136,85 +143,18 @@ class Publisher:
     # ------------------------------------------------------------------------------------------------------------
     # Hosts
 
-    def lost(self) -> dict[int, int]:
-        """Hosts somebody has marked lost: number -> when, nanoseconds."""
-        pairs = self._store.scan(LOST, prefix_end(LOST), 4096)
-        return {read_u32(key, 1): int.from_bytes(value, "big") for key, value in pairs}
-
-    def mark_lost(self, number: int, lost: bool) -> None:
-        """From the next commit on the host holds back no deletion and does not count for a majority (or does again). NotFound."""
-        self._registry.record(number)
-        batch = Batch()
-        if lost:
-            batch.put(LOST + u32(number), u64(self._seams.clock.time_ns()))
-        else:
-            batch.delete(LOST + u32(number))
-        self._store.apply(batch)
-
-    def sides(self) -> list[HostSide]:
-        """One for each host that is not lost."""
-        lost = self.lost()
-        for number in self._registry.numbers():
-            if number not in self._sides:
-                self._sides[number] = HostSide(
-                    number,
-                    self._registry,
-                    self._volume_id,
-                    self._keys.superblock_key(),
-                    self.lineage,
-                    self._seams.failpoints,
-                    self._passed_over,
-                )
-        return [side for number, side in sorted(self._sides.items()) if number not in lost]
-
-    def voters(self) -> list[HostSide]:
-        """The hosts that count for I5: those with true conditional puts; all, if there is none."""
-        sides = self.sides()
-        able = [side for side in sides if self._registry.record(side.number).capabilities.conditional_put]
-        return able or sides
-
-    @staticmethod
-    def majority(count: int) -> int:
-        """How many of `count` hosts are one."""
-        return count // 2 + 1
-
-    async def _on_each(self, sides: list[HostSide], work: Callable[[HostSide], Awaitable[None]]) -> None:
-        """All at the same time; a host's failure is its own."""
-
-        async def one(side: HostSide) -> None:
-            try:
-                await work(side)
-            except FusefsError as error:
-                # NotFound, Corrupt: what a lying host says; it is looked at anew.
-                side.examined = side.examined and isinstance(error, Unavailable)
-                if str(error) != side.trouble:
-                    log.warning("history: %s", error)
-                side.trouble = str(error) or "?"
-
-        async with trio.open_nursery() as nursery:
-            for side in sides:
-                if self._registry.available(side.number):
-                    nursery.start_soon(one, side)
-                else:
-                    side.examined = False
-                    side.trouble = self._registry.reason(side.number)
-
     async def examine(self) -> None:
         """At open, before an epoch begins: which superblocks the hosts have. Fenced if there is a later history on them (use recover)."""
         async with self._lock:
-            await self._on_each(self.sides(), HostSide.examine)
+            await self.fleet.on_each(self.fleet.sides(), HostSide.examine)
             self._judge(opening=True)
             await self._go_on()
 
-    def latest_epoch_seen(self) -> int:
-        """The highest number of an epoch on any host: a new one is above it."""
-        return max((side.newest.block.epoch for side in self._sides.values() if side.newest is not None), default=0)
-
     def _judge(self, *, opening: bool = False) -> bool:
         """Is there another history? Fenced if it has a majority (at open: unless ours has one). True if ours may pass it over."""
-        voters = self.voters()
-        need = self.majority(len(voters))
-        foreign = [side for side in self.sides() if side.examined and side.foreign is not None]
+        voters = self.fleet.voters()
+        need = self.fleet.majority(len(voters))
+        foreign = [side for side in self.fleet.sides() if side.examined and side.foreign is not None]
         if not foreign:
             return False
         against = sum(1 for side in foreign if side in voters)
@@ -229,7 +169,7 @@ class Publisher:
             raise RuntimeError("fenced by nobody")
         block, body = found.block, found.body
         self.fenced = (
-            f"another machine has gone on with this volume: host {self._registry.url(side.number)} has epoch {block.epoch} of "
+            f"another machine has gone on with this volume: host {self.fleet.url(side)} has epoch {block.epoch} of "
             f"{body.machine}:{body.directory}, commit {block.sequence}, which is not in {self._directory} (epoch {self._last_epoch()}, "
             f"commit {self._store.durable_sequence}); to go on here: fusefs recover into a new directory; to read what only this one has: "
             f"fusefs mount --read-only {self._directory}"
@@ -244,9 +184,9 @@ class Publisher:
     async def _go_on(self) -> None:
         """Take the newest superblock of this history for what the log goes on from, if nothing newer is here."""
         lineage = self.lineage()
-        candidates = [side.newest for side in self._sides.values() if side.newest is not None]
+        candidates = [side.newest for side in self.fleet.every() if side.newest is not None]
         ours = [found for found in candidates if lineage.contains(point_of(found.block))]
-        self.generation = max([self.generation, *(side.highest for side in self._sides.values())])
+        self.generation = max(self.generation, self.fleet.highest_generation())
         if not ours or self._current is not None:
             return
         newest = max(ours, key=lambda found: (found.block.epoch, found.block.sequence, found.block.generation))
@@ -266,37 +206,16 @@ class Publisher:
             self._log.entries = list(newest.body.log)
             self.sequence = newest.block.sequence
             names = frozenset(ref.name for ref in self._refs())
-            for side in self._sides.values():
+            for side in self.fleet.every():
                 if side.newest is not None and side.newest.block.digest == newest.block.digest:
                     side.knows(newest.block.generation, names)
 
     async def _load_checkpoint(self, ref: Ref) -> Checkpoint:
-        data = await self._fetch(ref)
+        data = await self.fleet.fetch(ref)
         body = await self._seams.threads.run(open_object, self._keys.metadata_key(), self._volume_id, ref, INDEX, data, "checkpoint")
         index = decode_index(body, "checkpoint")
         stored = sum(chunk.size for chunk in index.chunks) + ref.size
         return Checkpoint(index.sequence, index.chunks, index.records, index.size, stored, ref)
-
-    async def _fetch(self, ref: Ref) -> bytes:
-        """An object's bytes: from here, or from the first host whose copy is what its name says."""
-        held = self._log.held.objects.get(ref.name)
-        if held is not None:
-            return held
-        reasons: list[str] = []
-        for side in sorted(self.sides(), key=lambda side: ref.name not in side.present):
-            if not self._registry.available(side.number):
-                continue
-            try:
-                data = await side.get(ref)
-            except FusefsError as error:
-                reasons.append(str(error))
-                side.present.discard(ref.name)
-                continue
-            if await self._seams.threads.run(_is, data, ref):
-                return data
-            reasons.append(f"host {self._registry.url(side.number)}: {object_name(self._volume_id, ref.name)} is damaged")
-            side.present.discard(ref.name)
-        raise Unavailable(f"no host gives metadata object {ref.name[:26]} ({'; '.join(reasons) or 'no host can be reached'})")
 
     # ------------------------------------------------------------------------------------------------------------
     # Rounds
@@ -338,7 +257,7 @@ class Publisher:
         """Is there a host that could be brought up to date now?"""
         current = self._current
         return current is not None and any(
-            self._registry.available(side.number) and side.generation < current.generation for side in self.sides()
+            self.fleet.available(side) and side.generation < current.generation for side in self.fleet.sides()
         )
 
     async def _refresh_keys(self) -> bool:
@@ -369,8 +288,10 @@ class Publisher:
             async with self._lock:
                 if self.fenced is not None:
                     raise Fenced(self.fenced)
-                if self.published_all and self._cut_version >= version and not self._again and not self._any_behind():
-                    return
+                if self.published_all and self._cut_version >= version and not self._again:
+                    await self._catch_up()
+                    if not self._again:
+                        return
                 writing = await self._publish()
             if writing is None or not wait:
                 return
@@ -384,7 +305,7 @@ class Publisher:
         await self._look()
         if self._base is not None and not self._gap:
             await self._cut()
-            await self._log.merge(self._fetch)
+            await self._log.merge(self.fleet.fetch)
         if self._base is not None and not self._gap:
             await self._round()
             if self._log.size > max(MIN_LOG, self._base.stored // 2) or self._log.full:
@@ -397,12 +318,33 @@ class Publisher:
             await self._spread_log()
         return self._writing
 
+    async def _catch_up(self) -> None:
+        """Hosts that were away get the superblock the others have; nobody else is sent anything. Fenced."""
+        current, refs = self._current, self._current_refs
+        if current is None or not self._any_behind():
+            return
+
+        async def bring(side: HostSide) -> None:
+            if not side.examined:
+                await side.examine()
+            if side.generation >= current.generation or side.foreign is not None:
+                return
+            if side.highest >= current.generation or not await side.put(current, refs, self.fleet.fetch):
+                # It has one that is none of ours, or is damaged: the next round goes above it.
+                await side.examine()
+                self._again = True
+
+        await self.fleet.on_each([side for side in self.fleet.sides() if side.generation < current.generation], bring)
+        if self._judge():
+            # Another history stands somewhere, and a majority is ours: the next round passes it over.
+            self._again = True
+
     async def _look(self) -> None:
         """Hosts that came back say what they have; the first time any does, the log goes on from there. Unavailable, Fenced."""
-        sides = self.sides()
-        await self._on_each([side for side in sides if not side.examined], HostSide.examine)
+        sides = self.fleet.sides()
+        await self.fleet.on_each([side for side in sides if not side.examined], HostSide.examine)
         if not any(side.examined for side in sides):
-            raise Unavailable(f"no host can be reached ({'; '.join(filter(None, (side.trouble for side in sides))) or 'there is none'})")
+            raise Unavailable(f"no host can be reached ({self.fleet.troubles() or 'there is none'})")
         self._judge()
         if self._base is None and self._writing is None and self._current is None:
             await self._go_on()
@@ -443,7 +385,7 @@ class Publisher:
 
     def _encode(self) -> Superblock:
         base = self._base
-        lost = self.lost()
+        lost = self.fleet.lost()
         body = Body(
             version=BODY_VERSION,
             predecessor=self._digest,
@@ -458,7 +400,7 @@ class Publisher:
         return encode_superblock(
             self._keys.superblock_key(),
             volume_id=self._volume_id,
-            generation=max([self.generation, *(side.highest for side in self._sides.values())]) + 1,
+            generation=max(self.generation, self.fleet.highest_generation()) + 1,
             sequence=self.sequence,
             written_ns=self._seams.clock.time_ns(),
             keys=self._keyfile,
@@ -475,18 +417,18 @@ class Publisher:
             done: set[int] = set()
             self._busy = {ref.name for ref in refs}
             again = await self._bring(block, refs, done, over)
-            self._current, self._digest = block, block.digest
+            self._current, self._current_refs, self._digest = block, refs, block.digest
             for ref in refs:
-                if ref.name in self._log.held.unplaced and any(ref.name in side.present for side in self._sides.values()):
+                if ref.name in self._log.held.unplaced and any(ref.name in side.present for side in self.fleet.every()):
                     self._log.held.placed(ref.name)
-            voters = self.voters()
+            voters = self.fleet.voters()
             have = sum(1 for side in voters if side.number in done)
-            if have >= self.majority(len(voters)):
-                foreign = [side for side in self.sides() if side.foreign is not None and self._registry.available(side.number)]
+            if have >= self.fleet.majority(len(voters)):
+                foreign = [side for side in self.fleet.sides() if side.foreign is not None and self.fleet.available(side)]
                 if foreign and not over:
                     # A majority is ours at this very moment, so what the others have never had one, and never will.
                     for side in foreign:
-                        log.warning("host %s: another history is passed over", self._registry.url(side.number))
+                        log.warning("host %s: another history is passed over", self.fleet.url(side))
                     over = True
                     continue
                 self._published(block)
@@ -496,8 +438,10 @@ class Publisher:
             self._judge()
             if not again:
                 break
-        reasons = "; ".join(filter(None, (side.trouble for side in self.sides())))
-        raise Unavailable(f"{have} of {len(voters)} hosts have the newest superblock, {self.majority(len(voters))} are needed ({reasons})")
+        reasons = self.fleet.troubles()
+        raise Unavailable(
+            f"{have} of {len(voters)} hosts have the newest superblock, {self.fleet.majority(len(voters))} are needed ({reasons})"
+        )
 
     async def _bring(self, block: Superblock, refs: list[Ref], done: set[int], over: bool) -> bool:
         """To every host; those that have it are added to `done`. True if somebody wrote to one meanwhile, but no other history."""
@@ -512,13 +456,13 @@ class Publisher:
             if side.highest >= block.generation:
                 again = True
                 return
-            if await side.put(block, refs, self._fetch):
+            if await side.put(block, refs, self.fleet.fetch):
                 done.add(side.number)
                 return
             await side.examine()
             again = again or side.foreign is None
 
-        await self._on_each(self.sides(), bring)
+        await self.fleet.on_each(self.fleet.sides(), bring)
         return again
 
     def _published(self, block: Superblock) -> None:
@@ -529,7 +473,7 @@ class Publisher:
             self._store.mark_published(block.sequence)
 
     async def _tidy(self) -> None:
-        if self.keep_all:
+        if self.fleet.keep_all:
             return
         busy = self._busy | ({ref.name for ref in self._next.refs()} if self._next is not None else set())
 
@@ -537,7 +481,7 @@ class Publisher:
             if side.generation == self.generation:
                 await side.tidy(busy | self._spreading)
 
-        await self._on_each(self.sides(), tidy)
+        await self.fleet.on_each(self.fleet.sides(), tidy)
 
     # ------------------------------------------------------------------------------------------------------------
     # Checkpoints
@@ -564,7 +508,7 @@ class Publisher:
         """Until superblocks name it. A failure leaves everything as it was; it is tried again with the next round."""
         try:
             started = self._seams.clock.monotonic()
-            await write_checkpoint(checkpoint, self._store, self._seal, self._spread, self._seams)
+            await write_checkpoint(checkpoint, self._store, self._seal, self.fleet.spread, self._seams)
             async with self._lock:
                 await self._cut(force=True)
                 if self._losses:
@@ -602,21 +546,7 @@ class Publisher:
         for ref in self._log.refs():
             if ref.name in self._log.held.unplaced:
                 self._spreading.add(ref.name)
-                await self._spread(SealedObject(ref, self._log.held.objects[ref.name]))
-
-    async def _spread(self, sealed: SealedObject) -> None:
-        """To every host that can be reached. Unavailable if none takes it."""
-
-        async def fetch(_: Ref) -> bytes:
-            return sealed.data
-
-        async def place(side: HostSide) -> None:
-            await side.place(sealed.ref, fetch)
-
-        await self._on_each(self.sides(), place)
-        if not any(sealed.ref.name in side.present for side in self.sides()):
-            raise Unavailable(f"no host takes metadata ({'; '.join(filter(None, (side.trouble for side in self.sides())))})")
-        self._log.held.placed(sealed.ref.name)
+                await self.fleet.spread(SealedObject(ref, self._log.held.objects[ref.name]))
 
     def _refs(self) -> list[Ref]:
         return [*(self._base.refs() if self._base is not None else []), *self._log.refs()]
@@ -625,23 +555,17 @@ class Publisher:
     # The gate for deletions (I3): see HistoryGate
 
     def released_sequence(self) -> int:
-        """What was freed by commits up to this one is in no superblock generation that any host, not marked lost, keeps."""
-        if self.keep_all:
-            return 0
-        kept = [side.oldest_sequence() for side in self.sides()]
-        known = [sequence for sequence in kept if sequence is not None]
-        return min([self._store.durable_sequence, *known])
+        """See HistoryGate."""
+        return self.fleet.released_sequence()
 
     async def confirm(self, host_number: int) -> bool:
-        """Re-reads which superblock the host has: is it ours? False also where it does not answer."""
-        side = next((side for side in self.sides() if side.number == host_number), None)
-        # A lost host is not deleted on: it keeps what it has, whatever that is.
-        return side is not None and await side.confirm()
+        """See HistoryGate."""
+        return await self.fleet.confirm(host_number)
 
     def want_release(self, sequence: int) -> None:
         """Something freed by this commit waits for an older generation to go: publish once more, if that can help."""
-        sides = self.sides()
-        if not all(side.examined and side.foreign is None and self._registry.available(side.number) for side in sides):
+        sides = self.fleet.sides()
+        if not all(side.examined and side.foreign is None and self.fleet.available(side) for side in sides):
             return
         if sequence > self._store.applied_sequence and self._store.failure is None:
             # Freed in the latest commit, and counted to the next, since a cut may have fallen between: let there be a next one.
@@ -649,7 +573,3 @@ class Publisher:
             batch.put(LOCAL + b"tick", u64(sequence))
             self._store.apply(batch)
         self._again = True
-
-
-def _is(data: bytes, ref: Ref) -> bool:
-    return len(data) == ref.size and blake3(data).hexdigest() == ref.root

@@ -22,8 +22,8 @@ Picture
           pending --commit--> journal thread: seal tails, hash, pwritev, fdatasync --> segments, recycled oldest first
 
 Modules: `keys` (who owns which prefix), `records` (the journal's format), `segments` (its files), `journal` (writing it), `replay`
-(reading it after a crash), `memtable`, `lmdb_base`, `takeover` (the task that moves what is durable on and makes room),
-`store` (all of it behind MetadataStore), `counters` (ids never used twice).
+(reading it after a crash), `memtable`, `lmdb_base`, `takeover` (the task that moves what is durable on and makes room), `ballast` (room
+to give when the disk is full), `store` (all of it behind MetadataStore), `counters` (ids never used twice).
 
 Invariants kept here
 
@@ -35,4 +35,5 @@ Invariants kept here
 - (key, nonce) of a sealed tail is used once (I1): the key is the epoch's, the counter only goes up, also after a failed write.
 - After a failed write or flush of the journal nothing is acknowledged any more (Fenced) until the volume is opened again.
 - Bounded (I7): the journal by its limit, the memtable by takeovers and by the journal; what does not fit waits, then is refused.
+- What callers accept only after `has_room` always finds room: the segments for it are on the disk already, whoever fills it later.
 """

@@ -407,10 +407,11 @@ class Store:
 
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
         """See MetadataStore."""
-        if self._progress.flight is None and not self._next.wanted:
-            # No await between this look and the trimming: nothing of what goes is being written to.
-            if self._journal.trim(self._wanted(ops_bytes, tail_bytes, tails, kept)):
-                self._takeover.kick()
+        if self._progress.flight is not None or self._next.wanted:
+            return
+        # No await between this look and the trimming: nothing of what goes is being written to.
+        if self._journal.trim(self._wanted(ops_bytes, tail_bytes, tails, kept)):
+            self._takeover.kick()
 
     async def _clear_out(self) -> bool:
         """The disk is full: have segments recycled that are kept only because there was room. True if any was."""

@@ -66,7 +66,7 @@ class Shipper:
         self.pending = 0
         #: Bytes of the buffers alone.
         self._buffered = 0
-        #: Invariant: what neither the journal nor a pending commit has, summed over all tails (size - journaled), and how many tails that is.
+        #: Invariant: bytes that neither the journal nor a pending commit has, of all tails (size - journaled), and how many tails that is.
         self.unsafe = self.unsafe_tails = 0
         #: Cargos flying or parked.
         self._cargos: set[Cargo] = set()
