@@ -24,7 +24,7 @@ import trio
 from fusefs.control_protocol import error_of
 from fusefs.mount import serve, serve_read_only
 from fusefs.options import MountOptions
-from storage import Source
+from storage import ReadOnlySource
 from storage.errors import BadArgument, FusefsError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -105,10 +105,10 @@ def start(
     volume: Path, mountpoint: Path, passphrase: str, options: Sequence[str], log_file: Path | None, note: Callable[[str], None]
 ) -> int:
     """As `start_from`, for a volume's directory."""
-    return start_from(Source(volume, passphrase=passphrase), mountpoint, options, log_file, note)
+    return start_from(ReadOnlySource(volume, passphrase=passphrase), mountpoint, options, log_file, note)
 
 
-def start_from(source: Source, mountpoint: Path, options: Sequence[str], log_file: Path | None, note: Callable[[str], None]) -> int:
+def start_from(source: ReadOnlySource, mountpoint: Path, options: Sequence[str], log_file: Path | None, note: Callable[[str], None]) -> int:
     """Mount in the background; returns the process id once the mount is usable. Raises what the child ran into, and then it is gone."""
     volume = os.path.abspath(source.path) if source.path is not None else ""
     read_fd, write_fd = os.pipe()
@@ -240,7 +240,7 @@ def main() -> int:
             trio.run(serve, Path(unpack(order.volume)), mountpoint, passphrase, options, reporter.ready, reporter.note)
         else:
             hosts = tuple(unpack(url) for url in order.hosts)
-            source = Source(None, hosts, unpack(order.volume_id), passphrase, unpack(order.phrase), unpack(order.superblock))
+            source = ReadOnlySource(None, hosts, unpack(order.volume_id), passphrase, unpack(order.phrase), unpack(order.superblock))
             trio.run(serve_read_only, source, mountpoint, options, reporter.ready, reporter.note)
     except FusefsError as error:
         log.error("%s", error)

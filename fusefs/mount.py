@@ -33,7 +33,7 @@ from fusefs.mounts import encode_source, mount_at, mount_of_volume
 from fusefs.operations import Operations
 from fusefs.options import MountOptions
 from fusefs.scratch import Scratch
-from storage import Source, Volume, VolumeOptions, open_read_only, open_volume
+from storage import ReadOnlySource, Volume, VolumeOptions, open_read_only, open_volume
 from storage.errors import Busy, FusefsError, NotFound, Unavailable
 
 log = logging.getLogger(__name__)
@@ -64,14 +64,14 @@ async def serve(
     """
     path = Path(os.path.abspath(volume_path))  # noqa: ASYNC240  no I/O but getcwd
     if options.read_only:
-        await serve_read_only(Source(path, passphrase=passphrase), mountpoint, options, ready, note)
+        await serve_read_only(ReadOnlySource(path, passphrase=passphrase), mountpoint, options, ready, note)
         return
     async with _alone() as control:
         await _serve(path, mountpoint, passphrase, options, ready, note, control)
 
 
 async def serve_read_only(
-    source: Source, mountpoint: Path, options: MountOptions, ready: Callable[[], None], note: Note = log.info
+    source: ReadOnlySource, mountpoint: Path, options: MountOptions, ready: Callable[[], None], note: Note = log.info
 ) -> None:
     """As `serve`, for reading only: from a volume's directory, beside whoever writes there, or from hosts (storage.open_read_only).
 
@@ -137,7 +137,7 @@ async def _serve(
 
 
 async def _serve_read_only(
-    source: Source, mountpoint: Path, options: MountOptions, ready: Callable[[], None], note: Note, control: trio.Nursery
+    source: ReadOnlySource, mountpoint: Path, options: MountOptions, ready: Callable[[], None], note: Note, control: trio.Nursery
 ) -> None:
     mountpoint = await trio.to_thread.run_sync(partial(check_mountpoint, source.path, mountpoint, beside=True))
     if source.path is not None:

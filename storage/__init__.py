@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from storage.interfaces import SectorManager as SectorManager
     from storage.keyfile import KEY_FILE as KEY_FILE
     from storage.keyfile import change_passphrase as change_passphrase
+    from storage.read_only import ReadOnlySource as ReadOnlySource
     from storage.read_only import ReadOnlyVolume as ReadOnlyVolume
-    from storage.read_only import Source as Source
     from storage.read_only import open_read_only as open_read_only
     from storage.recovery import RecoveryReport as RecoveryReport
     from storage.recovery import recover_volume as recover_volume
@@ -92,7 +92,7 @@ _HOMES = {
         "SectorManager",
     ),
     "storage.keyfile": ("KEY_FILE", "change_passphrase"),
-    "storage.read_only": ("ReadOnlyVolume", "Source", "open_read_only"),
+    "storage.read_only": ("ReadOnlySource", "ReadOnlyVolume", "open_read_only"),
     "storage.recovery": ("RecoveryReport", "recover_volume"),
     "storage.replication": ("Replication", "parse_replication"),
     "storage.salvage": ("SalvageReport", "salvage_volume"),

@@ -54,7 +54,7 @@ REASON = "it is mounted read-only"
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ReadOnlySource:
     """What a read-only view is made from: `path`, a volume's directory; or `hosts`, URLs of some of its hosts.
 
     `volume_id`: which one, where hosts hold several (the beginning of it). `superblock`: of several histories or generations the one to
@@ -104,7 +104,7 @@ class ReadOnlyVolume(Volume):
 
 @asynccontextmanager
 async def open_read_only(
-    source: Source,
+    source: ReadOnlySource,
     *,
     scratch: Path,
     seams: Seams | None = None,
@@ -133,7 +133,7 @@ async def open_read_only(
     if not lock.acquire_shared():
         known = await seams.threads.run(known_hosts, path)
         # By the phrase: the passphrase may have been changed since the superblock was written.
-        there = Source(path, known, config.volume_id, phrase=phrase_of(master))
+        there = ReadOnlySource(path, known, config.volume_id, phrase=phrase_of(master))
         async with _from_hosts(there, scratch, seams, options, opener, progress) as volume:
             volume.view += f", while another process has {path} open"
             yield volume
@@ -208,7 +208,7 @@ class _Relocated(Opener):
 
 @asynccontextmanager
 async def _from_hosts(
-    source: Source,
+    source: ReadOnlySource,
     scratch: Path,
     seams: Seams,
     options: VolumeOptions,

@@ -115,10 +115,10 @@ class MemoryStore:
     def pinned_tails(self) -> list[tuple[int, int]]:
         return list(self.pinned)
 
-    def has_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:  # noqa: ARG002
+    def has_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:
         return True
 
-    async def make_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:  # noqa: ARG002
+    async def make_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:
         return True
 
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:

@@ -25,6 +25,7 @@ from storage.metadata.keys import (
     FRESH,
     GARBAGE,
     HOST,
+    LOST,
     MAP,
     ORPHAN,
     PARTIAL,
@@ -34,6 +35,7 @@ from storage.metadata.keys import (
     XATTR,
     prefix_end,
     read_u64,
+    u32,
     u64,
 )
 from storage.metadata.lmdb_base import LmdbBase
@@ -406,7 +408,8 @@ def _freed_in_use(store: Store) -> None:
 
 def _holders(store: Store) -> bytes:
     key = _sector_of("holey")(store)
-    return holders_key(decode_sector(store.get(key), 1).shards[0].root, 1)
+    shard = decode_sector(store.get(key), read_u64(key, 1)).shards[0]
+    return holders_key(shard.root, shard.hosts[0])
 
 
 #: name -> (damage, the kind that names it). All are mended, and every file reads as before.
@@ -700,6 +703,19 @@ async def test_a_host_that_is_away_is_one_finding_and_nothing_is_given_up(everyt
         assert done.report.found["host-away"] == 1
         assert done.report.exit_status == 21
         (path.parent / "elsewhere").rename(away)
+        await healthy(path)
+
+
+async def test_what_was_on_a_host_that_is_given_up_is_copied_to_others(everything: tuple[Path, Content]) -> None:
+    async with damaged(everything) as (path, store):
+        store[LOST + u32(2)] = u64(1)
+        on_it = [key for key, raw in store.all(SECTOR) if 2 in decode_sector(raw, 1).shards[0].hosts]
+        store.close()
+        shutil.rmtree(path.parent / "host1")
+        told = await check(path)
+        assert told.report.found == {"missing-copy": len(on_it)}
+        mended = await check(path, repair=True)
+        assert mended.report.exit_status == 20, f"{mended}"
         await healthy(path)
 
 

@@ -32,7 +32,7 @@ def base() -> Iterator[Path]:
     ("work", "step"),
     [
         pytest.param(crash_points.crash, 1, id="a crash, then the next mount"),
-        pytest.param(crash_points.lose, 5, id="the machine lost instead of mounted again"),
+        pytest.param(crash_points.lose, 8, id="the machine lost instead of mounted again"),
         pytest.param(crash_points.recover, 1, id="a crash during a recovery, then another one"),
     ],
 )

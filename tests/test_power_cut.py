@@ -52,7 +52,7 @@ def test_a_flush_that_is_taken_out_is_noticed(base: Path, rule: str) -> None:
         print(str(lost.value)[:1000])
         # By what is missing, not because the test itself does not work.
         said = str(lost.value)
-        assert "bytes of incarnation" in said or "is gone" in said or "is not there" in said or "Corrupt:" in said
+        assert "bytes of incarnation" in said or "is gone" in said or "is not there" in said or "Corrupt:" in said or "Fenced:" in said
 
 
 async def test_a_volume_is_whole_when_it_is_made(base: Path) -> None:

@@ -15,7 +15,7 @@ import trio
 
 from fusefs.scratch import Scratch
 from storage.errors import BadArgument, Fenced, FusefsError, NotFound, Unavailable, WrongPassphrase
-from storage.read_only import ReadOnlyVolume, Source, open_read_only
+from storage.read_only import ReadOnlySource, ReadOnlyVolume, open_read_only
 from storage.volume import Volume
 from tests.rig import PASSPHRASE, QUIET, host_dirs, make, opened
 
@@ -34,7 +34,7 @@ def everything(*roots: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @asynccontextmanager
-async def viewed(source: Source, scratch: Path) -> AsyncIterator[ReadOnlyVolume]:
+async def viewed(source: ReadOnlySource, scratch: Path) -> AsyncIterator[ReadOnlyVolume]:
     scratch.mkdir()
     try:
         async with open_read_only(source, scratch=scratch, options=QUIET) as volume:
@@ -78,7 +78,7 @@ async def test_a_crashed_volume_shows_all_it_durably_has_and_not_a_byte_of_it_ch
         await volume.commit()
         copy = crashed_copy(tmp_path / "v", tmp_path / "copy")
     before = everything(copy, tmp_path / "host0", tmp_path / "host1")
-    async with viewed(Source(copy, passphrase=PASSPHRASE), tmp_path / "scratch") as view:
+    async with viewed(ReadOnlySource(copy, passphrase=PASSPHRASE), tmp_path / "scratch") as view:
         assert await content(view, "sectors") == in_sectors
         assert await content(view, "dir/journal") == in_journal[:100_000]
         status = await view.status()
@@ -102,7 +102,7 @@ async def test_a_tail_larger_than_a_sector_stays_where_it_is(tmp_path: Path) -> 
         copy = crashed_copy(tmp_path / "v", tmp_path / "copy")
     (tmp_path / "away").rename(tmp_path / "host0")
     before = everything(copy, tmp_path / "host0")
-    async with viewed(Source(copy, passphrase=PASSPHRASE), tmp_path / "scratch") as view:
+    async with viewed(ReadOnlySource(copy, passphrase=PASSPHRASE), tmp_path / "scratch") as view:
         assert (await view.status()).pending_bytes == len(data)
         assert await content(view, "f") == data
         await view.flush()
@@ -119,7 +119,7 @@ async def test_nothing_inside_can_write(tmp_path: Path) -> None:
         await put(volume, "f", b"x")
         await volume.flush()
     before = everything(tmp_path)
-    async with viewed(Source(tmp_path / "v", passphrase=PASSPHRASE), tmp_path / "scratch") as view:
+    async with viewed(ReadOnlySource(tmp_path / "v", passphrase=PASSPHRASE), tmp_path / "scratch") as view:
         names, ino = view.namespace, view.namespace.lookup(1, b"f")
         for change in (
             lambda: names.create(1, b"g", 0o100644, 0, 0),
@@ -151,7 +151,7 @@ async def test_two_read_the_same_directory_and_nobody_is_kept_from_writing_later
     await make(tmp_path / "v", host_dirs(tmp_path, 1))
     async with opened(tmp_path / "v") as volume:
         await put(volume, "f", b"x")
-    async with viewed(Source(tmp_path / "v", passphrase=PASSPHRASE), tmp_path / "scratch"):
+    async with viewed(ReadOnlySource(tmp_path / "v", passphrase=PASSPHRASE), tmp_path / "scratch"):
         # The lock is free again. (LMDB does not let one process open a database twice; processes do it in test_mount_read_only.)
         with pytest.raises(BadArgument, match="open in this process"):
             async with opened(tmp_path / "v"):
@@ -169,7 +169,7 @@ async def test_what_only_an_absent_host_has_cannot_be_read_and_all_else_can(tmp_
         holders = {number: _host_of(volume, f"f{number}") for number in range(12)}
     assert set(holders.values()) == {1, 2}, "by bad luck all sectors are on one host"
     (tmp_path / "host1").rename(tmp_path / "away")
-    async with viewed(Source(tmp_path / "v", passphrase=PASSPHRASE), tmp_path / "scratch") as view:
+    async with viewed(ReadOnlySource(tmp_path / "v", passphrase=PASSPHRASE), tmp_path / "scratch") as view:
         assert any(urls[1] in warning for warning in view.warnings)
         assert any("are only on" in warning for warning in view.warnings)
         for number, host in holders.items():
@@ -192,14 +192,14 @@ def _host_of(volume: Volume, name: str) -> int:
 async def test_what_is_no_volume_or_not_ours_is_refused(tmp_path: Path) -> None:
     await make(tmp_path / "v", host_dirs(tmp_path, 1))
     with pytest.raises(BadArgument, match="not a fusefs volume"):
-        async with viewed(Source(tmp_path / "host0", passphrase=PASSPHRASE), tmp_path / "scratch"):
+        async with viewed(ReadOnlySource(tmp_path / "host0", passphrase=PASSPHRASE), tmp_path / "scratch"):
             pass
     with pytest.raises(WrongPassphrase):
-        async with viewed(Source(tmp_path / "v", passphrase="wrong"), tmp_path / "scratch"):
+        async with viewed(ReadOnlySource(tmp_path / "v", passphrase="wrong"), tmp_path / "scratch"):
             pass
     shutil.rmtree(tmp_path / "v" / "metadata")
     with pytest.raises(NotFound, match="recover"):
-        async with viewed(Source(tmp_path / "v", passphrase=PASSPHRASE), tmp_path / "scratch"):
+        async with viewed(ReadOnlySource(tmp_path / "v", passphrase=PASSPHRASE), tmp_path / "scratch"):
             pass
 
 
@@ -219,7 +219,7 @@ async def test_a_fenced_volume_can_be_read(tmp_path: Path) -> None:
     with pytest.raises(Fenced, match="recover"):
         async with opened(copy):
             pass
-    async with viewed(Source(copy, passphrase=PASSPHRASE), tmp_path / "scratch") as view:
+    async with viewed(ReadOnlySource(copy, passphrase=PASSPHRASE), tmp_path / "scratch") as view:
         assert await content(view, "only here") == b"precious"
         assert await content(view, "both") == b"1"
         with pytest.raises(NotFound):
@@ -246,9 +246,9 @@ async def test_hosts_alone_show_the_newest_superblock_and_nothing_is_put_there(t
         await volume.commit()
         before = everything(tmp_path / "host0", tmp_path / "host1")
         for source in (
-            Source(hosts=(urls[0],), passphrase=PASSPHRASE),
-            Source(hosts=(urls[1],), phrase=phrase),
-            Source(hosts=tuple(urls), volume_id=volume.volume_id, passphrase=PASSPHRASE),
+            ReadOnlySource(hosts=(urls[0],), passphrase=PASSPHRASE),
+            ReadOnlySource(hosts=(urls[1],), phrase=phrase),
+            ReadOnlySource(hosts=tuple(urls), volume_id=volume.volume_id, passphrase=PASSPHRASE),
         ):
             async with viewed(source, tmp_path / "scratch") as view:
                 assert await content(view, "d/f") == flushed + logged
@@ -269,7 +269,7 @@ async def test_hosts_that_moved_are_found_where_they_are_said_to_be(tmp_path: Pa
         await volume.flush()
     shutil.rmtree(tmp_path / "host1")
     (tmp_path / "host0").rename(tmp_path / "elsewhere")
-    async with viewed(Source(hosts=(f"dir:{tmp_path / 'elsewhere'}",), passphrase=PASSPHRASE), tmp_path / "scratch") as view:
+    async with viewed(ReadOnlySource(hosts=(f"dir:{tmp_path / 'elsewhere'}",), passphrase=PASSPHRASE), tmp_path / "scratch") as view:
         assert await content(view, "f") == data
         assert any("host1" in warning for warning in view.warnings)
 
@@ -286,7 +286,7 @@ async def test_a_host_that_was_away_does_not_hide_what_the_others_have(tmp_path:
         await volume.flush()
     shutil.rmtree(tmp_path / "host2")
     (tmp_path / "stale").rename(tmp_path / "host2")
-    async with viewed(Source(hosts=(urls[2],), passphrase=PASSPHRASE), tmp_path / "scratch") as view:
+    async with viewed(ReadOnlySource(hosts=(urls[2],), passphrase=PASSPHRASE), tmp_path / "scratch") as view:
         assert await content(view, "f") == b"old and new"
 
 
@@ -304,7 +304,7 @@ async def test_two_histories_are_a_persons_choice_and_each_can_be_looked_at(tmp_
             await put(volume, f"only {place}", b"2")
             await volume.flush()
         (tmp_path / "away").rename(tmp_path / f"host{away}")
-    both = Source(hosts=tuple(urls), passphrase=PASSPHRASE)
+    both = ReadOnlySource(hosts=tuple(urls), passphrase=PASSPHRASE)
     with pytest.raises(BadArgument, match="--superblock") as caught:
         async with viewed(both, tmp_path / "scratch"):
             pass
@@ -322,7 +322,7 @@ async def test_what_hosts_do_not_have_is_said(tmp_path: Path) -> None:
     urls = host_dirs(tmp_path, 1)
     await make(tmp_path / "v", urls)
     other = await make(tmp_path / "w", urls)
-    both = Source(hosts=(urls[0],), passphrase=PASSPHRASE)
+    both = ReadOnlySource(hosts=(urls[0],), passphrase=PASSPHRASE)
     for source, kind, text in (
         (both, BadArgument, "--volume"),
         (replace(both, volume_id="zz"), NotFound, "no volume 'zz'"),
@@ -340,7 +340,7 @@ async def test_what_hosts_do_not_have_is_said(tmp_path: Path) -> None:
         async with viewed(replace(both, volume_id=mine, passphrase="wrong"), tmp_path / "scratch"):
             pass
     with pytest.raises(WrongPassphrase, match="24 words"):
-        async with viewed(Source(hosts=(urls[0],), volume_id=mine, phrase=other), tmp_path / "scratch"):
+        async with viewed(ReadOnlySource(hosts=(urls[0],), volume_id=mine, phrase=other), tmp_path / "scratch"):
             pass
 
 

@@ -41,7 +41,7 @@ SECTOR_SIZE = 64 * 1024
 #: Tails go into sectors, many of them small, and small sectors are merged, several times in a round.
 OPTIONS = "commit_interval=0.4,flush_interval=0.15"
 #: Seconds in which writers write, at most.
-LONGEST = 1.2
+LONGEST = 0.8
 HOSTS = 2
 
 

@@ -22,7 +22,7 @@ from fusefs.mount import serve, serve_read_only
 from fusefs.mountpoint import check_mountpoint, unmount
 from fusefs.mounts import Mount, mount_at
 from fusefs.options import MountOptions
-from storage import FlushReport, Source, load_config
+from storage import FlushReport, ReadOnlySource, load_config
 from storage.errors import FusefsError, NoSpace, NotFound, Unavailable
 
 #: Seconds a process that has let go of the volume may take to end.
@@ -82,9 +82,9 @@ def mount(
             raise click.UsageError("--host is for --read-only; for writing, make a volume's directory with fusefs recover.")
         mountpoint = check_mountpoint(None, volume)
         if by_phrase or phrase_file is not None or (passphrase_file is None and PHRASE_ENVIRONMENT in os.environ):
-            source = Source(None, hosts, volume_id, phrase=recovery_phrase(phrase_file), superblock=superblock)
+            source = ReadOnlySource(None, hosts, volume_id, phrase=recovery_phrase(phrase_file), superblock=superblock)
         else:
-            source = Source(None, hosts, volume_id, passphrase(passphrase_file), superblock=superblock)
+            source = ReadOnlySource(None, hosts, volume_id, passphrase(passphrase_file), superblock=superblock)
     else:
         if mountpoint is None:
             raise click.UsageError("Missing argument 'MOUNTPOINT'.")
@@ -92,7 +92,7 @@ def mount(
             raise click.UsageError("--volume, --superblock, --phrase and --phrase-file go with --host.")
         load_config(volume)
         check_mountpoint(volume, mountpoint, beside=parsed.read_only)
-        source = Source(volume, passphrase=passphrase(passphrase_file))
+        source = ReadOnlySource(volume, passphrase=passphrase(passphrase_file))
     if not foreground:
         start_from(source, mountpoint, options, log, say)
         return

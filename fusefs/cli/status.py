@@ -18,7 +18,7 @@ from fusefs.cli.output import human_bytes, human_span, human_time, printable, st
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
 from fusefs.control_protocol import MountStatus
-from storage import ContractStatus, HostStatus, Source, VolumeStatus, open_read_only
+from storage import ContractStatus, HostStatus, ReadOnlySource, VolumeStatus, open_read_only
 from storage.errors import Fenced
 
 #: Warnings shown to a person: where everything is wrong, what is stored must not scroll away.
@@ -83,7 +83,7 @@ def volume_status(target: live.Target, passphrase_file: Path | None, command: st
 
 async def _read_only_status(volume: Path, secret: str) -> VolumeStatus:
     with TemporaryDirectory(prefix="fusefs-") as scratch:
-        async with open_read_only(Source(volume, passphrase=secret), scratch=Path(scratch)) as opened:
+        async with open_read_only(ReadOnlySource(volume, passphrase=secret), scratch=Path(scratch)) as opened:
             return await opened.status()
 
 

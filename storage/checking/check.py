@@ -22,6 +22,7 @@ from storage.hosts.registry import HostRegistry, Opener
 from storage.keyfile import KEY_FILE, load_keyfile, open_slots
 from storage.keys import Keys
 from storage.lock import VolumeLock
+from storage.metadata.keys import LOST, u32
 from storage.metadata.replay import RecoveredTails
 from storage.metadata.store import open_store
 from storage.seams import Seams
@@ -124,6 +125,7 @@ async def _open_hosts(patient: Patient, keys: Keys, opener: Opener | None) -> No
         return
     await registry.open_all()
     patient.registry, patient.contractor = registry, contractor
-    patient.hosts_complete = all(registry.available(number) for number in registry.numbers())
+    lost = {number for number in registry.numbers() if store.get(LOST + u32(number)) is not None}
+    patient.hosts_complete = all(registry.available(number) for number in registry.numbers() if number not in lost)
     if patient.epochs is not None:
         patient.host_io = HostIO(volume_id, keys, patient.epochs, registry, contractor, HostDB(store, seams), store, seams)

@@ -19,7 +19,7 @@ from storage.errors import BadArgument, Corrupt, FusefsError, NotFound
 from storage.hosts.holders import holders_key
 from storage.hosts.layout import check_root, sectors_prefix, shard_name
 from storage.hosts.registry import HostRegistry
-from storage.metadata.keys import EXTENT, SECTOR, read_u64
+from storage.metadata.keys import EXTENT, LOST, SECTOR, read_u64, u32
 from storage.replication import parse_replication
 from storage.sealing import sealed_length
 from storage.sectors.records import PREAMBLE_SIZE, SectorRecord, check_preamble
@@ -39,7 +39,9 @@ class _Seen:
 
     #: (sector, host) -> (kind of finding, why)
     bad: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
+    #: Hosts that could not be looked at; of these, `lost` are those a person has given up.
     away: set[int] = field(default_factory=set)
+    lost: set[int] = field(default_factory=set)
     unlisted: int = 0
 
     def add(self, sector_id: int, host: int, kind: str, why: str) -> None:
@@ -84,6 +86,12 @@ async def _check_host(patient: Patient, registry: HostRegistry, contractor: Cont
     if number not in registry.numbers():
         seen.away.add(number)
         await patient.found("unknown-host", f"host {number}", f"{shards} shards are said to be there, and the volume has no such host")
+        return
+    if patient.store.get(LOST + u32(number)) is not None:
+        seen.away.add(number)
+        seen.lost.add(number)
+        if shards:
+            patient.note("pending", where, f"it is lost; copies of what was on it ({shards} shards) are made on other hosts")
         return
     if not registry.available(number):
         seen.away.add(number)
@@ -236,6 +244,7 @@ async def _conclude_sector(patient: Patient, seen: _Seen, sector_id: int, record
         return
     for shard in record.shards:
         bad = {host: seen.bad[sector_id, host] for host in shard.hosts if (sector_id, host) in seen.bad}
+        bad |= {host: ("missing-copy", "is on a host that is lost") for host in shard.hosts if host in seen.lost}
         good = [host for host in shard.hosts if host not in bad and host not in seen.away]
         if not good and record.live and len(lost) < MAX_LOST:
             lost.add(sector_id)

@@ -25,7 +25,7 @@
 | `d` | host number u32 | the host is lost: when somebody said so, nanoseconds u64 | history |
 | `w` | ASCII name | settings of the volume that can change | volume |
 | `J` | ASCII name | the store's own: last sequence LMDB holds | metadata.store |
-| `L` | ASCII name | of this copy of the volume's directory alone: never on a host, not part of the volume's history | history |
+| `L` | ASCII name | of this copy of the volume's directory alone: never on a host, not part of its history | history, sectors.sweep |
 """
 
 from __future__ import annotations
