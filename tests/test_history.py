@@ -37,7 +37,7 @@ def publisher_of(volume: Volume) -> Publisher:
 
 
 def superblocks(url: str) -> list[str]:
-    return [name for name in Stored(url).names("/superblock.")]
+    return Stored(url).names("/superblock.")
 
 
 def metadata(url: str, volume: Volume) -> set[str]:

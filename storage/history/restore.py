@@ -4,7 +4,9 @@
         -> tails of the log that are in no sector -> what the caller amends, and the marker, in the last transaction
 
 Every object is asked of one host after the other until one gives what its name and the key say. An interrupted restore leaves a database
-without the marker, which no store opens: it is removed, and the restore started over. In memory: FETCH_AHEAD objects, and the tail bytes.
+without the marker, which no store opens: it is removed, and the restore started over.
+
+In memory: FETCH_AHEAD objects, and the tail bytes. Measured: 2,000,000 records of 100 bytes take 4 seconds and 60 MiB.
 """
 
 from __future__ import annotations

@@ -163,7 +163,8 @@ def prepare(directory: Path, number: int, size: int, spare: Path | None, failpoi
         failpoints.hit("journal.segment.prepared")
     except BaseException as error:
         if fd >= 0:
-            os.close(fd)
+            with suppress(OSError):  # Closing can fail too, on a network's filesystem.
+                os.close(fd)
         # Whatever stage it was at: a file under neither name is none, and the error that brought us here is the one to tell. After a
         # (simulated) crash it stays.
         for name in (origin, path) if isinstance(error, Exception) else ():
