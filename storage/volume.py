@@ -26,7 +26,7 @@ from storage.keyfile import KEY_FILE, load_keyfile, open_slots
 from storage.keys import SALT_SIZE, Keys
 from storage.lock import VolumeLock
 from storage.metadata.counters import Counter
-from storage.metadata.keys import SECTOR, prefix_end, read_u64
+from storage.metadata.keys import SECTOR, prefix_end, read_u64, u32
 from storage.metadata.store import Store, open_store
 from storage.namespace import Namespace
 from storage.replication import parse_replication
@@ -37,6 +37,7 @@ from storage.sectors.manager import SectorManager
 from storage.sectors.placement import Placement
 from storage.sectors.reader import SectorReader
 from storage.sectors.records import decode_sector
+from storage.sectors.sweep import RECOVERED_KEY, Sweeper
 from storage.status import ContractStatus, HostStatus, RefusalStatus, VolumeStatus
 from storage.values.records import tail_needed
 from storage.values.values import Values
@@ -99,7 +100,8 @@ class Volume:
         self.values: Values
         self.namespace: Namespace
         self.files: Files
-        #: None where the volume is open for reading only.
+        #: None where the volume is open for reading only, as the next.
+        self.sweeper: Sweeper | None = None
         self.publisher: Publisher | None = None
 
     def record_refusal(self, refusal: Refusal) -> None:
@@ -338,6 +340,9 @@ async def _close(volume: Volume) -> None:
                 with trio.move_on_after(PUBLISH_LIMIT):
                     await _publish_last(publisher)
             await volume.commit()
+            # No shard is put anywhere from here on.
+            if volume.sweeper is not None and volume.sweeper.settle():
+                await volume.commit()
     finally:
         await volume.hosts.aclose()
 
@@ -402,6 +407,8 @@ async def _wire(
     store.begin_epoch(epoch.number, epoch.salt)
     if create:
         Namespace.format(batch, seams.clock.time_ns(), os.getuid(), os.getgid())
+    if tails is not None:
+        batch.put(RECOVERED_KEY, u32(epoch.number))
     store.apply(batch)
     await store.commit()
     store.on_pressure = volume.values.shipper.journal_pressure
@@ -425,6 +432,10 @@ async def _wire(
             volume.warnings.append(f"other machines cannot see yet that this one has the volume: {error}")
             log.warning("%s", volume.warnings[-1])
     nursery.start_soon(publisher.run)
+    volume.sweeper = Sweeper(
+        store, volume.config.volume_id_bytes, volume.epochs, volume.hosts, volume.contractor, volume.host_io, publisher, seams
+    )
+    nursery.start_soon(volume.sweeper.run)
     nursery.start_soon(volume.sectors.run)
     nursery.start_soon(volume.values.run)
     nursery.start_soon(volume.files.run)

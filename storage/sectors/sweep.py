@@ -5,8 +5,8 @@ goes for a put whose answer was lost. Nobody would ever delete it. The sweep lis
 no holders record (`r`). It deletes only (I5) what was sealed
 
 - for this volume, by an epoch of this history: number and salt are on record;
-- by an *earlier* epoch than the current one: so nothing this process has on its way is ever touched, and, since nothing is sealed under an
-  earlier epoch any more, what is on no record now never will be;
+- by an *earlier* epoch than the current one, though not before the latest recovery (below): so nothing this process has on its way is ever
+  touched, and, since nothing is sealed under an earlier epoch any more, what is on no record now never will be;
 - under a sector id that this epoch owns, with no sector on record under it, and no freed sector that names the root (the deleter's turn);
 
 and only through the same gate as the deleter (I3): once every kept superblock generation is of the current epoch, hence does not know the
@@ -14,7 +14,9 @@ shard either, and after the host's own superblock was found ours. Everything els
 
 When: a host is owed a sweep of the epochs below E unless it is on record that it has none of their orphans. That is put on record when a
 sweep of it ends, and when a volume is closed and every put on the host was answered and recorded (`settle`); so it costs nothing after
-a clean end. A directory without the record, after a recovery, is owed one for all epochs. Record, under the key `L` + "swept." + host
+a clean end. After a recovery nothing of the epochs before it is swept: the machine that had the volume may still be there, fenced, and what
+it put on hosts after its last superblock is only on record in its own directory, from which somebody may want to read it (`fusefs check`
+counts it). Key `L` + "recovered", u32: the epoch the latest recovery began. Record, under the key `L` + "swept." + host
 number in decimal digits:
 
 | bytes | field |
@@ -49,7 +51,7 @@ from storage.hosts.holders import holders_key
 from storage.hosts.layout import check_root, sectors_prefix, shard_name
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, HistoryGate, Host, MetadataStore
-from storage.metadata.keys import FREED, LOCAL, SECTOR, prefix_end, read_u64, u64
+from storage.metadata.keys import FREED, LOCAL, SECTOR, prefix_end, read_u32, read_u64, u64
 from storage.sealing import HEADER_SIZE, ShardHeader
 from storage.seams import Seams
 from storage.sectors.records import decode_sector
@@ -70,6 +72,8 @@ TIMEOUT = 20.0
 RETRY_FIRST, RETRY_LAST = 30.0, 3600.0
 #: Entries looked at between two checkpoints.
 _SLICE = 64
+#: See the module.
+RECOVERED_KEY = LOCAL + b"recovered"
 #: Directories of shards on a host: the first two digits of a root.
 _DIRECTORIES = 256
 
@@ -127,6 +131,8 @@ class Sweeper:
         self._seams = seams
         self._pause = pause
         self._current = epochs.current.number
+        raw = store.get(RECOVERED_KEY)
+        self._floor = read_u32(raw) if raw is not None and len(raw) == 4 else 0
         self._lineage = {epoch.number: epoch.salt for epoch in epochs.all()}
         #: I3: a superblock of an earlier commit could still know what we do not. From the epoch's first commit on, what earlier epochs put
         #: somewhere and is on no record there never will be.
@@ -301,7 +307,9 @@ class Sweeper:
 
     def _is_ours(self, header: ShardHeader) -> bool:
         """Sealed by an earlier epoch of this history, under an id it owned."""
-        if header.volume_id != self._volume_id or header.epoch >= self._current or self._lineage.get(header.epoch) != header.salt:
+        if header.volume_id != self._volume_id or not self._floor <= header.epoch < self._current:
+            return False
+        if self._lineage.get(header.epoch) != header.salt:
             return False
         try:
             owner = self._epochs.for_sector(header.sector_id)
