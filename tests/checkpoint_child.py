@@ -47,7 +47,7 @@ class Peak:
         self._thread.join()
 
 
-async def main(base: Path, files: int) -> dict[str, float]:
+async def fill(base: Path, files: int) -> None:
     await make(base / "v", host_dirs(base, 1))
     async with opened(base / "v") as volume:
         namespace = volume.namespace
@@ -59,6 +59,9 @@ async def main(base: Path, files: int) -> dict[str, float]:
             if number % 10 == 0:
                 await namespace.append(ino, b"%d" % number)
         await volume.flush()
+
+
+async def measure(base: Path) -> dict[str, float]:
     async with opened(base / "v") as volume:
         publisher = volume.publisher
         assert publisher is not None
@@ -78,7 +81,7 @@ async def main(base: Path, files: int) -> dict[str, float]:
         base_checkpoint = publisher._base
         assert base_checkpoint is not None
         return {
-            "files": files,
+            "files": volume.namespace.regular_files(),
             "records": base_checkpoint.records,
             "stored_mib": base_checkpoint.stored / 2**20,
             "before_mib": before / 2**20,
@@ -91,4 +94,7 @@ async def main(base: Path, files: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(trio.run(main, Path(sys.argv[1]), int(sys.argv[2]))))
+    if sys.argv[1] == "fill":
+        trio.run(fill, Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        print(json.dumps(trio.run(measure, Path(sys.argv[2]))))
