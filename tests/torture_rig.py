@@ -326,6 +326,10 @@ class PowerRounds(Rounds):
         return self
 
     def _serve(self) -> Served:
+        if keep := os.environ.get("FUSEFS_TORTURE_KEEP"):
+            # What the cut left, to be looked at when the round after it fails.
+            shutil.rmtree(Path(keep) / "survived", ignore_errors=True)
+            shutil.copytree(self.power.backing, Path(keep) / "survived", symlinks=True, ignore=shutil.ignore_patterns("control.sock"))
         self.power.start()
         if self.count > 1 and self.random.random() < 0.15:
             self._cut_while_starting()
