@@ -61,6 +61,8 @@ class Tree:
     failure: str = ""
     _moves: list[tuple[str, str]] = field(default_factory=list)
     _files: dict[int, File] = field(default_factory=dict)
+    #: Incarnations that no writer numbers: below zero.
+    _empty: int = 0
 
     # ---- the journal
 
@@ -155,9 +157,13 @@ class Tree:
             if matched is not None and isinstance(data, bytes) and matched.file is not None:
                 if data and (other := where.setdefault(id(matched.file), path)) != path:
                     wrong.append(f"{path} and {other} are the same file: a rename was only half done")
-                incarnation = self._fits(matched, data)
-                file = File([Life(incarnation or 0, len(data), len(data))])
-                files[incarnation or 0] = file
+                incarnation = self._fits(matched, data) or 0
+                if incarnation in files:
+                    # Both are empty: a file, and the empty one that was to replace it. From here on each has contents of its own.
+                    self._empty -= 1
+                    incarnation = self._empty
+                file = File([Life(incarnation, len(data), len(data))])
+                files[incarnation] = file
                 adopted[path] = [Meaning(file)]
             elif matched == DIRECTORY:
                 adopted[path] = [DIRECTORY]

@@ -1,4 +1,4 @@
-"""Rounds of writing, dying and comparing: `KillRounds` (kill -9 of the mount) and `PowerRounds` (power cuts).
+"""Rounds of writing, dying, comparing: `KillRounds` (kill -9 of the mount), `LostRounds` (and of its machine), `PowerRounds` (power cuts).
 
 One round: mounted, by a new process with nothing cached; compared with what the journals of all earlier rounds allow; written to by several
 programs while sectors merge; dead at a random moment. `python -m tests.torture_rig` (scripts/torture) runs as many as wanted.
@@ -260,9 +260,9 @@ class Rounds(ABC):
         return Lost("\n".join([f"seed {self.seed}, found in round {self.count}:", *wrong[:30], *([said] if said else [])]))
 
 
-async def _create(volume: Path, hosts: Sequence[Path]) -> None:
+async def _create(volume: Path, hosts: Sequence[Path], copies: int = HOSTS) -> None:
     await create_volume(
-        volume, PASSPHRASE, hosts=[f"dir:{host}" for host in hosts], replication=str(len(hosts)), sector_size=SECTOR_SIZE, argon2=CHEAP
+        volume, PASSPHRASE, hosts=[f"dir:{host}" for host in hosts], replication=str(copies), sector_size=SECTOR_SIZE, argon2=CHEAP
     )
 
 
@@ -272,7 +272,10 @@ class KillRounds(Rounds):
     def __init__(self, base: Path, seed: int) -> None:
         super().__init__(base, seed)
         self._volume = base / "volume"
-        self.hosts = [base / f"host{number}" for number in range(HOSTS)]
+        self._make()
+
+    def _make(self) -> None:
+        self.hosts = [self.base / f"host{number}" for number in range(HOSTS)]
         for host in self.hosts:
             host.mkdir()
         trio.run(_create, self._volume, self.hosts)
@@ -296,6 +299,51 @@ class KillRounds(Rounds):
             self._read()
             raise self._lost(self._failures() or [f"the program in w{number} ended by itself" for number in ended])
         return "killed"
+
+
+class LostRounds(KillRounds):
+    """The machine is lost: the mount is killed, its volume directory and, every other time, a host are gone. Back by `fusefs recover`.
+
+    With `-o fsync=hosts`, so that everything acknowledged must be on the hosts at any moment. Three hosts, two copies: one may go.
+    """
+
+    OPTIONS = f"{OPTIONS},fsync=hosts"
+
+    def __init__(self, base: Path, seed: int) -> None:
+        super().__init__(base, seed)
+
+    def _make(self) -> None:
+        self.hosts = [self.base / f"host{number}" for number in range(HOSTS + 1)]
+        for host in self.hosts:
+            host.mkdir()
+        trio.run(_create, self._volume, self.hosts, HOSTS)
+
+    def _serve(self) -> Served:
+        if self.count > 1:
+            self._lose()
+        return ByCommand(self._volume, self.mountpoint, self.OPTIONS, self.base / "log")
+
+    def _lose(self) -> None:
+        shutil.rmtree(self._volume)
+        self._volume = self.base / f"volume{self.count}"
+        away = self.random.choice(self.hosts) if self.random.random() < 0.5 else None
+        if away is not None:
+            away.rename(away.with_name("away"))
+        there = [host for host in self.hosts if host != away]
+        # One is enough: it names the others.
+        given = self.random.choice(there)
+        done = subprocess.run(
+            [sys.executable, "-m", "fusefs", "recover", self._volume, "--host", f"dir:{given}"],
+            env=environment({"FUSEFS_PASSPHRASE": PASSPHRASE}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise self._lost([f"recover from {given.name}: {done.stderr}"])
+        if away is not None:
+            # It comes back with what it had: an ancestor by now.
+            away.with_name("away").rename(away)
 
 
 class PowerRounds(Rounds):
@@ -398,7 +446,7 @@ def temporary() -> Iterator[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/torture", description="Rounds of writing, dying and comparing; stops at the first loss.")
-    parser.add_argument("what", choices=["kill", "power"])
+    parser.add_argument("what", choices=["kill", "power", "lost"])
     parser.add_argument("rounds", type=int)
     parser.add_argument("--seed", type=int, default=None, help="of a run that is to be seen again (times still differ)")
     parser.add_argument(
@@ -411,7 +459,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with ExitStack() as stack:
         base = stack.enter_context(temporary())
-        rounds: Rounds = KillRounds(base, seed) if arguments.what == "kill" else PowerRounds(base, seed, arguments.without)
+        rounds: Rounds
+        if arguments.what == "power":
+            rounds = PowerRounds(base, seed, arguments.without)
+        else:
+            rounds = (KillRounds if arguments.what == "kill" else LostRounds)(base, seed)
         stack.enter_context(rounds)
         try:
             for _ in range(arguments.rounds):
