@@ -18,6 +18,7 @@ from storage.history.publisher import Publisher
 from storage.history.superblock import parse_superblock
 from storage.hosts.faults import Faults
 from storage.interfaces import Batch
+from storage.keyfile import CHEAP, KEY_FILE, change_passphrase
 from storage.metadata.keys import LOST, SETTING, u32
 from storage.recovery import recover_volume
 from storage.volume import Volume, open_volume
@@ -440,3 +441,38 @@ async def test_a_host_away_at_the_opening_is_gone_on_with_later(tmp_path: Path) 
         await volume.hosts.retry_once()
         await published(volume)
         assert publisher_of(volume).published_all
+
+
+async def test_a_changed_passphrase_is_on_the_hosts_after_a_flush(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 2)
+    await make(tmp_path / "v", urls, "2")
+    async with opened(tmp_path / "v") as volume:
+        await volume.flush()
+        change_passphrase(tmp_path / "v" / KEY_FILE, volume.volume_id, PASSPHRASE, "another", volume.seams, CHEAP)
+        await volume.flush()
+        volume.publisher = None
+    await recover_volume(tmp_path / "w", urls, passphrase="another")
+
+
+async def test_a_flush_with_nothing_new_sends_no_superblock(tmp_path: Path) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    async with opened(tmp_path / "v") as volume:
+        await volume.flush()
+        generation = publisher_of(volume).generation
+        volume.store.apply(Batch())
+        await volume.flush()
+        assert publisher_of(volume).generation == generation
+
+
+async def test_a_fenced_volume_refuses_attributes_as_well(tmp_path: Path) -> None:
+    """What is set in memory only would be lost without a word."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    with pytest.raises(Fenced):
+        async with opened(tmp_path / "v") as volume:
+            ino = volume.namespace.create(1, b"file", 0o644, 0, 0)
+            await volume.commit()
+            volume.store.fence("fenced by a test")
+            with pytest.raises(Fenced):
+                volume.namespace.set_attributes(ino, mode=0o600)
+            assert volume.namespace.attributes(ino).mode & 0o777 == 0o644
+            raise Fenced("the end")

@@ -250,7 +250,8 @@ class Publisher:
 
     async def tick(self) -> None:
         """What `run` does each time."""
-        if await self._refresh_keys() or self.dirty or self._any_behind():
+        await self._refresh_keys()
+        if self.dirty or self._any_behind():
             await self.publish(wait=False)
 
     def _any_behind(self) -> bool:
@@ -260,17 +261,15 @@ class Publisher:
             self.fleet.available(side) and side.generation < current.generation for side in self.fleet.sides()
         )
 
-    async def _refresh_keys(self) -> bool:
-        """The passphrase may have been changed: superblocks carry the slots. True if it was."""
+    async def _refresh_keys(self) -> None:
+        """The passphrase may have been changed: superblocks carry the slots."""
         try:
             keyfile = await self._seams.threads.run(load_keyfile, self._directory / KEY_FILE, self._config.volume_id)
         except FusefsError as error:
             log.warning("the key slots on the hosts stay as they are: %s", error)
-            return False
-        if keyfile == self._keyfile:
-            return False
-        self._keyfile, self._again = keyfile, True
-        return True
+            return
+        if keyfile != self._keyfile:
+            self._keyfile, self._again = keyfile, True
 
     async def claim(self) -> None:
         """At open: put the new epoch on the hosts, with the history as they have it (none: nothing is done). Fenced, Unavailable."""
@@ -284,6 +283,7 @@ class Publisher:
         `wait`: also for a checkpoint, where nothing can be published before there is one.
         """
         version = self._store.changes.version
+        await self._refresh_keys()
         for _ in range(ATTEMPTS):
             async with self._lock:
                 if self.fenced is not None:

@@ -24,7 +24,7 @@ class Changes:
         self._limit = limit
         self._ops: dict[bytes, bytes | None] = {}
         self._cost = 0
-        #: Grows with each batch noted.
+        #: Grows with each batch that has anything for the hosts.
         self.version = 0
         #: Something changed that hosts should know soon.
         self.reason = False
@@ -35,6 +35,8 @@ class Changes:
 
     def note(self, ops: Sequence[Op], tails: bool = False) -> None:
         """A batch was applied, with or without tail bytes."""
+        if not tails and all(key[:1] in NEVER_SHIPPED for key, _ in ops):
+            return
         self.version += 1
         self.reason |= tails
         if self.broken:

@@ -132,6 +132,7 @@ class Namespace:
         for when in (atime_ns, mtime_ns, ctime_ns):
             if when is not None and not -(2**63) <= when < 2**63:
                 raise BadArgument(f"inode {ino}: a time of {when} ns cannot be recorded")
+        self._inodes.check_writable()
         self._inodes.relieve()
         # All checks are done: from here nothing is half set.
         rec = inode.rec

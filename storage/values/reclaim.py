@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import trio
 
-from storage.errors import FusefsError, NotFound
+from storage.errors import Corrupt, FusefsError, NotFound
 from storage.interfaces import Batch, MetadataStore
 from storage.metadata.keys import EXTENT, GARBAGE, prefix_end, read_u64, u64
 from storage.sectors.manager import SectorManager
@@ -81,7 +81,8 @@ class Reclaimer:
     def _known(self, sector_id: int) -> bool:
         try:
             self._sectors.record(sector_id)
-        except NotFound:
-            log.error("a freed value pointed to sector %d, which is not on record; run fusefs check", sector_id)
+        except (NotFound, Corrupt) as error:
+            # One damaged record must not keep what all others hold from being reclaimed.
+            log.error("a freed value pointed to sector %d, which stays: %s; run fusefs check", sector_id, error)
             return False
         return True
