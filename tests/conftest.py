@@ -53,7 +53,19 @@ def in_ci() -> bool:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     refuse_skip(report, in_ci=in_ci())
+    make_text(report)
     return report
+
+
+def make_text(report: pytest.TestReport) -> None:
+    """Log lines name files whose names are no text; a report that goes from one process to another must be."""
+    report.sections = [(name, as_text(content)) for name, content in report.sections]
+    if report.longrepr is not None and as_text(said := str(report.longrepr)) != said:
+        report.longrepr = as_text(said)
+
+
+def as_text(said: str) -> str:
+    return said.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from storage.errors import Fenced, Unavailable
+from storage.errors import BadArgument, Fenced, Unavailable
 from storage.history import checkpoint as checkpoint_module
 from storage.history import publisher as publisher_module
 from storage.history.objects import metadata_prefix
@@ -476,3 +476,62 @@ async def test_a_fenced_volume_refuses_attributes_as_well(tmp_path: Path) -> Non
                 volume.namespace.set_attributes(ino, mode=0o600)
             assert volume.namespace.attributes(ino).mode & 0o777 == 0o644
             raise Fenced("the end")
+
+
+async def test_a_name_alone_is_no_superblock(tmp_path: Path) -> None:
+    """A host that shows the highest name there can be harms nobody but itself."""
+    urls = host_dirs(tmp_path, 3)
+    await make(tmp_path / "v", urls, "1")
+    async with opened(tmp_path / "v") as volume:
+        newest = superblocks(urls[0])[-1]
+        for name in ("9" * 20, f"{2**63:020d}"):
+            Stored(urls[0]).write(newest[:-20] + name, b"nothing")
+        publisher_of(volume).fleet.sides()[0].examined = False
+        for i in range(3):
+            await write(volume, f"file{i}", b"x")
+            await publisher_of(volume).publish()
+        assert publisher_of(volume).published_all
+        assert "does not verify" in publisher_of(volume).fleet.troubles()
+        assert len({superblocks(url)[-1] for url in urls[1:]}) == 1
+    async with opened(tmp_path / "v") as volume:
+        assert sorted(await volume.files.list()) == ["file0", "file1", "file2"]
+    await recover_volume(tmp_path / "w", urls, passphrase=PASSPHRASE)
+
+
+async def test_a_damaged_newest_superblock_is_passed(tmp_path: Path) -> None:
+    url = host_dirs(tmp_path, 1)[0]
+    await make(tmp_path / "v", [url])
+    newest = superblocks(url)[-1]
+    Stored(url).write(newest, Stored(url).read(newest)[:-1])
+    async with opened(tmp_path / "v") as volume:
+        await write(volume, "file", b"x")
+        await publisher_of(volume).publish()
+        assert publisher_of(volume).published_all
+
+
+async def test_a_superblock_of_a_newer_fusefs_is_not_taken_for_damage(tmp_path: Path) -> None:
+    url = host_dirs(tmp_path, 1)[0]
+    await make(tmp_path / "v", [url])
+    newest = superblocks(url)[-1]
+    raw = Stored(url).read(newest)
+    Stored(url).write(newest, raw[:8] + (99).to_bytes(4, "big") + raw[12:])
+    with pytest.raises(BadArgument, match="newer fusefs"):
+        async with opened(tmp_path / "v"):
+            pass
+    assert superblocks(url)[-1] == newest
+
+
+async def test_tails_written_to_the_journal_once_more_stay_in_the_log(tmp_path: Path) -> None:
+    """Between the two a checkpoint may begin: what was acknowledged is durable all the time, so the hosts get it."""
+    url = host_dirs(tmp_path, 1)[0]
+    await make(tmp_path / "v", [url])
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, b"acknowledged")
+        await volume.values.commit(value)
+        tail = volume.values._tails[value]
+        volume.values.shipper.mark(tail, tail.sealed)
+        assert [(t.value_id, t.data) for t in volume.values.take_unlogged(True)] == [(value, b"acknowledged")]
+        assert volume.values.take_unlogged(False) == []
+        await volume.commit()
+        assert volume.values.take_unlogged(False) == []

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import trio
 from blake3 import blake3
 
-from storage.errors import FusefsError, Unavailable
+from storage.errors import BadArgument, FusefsError, Unavailable
 from storage.history.ancestry import Lineage
 from storage.history.host_side import HostSide
 from storage.history.log import Held
@@ -97,6 +97,7 @@ class Fleet:
             except FusefsError as error:
                 # NotFound, Corrupt: what a lying host says; it is looked at anew.
                 side.examined = side.examined and isinstance(error, Unavailable)
+                side.too_new = isinstance(error, BadArgument)
                 if str(error) != side.trouble:
                     log.warning("history: %s", error)
                 side.trouble = str(error) or "?"
@@ -130,7 +131,7 @@ class Fleet:
         return max((side.newest.block.epoch for side in self._sides.values() if side.newest is not None), default=0)
 
     def highest_generation(self) -> int:
-        """On any host, by name."""
+        """Of a superblock that verifies, on any host."""
         return max((side.highest for side in self._sides.values()), default=0)
 
     # ------------------------------------------------------------------------------------------------------------

@@ -88,10 +88,12 @@ class HostSide:
         self.foreign: Found | None = None
         #: The newest, whoever's it is.
         self.newest: Found | None = None
-        #: Highest generation by name, valid or not.
+        #: Highest generation of those that verify: what others are called proves nothing.
         self.highest = 0
         #: Metadata objects that are there.
         self.present: set[str] = set()
+        #: It has a superblock that a newer fusefs wrote.
+        self.too_new = False
         #: Why the last attempt failed; "" after a success.
         self.trouble = ""
 
@@ -123,7 +125,7 @@ class HostSide:
                 log.warning("%s; it is not used", error)
         with _limit(host, 0):
             level = await host.level(metadata_prefix(self._volume_id))
-            self.highest = await newest_generation(host, self._volume_id)
+        self.highest = max((found.block.generation for found in opened), default=0)
         self.present = {name for name in level.objects if writer_of(name) is not None}
         lineage = self._lineage()
         self.newest = opened[0] if opened else None
@@ -188,8 +190,15 @@ class HostSide:
                         return False
             self._hit("history.superblock.after_put")
             # A stale writer can make a generation that others have passed and removed: only the newest counts.
-            if await newest_generation(host, self._volume_id) != block.generation:
-                return False
+            top = await newest_generation(host, self._volume_id)
+        if top != block.generation:
+            await self.examine()
+            if self.highest == block.generation:
+                raise Corrupt(
+                    f"host {host.url}: superblock {top} does not verify and stands above this volume's own, which so does not count there; "
+                    "remove it by hand if no newer fusefs wrote it"
+                )
+            return False
         names = frozenset(ref.name for ref in refs)
         self.kept = [Kept(block.generation, block.sequence, block.digest, names, True)] + [
             # Another history's, which a majority has passed over, hold nothing back any more.

@@ -18,7 +18,7 @@ import trio
 
 from storage.config import VolumeConfig, encode_config
 from storage.epochs import Epochs
-from storage.errors import Fenced, FusefsError, Unavailable
+from storage.errors import BadArgument, Fenced, FusefsError, Unavailable
 from storage.history.ancestry import Lineage, point_of
 from storage.history.checkpoint import Checkpoint, write_checkpoint
 from storage.history.fleet import Fleet
@@ -144,9 +144,15 @@ class Publisher:
     # Hosts
 
     async def examine(self) -> None:
-        """At open, before an epoch begins: which superblocks the hosts have. Fenced if there is a later history on them (use recover)."""
+        """At open, before an epoch begins: which superblocks the hosts have. Fenced if there is a later history on them (use recover).
+
+        BadArgument: a newer fusefs has gone on with the volume.
+        """
         async with self._lock:
             await self.fleet.on_each(self.fleet.sides(), HostSide.examine)
+            for side in self.fleet.sides():
+                if side.too_new:
+                    raise BadArgument(side.trouble)
             self._judge(opening=True)
             await self._go_on()
 

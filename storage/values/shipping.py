@@ -132,6 +132,7 @@ class Shipper:
             self.unsafe += tail.journaled - journaled
             self.unsafe_tails += (tail.size > journaled) - (tail.size > tail.journaled)
             tail.journaled = journaled
+            tail.handed = max(tail.handed, journaled)
 
     async def wait_landing(self) -> None:
         """For something on its way to the hosts to get there, or not to; for a second at most. Raises what keeps it from getting there."""

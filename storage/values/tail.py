@@ -144,7 +144,7 @@ class Cargo:
 class Tail:
     """What is known in memory of one value. Bytes: extents up to `sealed` | flights | buffer."""
 
-    __slots__ = ("buffer", "flights", "journaled", "logged", "owner", "replication", "sealed", "value_id")
+    __slots__ = ("buffer", "flights", "handed", "journaled", "logged", "owner", "replication", "sealed", "value_id")
 
     def __init__(self, value_id: int, owner: int, replication: str, sealed: int) -> None:
         self.value_id = value_id
@@ -153,6 +153,8 @@ class Tail:
         #: Invariant: sealed <= journaled <= size, where the journal holds [sealed, journaled) once a commit is durable.
         self.sealed = sealed
         self.journaled = sealed
+        #: The highest that `journaled` ever was: when a tail is written to the journal once more, the older copy stands until then.
+        self.handed = sealed
         #: Up to here the log on the hosts has what is not in extents (as the publisher was given it).
         self.logged = sealed
         self.flights: deque[Flight] = deque()

@@ -129,7 +129,7 @@ class Values:
                 if offset <= at < offset + len(data):
                     tail.buffer.append(data[at - offset :])
             if tail.buffer.length:
-                tail.journaled = tail.size
+                tail.journaled = tail.handed = tail.size
                 self._tails[value_id] = tail
                 recovered += tail.buffer.length
                 if ship:
@@ -402,9 +402,9 @@ class Values:
         found: list[LogTail] = []
         for tail in self._tails.values():
             start = tail.sealed if anew else max(tail.sealed, tail.logged)
-            if tail.journaled > start:
-                found.append(LogTail(tail.value_id, start, b"".join(tail.read(start, tail.journaled))))
-                tail.logged = tail.journaled
+            if tail.handed > start:
+                found.append(LogTail(tail.value_id, start, b"".join(tail.read(start, tail.handed))))
+            tail.logged = max(start, tail.handed)
         return found
 
     def accepting(self) -> bool:
