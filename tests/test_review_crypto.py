@@ -216,6 +216,8 @@ class Driver:
                     # What kill -9 would leave; the process that was killed goes on, though, and seals: the worse for I1.
                     shutil.copytree(self.path, self.base / f"life{self.lives + 1}", ignore=shutil.ignore_patterns("control.sock"))
                     self.lives += 1
+                    # ... but a dead process publishes no superblock: that would fence the one that follows it, as it must.
+                    volume.publisher = None
                     if what == "crash torn":
                         await self._torn()
                     await self._append(volume, which, 30_000, model=False)
@@ -424,6 +426,8 @@ async def test_a_volume_whose_journal_was_full_opens_and_empties_it_once_hosts_a
                 if ending == "crash":
                     shutil.rmtree(tmp_path / "copy", ignore_errors=True)
                     shutil.copytree(tmp_path / "v", tmp_path / "copy")
+                    # Dead at this point: it tells the hosts nothing more.
+                    volume.publisher = None
         if ending == "crash":
             shutil.rmtree(tmp_path / "v")
             shutil.move(tmp_path / "copy", tmp_path / "v")
@@ -680,10 +684,10 @@ def test_no_name_leads_out_of_a_directory_host(tmp_path: Path) -> None:
         with pytest.raises(NotFound):
             tree.get(parts, 100)
         with pytest.raises(FusefsError):
-            tree.put(parts, b"overwritten", "t")
+            tree.put(parts, b"overwritten", "t", lambda: None)
         with suppress(FusefsError):
-            tree.delete(parts)
+            tree.delete(parts, lambda: None)
     (tmp_path / "h" / "x").symlink_to(tmp_path / "out" / "x")
-    tree.put(["x"], b"inside", "t")
+    tree.put(["x"], b"inside", "t", lambda: None)
     assert (tmp_path / "out" / "x").read_bytes() == b"outside"
     assert tree.get(["x"], 100) == b"inside"

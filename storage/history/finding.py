@@ -402,7 +402,11 @@ def _by_hand(candidates: Sequence[Candidate], wanted: str) -> Candidate:
 
 
 def _newest(found: Places, candidates: Sequence[Candidate]) -> Candidate:
-    """The end of the one history there is, or of the one that a majority of the hosts holds."""
+    """The end of the one history there is, or of the one that a majority of the hosts holds.
+
+    On each host only its newest counts: below it may stand a history that was passed over there, by who had a majority at that moment.
+    """
+    candidates = [candidate for candidate in candidates if candidate.newest_on]
     place, ends = newest([(c.block, c.lineage()) for c in candidates])
     if place is not None:
         return candidates[place]

@@ -14,7 +14,7 @@ from storage.errors import Busy, Corrupt, FusefsError, NotFound, Unavailable
 from storage.history.ancestry import Lineage, point_of
 from storage.history.log import Fetch
 from storage.history.objects import MAX_OBJECT, Ref, metadata_prefix, object_name, writer_of
-from storage.history.reading import newest_generation, superblocks_on
+from storage.history.reading import slots_on, top_slot
 from storage.history.superblock import MAX_SUPERBLOCK, Body, Superblock
 from storage.hosts.layout import superblock_name
 from storage.hosts.registry import HostRegistry
@@ -23,6 +23,8 @@ from storage.seams import Failpoints
 
 log = logging.getLogger("fusefs.history")
 
+#: Numbers in the names of superblocks stay below: 20 digits.
+MAX_SLOT = 10**19
 #: Generations kept on each host.
 GENERATIONS = 2
 #: Seconds a request may take, besides what its bytes take at `SLOWEST` bytes per second.
@@ -49,8 +51,9 @@ class Found:
 
 @dataclass(slots=True)
 class Kept:
-    """A generation that stands on the host."""
+    """A generation that stands on the host, under the number `slot`."""
 
+    slot: int
     generation: int
     sequence: int
     digest: bytes
@@ -90,6 +93,9 @@ class HostSide:
         self.newest: Found | None = None
         #: Highest generation of those that verify: what others are called proves nothing.
         self.highest = 0
+        #: The highest number in a superblock's name here, whatever stands there. The next one goes right above it, if nobody was quicker:
+        #: so whoever writes here contends for the same name, and nobody's goes unseen (I5).
+        self.top = 0
         #: Metadata objects that are there.
         self.present: set[str] = set()
         #: It has a superblock that a newer fusefs wrote.
@@ -113,26 +119,28 @@ class HostSide:
     async def examine(self) -> None:
         """Look what is there. Unavailable; BadArgument for a superblock of a newer fusefs."""
         host = self._registry.get(self.number)
-        blocks, notes = await superblocks_on(host, self._volume_id)
-        for note in notes:
+        slots = await slots_on(host, self._volume_id)
+        for note in slots.notes:
             log.warning("%s; it is not used", note)
-        opened: list[Found] = []
-        for block in blocks:
-            where = f"host {host.url}: superblock {block.generation}"
+        opened: dict[int, Found] = {}
+        for slot, block in slots.blocks.items():
+            if block is None:
+                continue
             try:
-                opened.append(Found(block, block.open(self._key, where)))
+                opened[slot] = Found(block, block.open(self._key, f"host {host.url}: superblock {slot}"))
             except Corrupt as error:
                 log.warning("%s; it is not used", error)
         with _limit(host, 0):
             level = await host.level(metadata_prefix(self._volume_id))
-        self.highest = max((found.block.generation for found in opened), default=0)
+        self.highest = max((found.block.generation for found in opened.values()), default=0)
+        self.top = slots.top
         self.present = {name for name in level.objects if writer_of(name) is not None}
         lineage = self._lineage()
-        self.newest = opened[0] if opened else None
+        self.newest = next(iter(opened.values()), None)
         self.foreign = self.newest if self.newest is not None and not self._known(lineage, self.newest.block) else None
         self.kept = [
-            Kept(found.block.generation, found.block.sequence, found.block.digest, None, lineage.contains(point_of(found.block)))
-            for found in opened
+            Kept(slot, found.block.generation, found.block.sequence, found.block.digest, None, lineage.contains(point_of(found.block)))
+            for slot, found in opened.items()
         ]
         self.examined = True
         self.trouble = ""
@@ -174,46 +182,42 @@ class HostSide:
         for ref in refs:
             await self.place(ref, fetch)
         host = self._registry.get(self.number)
-        name = superblock_name(self._volume_id, block.generation)
+        slot = self.top + 1
+        if slot >= MAX_SLOT:
+            raise Corrupt(f"host {host.url}: a superblock is called {self.top}, and none can stand above it: remove it, it is no volume's")
+        name = superblock_name(self._volume_id, slot)
         self._hit("history.superblock.before_put")
         with _limit(host, len(block.raw)):
             if not self._registry.record(self.number).capabilities.conditional_put:
-                if await newest_generation(host, self._volume_id) >= block.generation:
-                    return await self._same(host, block)
+                if await top_slot(host, self._volume_id) >= slot:
+                    return await self._same(host, slot, block) and self._has(slot, block, refs)
                 await host.put(name, block.raw)
             else:
                 try:
                     await host.put_if(name, block.raw, None)
                 except Busy:
                     # Ours after all, if an earlier attempt got through and its answer did not.
-                    if not await self._same(host, block):
+                    if not await self._same(host, slot, block):
                         return False
             self._hit("history.superblock.after_put")
-            # A stale writer can make a generation that others have passed and removed: only the newest counts.
-            top = await newest_generation(host, self._volume_id)
-        if top != block.generation:
-            await self.examine()
-            if self.highest == block.generation:
-                raise Corrupt(
-                    f"host {host.url}: superblock {top} does not verify and stands above this volume's own, which so does not count there; "
-                    "remove it by hand if no newer fusefs wrote it"
-                )
-            return False
+            # A stale writer can make one that others have passed and removed: only the newest counts.
+            if await top_slot(host, self._volume_id) != slot:
+                return False
+        return self._has(slot, block, refs)
+
+    def _has(self, slot: int, block: Superblock, refs: Sequence[Ref]) -> bool:
         names = frozenset(ref.name for ref in refs)
-        self.kept = [Kept(block.generation, block.sequence, block.digest, names, True)] + [
-            # Another history's, which a majority has passed over, hold nothing back any more.
-            kept
-            for kept in self.kept
-            if kept.ours and kept.generation != block.generation
-        ]
-        self.highest = block.generation
+        # Another history's, which a majority has passed over, hold nothing back any more.
+        earlier = [kept for kept in self.kept if kept.ours and kept.slot != slot]
+        self.kept = [Kept(slot, block.generation, block.sequence, block.digest, names, True), *earlier]
+        self.highest, self.top = block.generation, slot
         self.foreign = None
         self.trouble = ""
         return True
 
-    async def _same(self, host: Host, block: Superblock) -> bool:
+    async def _same(self, host: Host, slot: int, block: Superblock) -> bool:
         try:
-            return await host.get(superblock_name(self._volume_id, block.generation), len(block.raw)) == block.raw
+            return await host.get(superblock_name(self._volume_id, slot), len(block.raw)) == block.raw
         except (NotFound, Corrupt):
             return False
 
@@ -225,10 +229,10 @@ class HostSide:
         try:
             host = self._registry.get(self.number)
             with _limit(host, 0):
-                if await newest_generation(host, self._volume_id) != newest.generation:
+                if await top_slot(host, self._volume_id) != newest.slot:
                     self.examined = False
                     return False
-                raw = await host.get(superblock_name(self._volume_id, newest.generation), MAX_SUPERBLOCK)
+                raw = await host.get(superblock_name(self._volume_id, newest.slot), MAX_SUPERBLOCK)
         except FusefsError as error:
             self.trouble = str(error)
             return False
@@ -246,7 +250,7 @@ class HostSide:
         for kept in ours[GENERATIONS:]:
             self._hit("history.superblock.before_delete")
             with _limit(host, 0):
-                await host.delete(superblock_name(self._volume_id, kept.generation))
+                await host.delete(superblock_name(self._volume_id, kept.slot))
             self.kept.remove(kept)
         needed = set(busy)
         for kept in self.kept:

@@ -335,8 +335,8 @@ class Publisher:
                 await side.examine()
             if side.generation >= current.generation or side.foreign is not None:
                 return
-            if side.highest >= current.generation or not await side.put(current, refs, self.fleet.fetch):
-                # It has one that is none of ours, or is damaged: the next round goes above it.
+            if not await side.put(current, refs, self.fleet.fetch):
+                # Somebody else wrote there: the next round judges that.
                 await side.examine()
                 self._again = True
 
@@ -458,9 +458,6 @@ class Publisher:
             if not side.examined:
                 await side.examine()
             if side.foreign is not None and not over:
-                return
-            if side.highest >= block.generation:
-                again = True
                 return
             if await side.put(block, refs, self.fleet.fetch):
                 done.add(side.number)

@@ -1,6 +1,7 @@
 """The superblock: the small record on every host that says where the volume's metadata are. Codec only.
 
-Stored as `volumes/<volume id>/superblock.<generation>`, two generations at a time. All integers big-endian. Format 1:
+Stored as `volumes/<volume id>/superblock.<number>`, the latest two on each host. The number is one more than that of the host's latest
+before, and must not exist: so two writers on one host contend for one name. All integers big-endian. Format 1:
 
 | at | size | field |
 |---|---|---|
@@ -164,7 +165,7 @@ _decoder = msgspec.msgpack.Decoder(Body)
 
 
 def superblock_number(name: str) -> int | None:
-    """The generation in the last component of a superblock's name; None if it is not one."""
+    """The number in the last component of a superblock's name; None if it is not one."""
     digits = name.removeprefix(_NAME)
     return int(digits) if len(digits) == 20 and digits.isascii() and digits.isdecimal() and name.startswith(_NAME) else None
 

@@ -3,7 +3,7 @@
 | name | content |
 |---|---|
 | `fusefs-host.json` | who this host is |
-| `volumes/<volume id>/superblock.<generation>` | superblocks, generation as 20 decimal digits |
+| `volumes/<volume id>/superblock.<number>` | superblocks; 20 decimal digits, counted on each host by itself: the highest is the latest |
 | `volumes/<volume id>/contracts/<contract id>.json` | a contract |
 | `volumes/<volume id>/sectors/<xx>/<root>` | a sealed shard; xx are the root's first two digits |
 
@@ -115,9 +115,9 @@ def shard_name(volume_id: bytes, root: str) -> str:
     return f"{VOLUMES}/{volume_id.hex()}/sectors/{root[:2]}/{root}"
 
 
-def superblock_name(volume_id: bytes, generation: int) -> str:
-    """Object that holds one generation of the superblock."""
-    return f"{VOLUMES}/{volume_id.hex()}/superblock.{generation:020d}"
+def superblock_name(volume_id: bytes, number: int) -> str:
+    """Object that holds a superblock: the one with the highest number on a host is its latest."""
+    return f"{VOLUMES}/{volume_id.hex()}/superblock.{number:020d}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
