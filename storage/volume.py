@@ -39,7 +39,7 @@ from storage.sectors.reader import SectorReader
 from storage.sectors.records import decode_sector
 from storage.sectors.sweep import RECOVERED_KEY, Sweeper
 from storage.status import ContractStatus, HostStatus, RefusalStatus, VolumeStatus
-from storage.values.records import tail_needed
+from storage.values.records import decode_value, tail_needed
 from storage.values.values import Values
 
 log = logging.getLogger("fusefs.volume")
@@ -383,7 +383,7 @@ async def _wire(
         seams=seams,
         interval=options.flush_interval,
         take_tails=volume.values.take_unlogged,
-        tail_wanted=lambda value_id, end: tail_needed(store, value_id, end),
+        tail_wanted=lambda record, value_id, end: decode_value(record, value_id).sealed < end,
         nursery=nursery,
         passed_over=passed_over,
     )

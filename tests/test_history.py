@@ -13,6 +13,7 @@ import trio
 from storage.errors import BadArgument, Fenced, Unavailable
 from storage.history import checkpoint as checkpoint_module
 from storage.history import publisher as publisher_module
+from storage.history.log import FAN
 from storage.history.objects import metadata_prefix
 from storage.history.publisher import Publisher
 from storage.history.superblock import parse_superblock
@@ -539,3 +540,34 @@ async def test_tails_written_to_the_journal_once_more_stay_in_the_log(tmp_path: 
         assert volume.values.take_unlogged(False) == []
         await volume.commit()
         assert volume.values.take_unlogged(False) == []
+
+
+async def test_a_tail_that_landed_after_the_cut_stays_in_a_merged_entry(tmp_path: Path) -> None:
+    """Its extent is in no entry yet: a superblock without the one and the other would have lost what was acknowledged."""
+    url = host_dirs(tmp_path, 1)[0]
+    await make(tmp_path / "v", [url])
+    async with opened(tmp_path / "v") as volume:
+        publisher = publisher_of(volume)
+        await publisher.publish()
+        while not publisher._log.entries or publisher._log.entries[-1].level == 0:
+            await write(volume, f"before{publisher.generation}", b"x")
+            await publisher.publish()
+        fd = await volume.files.open("file", write=True)
+        await volume.files.append(fd, b"acknowledged")
+        await volume.files.commit(fd)
+        await publisher.publish()
+        for i in range(FAN - 1):
+            await write(volume, f"other{i}", b"x")
+            if i < FAN - 2:
+                await publisher.publish()
+        # As if the sector landed between the cut and the merge.
+        async with publisher._lock:
+            await publisher._cut()
+            await volume.values.flush()
+            await publisher._log.merge(publisher.fleet.fetch)
+            await publisher._round()
+        volume.publisher = None
+        shutil.rmtree(tmp_path / "v" / "metadata")
+    await recover_volume(tmp_path / "w", [url], passphrase=PASSPHRASE)
+    async with opened(tmp_path / "w") as volume:
+        assert await read(volume, "file") == b"acknowledged"

@@ -324,6 +324,9 @@ class LostRounds(KillRounds):
         return ByCommand(self._volume, self.mountpoint, self.OPTIONS, self.base / "log")
 
     def _lose(self) -> None:
+        if keep := os.environ.get("FUSEFS_TORTURE_KEEP"):
+            shutil.rmtree(Path(keep) / "left", ignore_errors=True)
+            shutil.copytree(self.base, Path(keep) / "left", symlinks=True, ignore=shutil.ignore_patterns("control.sock", "mnt"))
         shutil.rmtree(self._volume)
         self._volume = self.base / f"volume{self.count}"
         away = self.random.choice(self.hosts) if self.random.random() < 0.5 else None

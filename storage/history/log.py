@@ -24,6 +24,7 @@ from storage.history.objects import (
     seal_object,
 )
 from storage.history.superblock import MAX_ENTRIES, LogEntry
+from storage.metadata.keys import VALUE, u64
 from storage.metadata.records import Op
 from storage.seams import Seams
 
@@ -36,8 +37,8 @@ KEEP = 8 * 1024 * 1024
 
 #: name -> bytes, from whichever host has it. Unavailable, Corrupt.
 Fetch = Callable[[Ref], Awaitable[bytes]]
-#: Does the value still need a tail up to this offset, as things are now?
-TailWanted = Callable[[int, int], bool]
+#: By the record of a value: does it need a tail up to this offset? Corrupt.
+TailWanted = Callable[[bytes, int, int], bool]
 
 
 @dataclass(slots=True)
@@ -103,12 +104,23 @@ def bodies(delta: Delta) -> list[bytes]:
 
 
 def merged(deltas: Sequence[Delta], wanted: TailWanted) -> Delta:
-    """One delta that does what these do, one after the other."""
+    """One delta that does what these do, one after the other.
+
+    A tail goes only if these very deltas put its bytes into sectors, or remove its value. What is so by now, but in no delta yet, does not
+    count: the next superblock would have neither.
+    """
     newest: dict[bytes, bytes | None] = {}
-    tails: list[Tail] = []
     for delta in deltas:
         newest.update(delta.ops)
-        tails += [tail for tail in delta.tails if wanted(tail.value_id, tail.offset + len(tail.data))]
+
+    def kept(tail: Tail) -> bool:
+        key = VALUE + u64(tail.value_id)
+        if key not in newest:
+            return True
+        record = newest[key]
+        return record is not None and wanted(record, tail.value_id, tail.offset + len(tail.data))
+
+    tails = [tail for delta in deltas for tail in delta.tails if kept(tail)]
     return Delta(deltas[0].after, deltas[-1].upto, list(newest.items()), tails)
 
 
