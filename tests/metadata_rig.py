@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -98,8 +99,17 @@ async def take_over(store: Store) -> None:
 
 
 def copy(directory: Path, to: Path) -> Path:
-    """What a crash now would leave."""
-    shutil.copytree(directory, to)
+    """What a crash now would leave. Once more where the store's housekeeping renamed a file under the copy."""
+    for attempt in range(20):
+        try:
+            shutil.copytree(directory, to)
+        except shutil.Error:
+            if attempt == 19:
+                raise
+            shutil.rmtree(to)
+            time.sleep(0.02)
+        else:
+            break
     return to
 
 

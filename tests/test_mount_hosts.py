@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
@@ -12,11 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import trio
 
-from storage import create_volume
-from storage.keyfile import CHEAP
-from tests.mount_child import PASSPHRASE
 from tests.mounting import Mounting, mounting_in, wait_until
 
 SECTOR = 256 * 1024
@@ -228,58 +223,3 @@ def test_a_backup_repository(mounting: Mounting, tmp_path: Path, program: str) -
         run("borg", "check", repository)
     run("diff", "-r", source, restored / source.relative_to("/"))
     mounted[-1].unmount()
-
-
-def test_a_full_disk_under_the_volume_refuses_and_loses_nothing(mounting: Mounting, tmp_path: Path) -> None:
-    """Hosts have room; the journal, on its own small disk, has none: what cannot be made durable is refused, what was taken is kept."""
-    disk, host = tmp_path / "disk", tmp_path / "host"
-    disk.mkdir()
-    host.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
-    volume = disk / "volume"
-    try:
-
-        async def make() -> None:
-            await create_volume(volume, PASSPHRASE, argon2=CHEAP, hosts=[f"dir:{host}"], sector_size=SECTOR)
-
-        trio.run(make)
-        mounted = mounting.mount("commit_interval=1", volume=volume)
-        filler = disk / "filler"
-        with open(filler, "wb") as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(1 << 16))
-                file.flush()
-        accepted: dict[str, bytes] = {}
-        said = None
-        deadline = time.monotonic() + 60
-        while said is None and time.monotonic() < deadline:
-            name, data = f"f{len(accepted)}", os.urandom(2_000_000)
-            try:
-                with open(mounted.path / name, "wb") as out:
-                    out.write(data)
-                    os.fsync(out.fileno()) if len(accepted) % 5 == 4 else None
-                accepted[name] = data
-            except OSError as error:
-                said = error.errno
-        assert said == errno.ENOSPC
-        time.sleep(2.5)
-        with pytest.raises(OSError) as caught:
-            (mounted.path / "another").touch()
-        assert caught.value.errno == errno.ENOSPC
-        assert "No space left" in mounted.control().status().volume.local_error
-        for name, data in accepted.items():
-            assert (mounted.path / name).read_bytes() == data
-        # A plain unmount: the process stays until what was taken is durable.
-        subprocess.run(["fusermount3", "-u", mounted.path], check=True)
-        time.sleep(3)
-        assert mounted.process.poll() is None
-        filler.unlink()
-        mounted.wait()
-        mounted = mounting.mount(volume=volume)
-        for name, data in accepted.items():
-            assert (mounted.path / name).read_bytes() == data
-        (mounted.path / "another").touch()
-        mounted.unmount()
-    finally:
-        mounting.end()
-        subprocess.run(["umount", "-l", disk], check=False)

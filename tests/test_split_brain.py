@@ -1,4 +1,4 @@
-"""Two writers at the same moment, and answers that are late or lost: one history at most has a majority, and what it acknowledged stays (I5).
+"""Two writers at the same moment, answers late or lost: at most one history has a majority, and what it acknowledged stays (I5).
 
 More of it: python -m tests.test_split_brain NUMBER [SEED]
 """
@@ -93,7 +93,7 @@ async def test_generations_made_elsewhere_are_no_licence_to_write_above_another_
 
 
 class Slow(FaultyHost):
-    """Everything takes a random moment, so that whatever can come in between does; some calls fail, of some puts only the answer is lost."""
+    """Everything takes a random moment, so that whatever can come in between does; some calls fail, of some puts the answer is lost."""
 
     def __init__(self, inner: Host, seams: Seams, dice: random.Random, trouble: float) -> None:
         super().__init__(inner, seams)

@@ -66,12 +66,16 @@ class Tree:
 
     # ---- the journal
 
-    def read(self, journal: Path) -> None:
-        """Take in what a writer noted, up to its end."""
+    def read(self, journal: Path, upto: int | None = None) -> None:
+        """Take in what a writer noted, up to its end. `upto`: what was acknowledged after that many bytes of the journal does not count."""
         self.acknowledged = 0
         self.failure = ""
+        place = 0
         for line in journal.read_bytes().split(b"\n")[:-1]:
+            place += len(line) + 1
             what, *rest = json.loads(line)
+            if what in ("synced", "named") and upto is not None and place > upto:
+                continue
             getattr(self, f"_{what}")(*rest)
 
     def _create(self, path: str, incarnation: int) -> None:

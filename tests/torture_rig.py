@@ -27,6 +27,7 @@ from typing import Protocol
 
 import trio
 
+from fusefs.control_client import ControlClient
 from fusefs.mounts import mount_at
 from storage import create_volume
 from storage.keyfile import CHEAP
@@ -304,13 +305,15 @@ class KillRounds(Rounds):
 class LostRounds(KillRounds):
     """The machine is lost: the mount is killed, its volume directory and, every other time, a host are gone. Back by `fusefs recover`.
 
-    With `-o fsync=hosts`, so that everything acknowledged must be on the hosts at any moment. Three hosts, two copies: one may go.
+    Half of the rounds with `-o fsync=hosts`: what was acknowledged must be there. In the others what was when a `fusefs flush` that returned
+    began, or before a publication that another one followed (whose cut is later). Three hosts, two copies: one may go.
     """
-
-    OPTIONS = f"{OPTIONS},fsync=hosts"
 
     def __init__(self, base: Path, seed: int) -> None:
         super().__init__(base, seed)
+        self._at_once = False
+        #: Bytes of each journal up to which what is acknowledged must be there; None: all.
+        self._covered: list[int] | None = None
 
     def _make(self) -> None:
         self.hosts = [self.base / f"host{number}" for number in range(HOSTS + 1)]
@@ -321,7 +324,62 @@ class LostRounds(KillRounds):
     def _serve(self) -> Served:
         if self.count > 1:
             self._lose()
-        return ByCommand(self._volume, self.mountpoint, self.OPTIONS, self.base / "log")
+        self._at_once = self.random.random() < 0.5
+        self._covered = None
+        options = f"{OPTIONS},fsync=hosts" if self._at_once else OPTIONS
+        return ByCommand(self._volume, self.mountpoint, options, self.base / "log")
+
+    def _die(self) -> str:
+        if self._at_once:
+            return super()._die() + ", fsync=hosts,"
+        self._busy()
+        time.sleep(self.random.random() ** 2 * LONGEST)
+        how = "flushed" if self.random.random() < 0.5 else "published"
+        (self._flush if how == "flushed" else self._published)()
+        return f"{how}, {super()._die()}"
+
+    def _read(self) -> None:
+        for process in self._writers:
+            process.wait(20)
+        self._writers.clear()
+        for number, tree in enumerate(self.trees):
+            tree.read(self._journal(number), None if self._covered is None else self._covered[number])
+
+    def _sizes(self) -> list[int]:
+        return [self._journal(number).stat().st_size for number in range(WRITERS)]
+
+    def _flush(self) -> None:
+        covered = self._sizes()
+        self._command("flush", self.mountpoint)
+        self._covered = covered
+
+    def _published(self) -> None:
+        """Until there is a publication after one before which something was acknowledged."""
+        seen: list[tuple[int, list[int]]] = []
+        before = 0
+        deadline = time.monotonic() + 30
+        with ControlClient.connect(self._volume) as client:
+            while self._covered is None:
+                if time.monotonic() > deadline:
+                    raise self._lost([f"no two publications in 30 s: {client.status()}"])
+                sizes = self._sizes()
+                seen.append((time.time_ns(), sizes))
+                published = client.status().volume.published_ns
+                if before and published != before:
+                    self._covered = next((sizes for at, sizes in reversed(seen) if at <= before), None)
+                before = published
+                time.sleep(0.01)
+
+    def _command(self, *words: str | Path) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "fusefs", *words],
+            env=environment({"FUSEFS_PASSPHRASE": PASSPHRASE}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise self._lost([f"fusefs {' '.join(map(str, words))}: {done.stderr}"])
 
     def _lose(self) -> None:
         if keep := os.environ.get("FUSEFS_TORTURE_KEEP"):
@@ -335,15 +393,7 @@ class LostRounds(KillRounds):
         there = [host for host in self.hosts if host != away]
         # One is enough: it names the others.
         given = self.random.choice(there)
-        done = subprocess.run(
-            [sys.executable, "-m", "fusefs", "recover", self._volume, "--host", f"dir:{given}"],
-            env=environment({"FUSEFS_PASSPHRASE": PASSPHRASE}),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise self._lost([f"recover from {given.name}: {done.stderr}"])
+        self._command("recover", self._volume, "--host", f"dir:{given}")
         if away is not None:
             # It comes back with what it had: an ancestor by now.
             away.with_name("away").rename(away)

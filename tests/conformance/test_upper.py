@@ -51,6 +51,8 @@ async def test_values_of_a_volume(check: Callable[[Values, MetadataStore, value_
         async def again() -> tuple[Values, MetadataStore]:
             await quiet(volume)
             shutil.copytree(tmp_path / "v", tmp_path / "later")
+            # Dead: it tells the hosts nothing more, where the next one's epoch would fence it.
+            volume.publisher = None
             later: Volume = await stack.enter_async_context(opened(tmp_path / "later"))
             return later.values, later.store
 
