@@ -277,6 +277,25 @@ def test_hosts_and_contracts(volume: Path) -> None:
     (volume / "away").rename(volume / "host")
 
 
+def test_a_host_is_marked_lost_and_back(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"h{number}").mkdir()
+    volume = tmp_path / "v"
+    fusefs("init", volume, "--host", f"dir:{tmp_path}/h0", "--host", f"dir:{tmp_path}/h1")
+
+    def states() -> list[str]:
+        return [host["state"] for host in json.loads(fusefs("status", volume, "--json").text)["hosts"]]
+
+    assert fusefs("hosts", volume, "lost", "2").out == b""
+    assert states() == ["ok", "lost"]
+    # The last one that is left cannot be.
+    assert "last one" in fusefs("hosts", volume, "lost", f"dir:{tmp_path}/h0", expect=2).error_line
+    fusefs("hosts", volume, "back", f"dir:{tmp_path}/h1")
+    assert states() == ["ok", "ok"]
+    assert fusefs("hosts", volume, "lost", "7", expect=3).error_line
+    assert fusefs("hosts", volume, "lost", expect=2).error_line
+
+
 # -------------------------------------------------------------------------------------------------------------- passwd
 
 

@@ -111,13 +111,19 @@ class Tree:
         self._now(source, NOTHING)
 
     def _move(self, source: str, target: str) -> None:
+        self._left(source)
         if NOTHING not in self.names[source]:
             self._moves.append((source, target))
         self._now(target, self.names[source][-1])
         self._now(source, NOTHING)
 
     def _remove(self, path: str) -> None:
+        self._left(path)
         self._now(path, NOTHING)
+
+    def _left(self, path: str) -> None:
+        """It may well be under neither name from now on."""
+        self._moves = [(source, target) for source, target in self._moves if target != path]
 
     def _rewrite(self, path: str, incarnation: int) -> None:
         file = self.names[path][-1].file

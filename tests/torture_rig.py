@@ -33,7 +33,7 @@ from storage import create_volume
 from storage.keyfile import CHEAP
 from tests.cli_runner import ROOT, environment
 from tests.mount_child import PASSPHRASE
-from tests.mounting import START_SECONDS, Mounted, MountFailed, reap
+from tests.mounting import START_SECONDS, Mounted, MountFailed, reap, wait_until
 from tests.power_rig import Power
 from tests.torture_model import DIRECTORY, Tree
 
@@ -305,8 +305,8 @@ class KillRounds(Rounds):
 class LostRounds(KillRounds):
     """The machine is lost: the mount is killed, its volume directory and, every other time, a host are gone. Back by `fusefs recover`.
 
-    Half of the rounds with `-o fsync=hosts`: what was acknowledged must be there. In the others what was when a `fusefs flush` that returned
-    began, or before a publication that another one followed (whose cut is later). Three hosts, two copies: one may go.
+    Half of the rounds with `-o fsync=hosts`: what was acknowledged must be there. In the others what was acknowledged when a `fusefs flush`
+    that returned began, or before a publication that another one followed (whose cut is later). Three hosts, two copies: one may go.
     """
 
     def __init__(self, base: Path, seed: int) -> None:
@@ -332,7 +332,7 @@ class LostRounds(KillRounds):
     def _die(self) -> str:
         if self._at_once:
             return super()._die() + ", fsync=hosts,"
-        self._busy()
+        self._acknowledging()
         time.sleep(self.random.random() ** 2 * LONGEST)
         how = "flushed" if self.random.random() < 0.5 else "published"
         (self._flush if how == "flushed" else self._published)()
@@ -345,6 +345,11 @@ class LostRounds(KillRounds):
         for number, tree in enumerate(self.trees):
             tree.read(self._journal(number), None if self._covered is None else self._covered[number])
 
+    def _acknowledging(self) -> None:
+        """Until something is."""
+        self._busy()
+        wait_until(lambda: any(b'ed",' in self._journal(number).read_bytes() for number in range(WRITERS)), "an fsync", 20)
+
     def _sizes(self) -> list[int]:
         return [self._journal(number).stat().st_size for number in range(WRITERS)]
 
@@ -356,7 +361,7 @@ class LostRounds(KillRounds):
     def _published(self) -> None:
         """Until there is a publication after one before which something was acknowledged."""
         seen: list[tuple[int, list[int]]] = []
-        before = 0
+        first, before = self._sizes(), 0
         deadline = time.monotonic() + 30
         with ControlClient.connect(self._volume) as client:
             while self._covered is None:
@@ -366,7 +371,8 @@ class LostRounds(KillRounds):
                 seen.append((time.time_ns(), sizes))
                 published = client.status().volume.published_ns
                 if before and published != before:
-                    self._covered = next((sizes for at, sizes in reversed(seen) if at <= before), None)
+                    latest = next((sizes for at, sizes in reversed(seen) if at <= before), first)
+                    self._covered = latest if latest != first else None
                 before = published
                 time.sleep(0.01)
 
