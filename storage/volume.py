@@ -132,7 +132,10 @@ class Volume:
         return FlushReport(report.degraded_sectors, (*report.reasons, *away)) if away else report
 
     async def add_host(self, url: str, contract_days: float | None = None) -> int:
-        """A new host with a first contract. Returns its number."""
+        """A new host with a first contract. Returns its number. Unavailable without a majority of the hosts there are."""
+        if self.publisher is not None and self.publisher.generation:
+            # I5: what a majority is must not be for a minority to change.
+            await self.publisher.confirm_majority()
         number = await self.hosts.add(url)
         await self.contractor.conclude_contract(str(number), (contract_days or self.config.contract_days) * DAY)
         return number

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -98,11 +98,11 @@ async def take_over(store: Store) -> None:
             await takeover.passed.wait()
 
 
-def copy(directory: Path, to: Path) -> Path:
+def copy(directory: Path, to: Path, ignore: Callable[[str, list[str]], set[str]] | None = None) -> Path:
     """What a crash now would leave. Once more where the store's housekeeping renamed a file under the copy."""
     for attempt in range(20):
         try:
-            shutil.copytree(directory, to)
+            shutil.copytree(directory, to, ignore=ignore)
         except shutil.Error:
             if attempt == 19:
                 raise

@@ -50,6 +50,7 @@ from storage.values.packing import MAX_TABLE, TRAILER_SIZE, TableEntry, encode_t
 from storage.volume import Volume, VolumeOptions, open_volume
 from tests.fakes import BASE_NS, Crash, CrashAt, MemoryStore, make_seams
 from tests.host_rig import Rig
+from tests.metadata_rig import copy
 from tests.rig import PASSPHRASE, SECTOR, host_dirs, make, opened
 
 ODD = os.fsdecode(b"odd \xff")
@@ -214,7 +215,7 @@ class Driver:
                     break
                 if what.startswith("crash"):
                     # What kill -9 would leave; the process that was killed goes on, though, and seals: the worse for I1.
-                    shutil.copytree(self.path, self.base / f"life{self.lives + 1}", ignore=shutil.ignore_patterns("control.sock"))
+                    copy(self.path, self.base / f"life{self.lives + 1}", ignore=shutil.ignore_patterns("control.sock"))
                     self.lives += 1
                     # ... but a dead process publishes no superblock: that would fence the one that follows it, as it must.
                     volume.publisher = None

@@ -306,6 +306,11 @@ class Publisher:
                 raise type(self._failure)(str(self._failure))
         raise Unavailable("checkpoints do not keep up with what changes; see that hosts are reachable, and quick enough")
 
+    async def confirm_majority(self) -> None:
+        """A new superblock is on a majority when it returns, whether or not there was anything new. Fenced, Unavailable."""
+        self._again = True
+        await self.publish()
+
     async def _publish(self) -> trio.Event | None:
         """One round; or, where nothing can be published without a new checkpoint, the end of that one."""
         await self._look()
