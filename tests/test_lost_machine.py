@@ -18,7 +18,7 @@ import pytest
 from tests.cli_runner import fusefs
 from tests.torture_rig import ByCommand, LostRounds, temporary
 
-ROUNDS = int(os.environ.get("FUSEFS_TORTURE_ROUNDS", "8"))
+ROUNDS = int(os.environ.get("FUSEFS_TORTURE_ROUNDS", "5"))
 LIMIT = 60 + 30 * ROUNDS
 HOSTS = 3
 

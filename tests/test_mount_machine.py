@@ -33,5 +33,5 @@ def test_a_mount_does_what_a_local_directory_does(options: str, tmp_path_factory
                 path.mkdir()
             return *pair, remount
 
-        run_machine(fresh, examples=6, steps=40)
+        run_machine(fresh, examples=3, steps=40)
         assert "Traceback" not in current[0].logged()
