@@ -50,3 +50,12 @@ def test_exit_statuses_in_the_reference_are_those_of_the_errors() -> None:
     statuses = {kind.exit_status for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.FusefsError)}
     listed = {int(number) for row in re.findall(r"^\| ([0-9, ]+) \|", COMMANDS, re.MULTILINE) for number in row.split(",")}
     assert statuses <= listed
+
+
+def test_tests_named_in_the_documents_are_there() -> None:
+    """docs/durability.md says of each promise which test shows it: a test that is renamed or removed must not be leant on."""
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    there = set(sources).union(*(re.findall(r"^(?:async )?def (test_\w+)", text, re.MULTILINE) for text in sources.values()))
+    for document in (README, COMMANDS, *((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("durability.md", "design.md"))):
+        named = set(re.findall(r"\btest_\w+", document)) - {"test_"}
+        assert named <= there, named - there

@@ -114,10 +114,13 @@ class Puts(Opener):
         self.headers: list[ShardHeader] = []
         self.twice: list[str] = []
         self.legible: list[str] = []
+        #: What the process that runs has opened.
+        self.open: list[_Watched] = []
 
     async def __call__(self, url: HostURL, seams: Seams, *, create: bool = False) -> Host:
         host = _Watched(await open_host(url, seams, create=create), seams)
         host.puts = self
+        self.open.append(host)
         host.faults = self.faults.setdefault(url.base, host.faults)
         return host
 
@@ -135,6 +138,8 @@ class Puts(Opener):
 
 class _Watched(FaultyHost):
     puts: Puts
+    #: Of a process that was killed: what it had in flight arrives, but no superblock that names what it did later.
+    killed = False
 
     async def put(self, name: str, data: Buffer) -> str:
         self.puts.note(name, bytes(data))
@@ -142,6 +147,8 @@ class _Watched(FaultyHost):
 
     async def put_if(self, name: str, data: Buffer, expected: str | None) -> str:
         self.puts.note(name, bytes(data))
+        if self.killed and "/superblock." in name:
+            raise Unavailable(f"{name}: this process is dead")
         return await super().put_if(name, data, expected)
 
 
@@ -203,6 +210,7 @@ class Driver:
     async def _life(self, rest: list[Step]) -> None:
         """One process: until a step ends it, or there are no more."""
         self._starved = False
+        self.puts.open.clear()
         for faults in self.puts.faults.values():
             faults.gone, faults.fail_next, faults.lose_answer_next = None, 0, 0
         async with open_volume(self.path, passphrase=PASSPHRASE, options=TIGHT, opener=self.puts) as volume:
@@ -219,6 +227,8 @@ class Driver:
                     self.lives += 1
                     # ... but a dead process publishes no superblock: that would fence the one that follows it, as it must.
                     volume.publisher = None
+                    for host in self.puts.open:
+                        host.killed = True
                     if what == "crash torn":
                         await self._torn()
                     await self._append(volume, which, 30_000, model=False)

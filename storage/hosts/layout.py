@@ -4,6 +4,7 @@
 |---|---|
 | `fusefs-host.json` | who this host is |
 | `volumes/<volume id>/superblock.<number>` | superblocks; 20 decimal digits, counted on each host by itself: the highest is the latest |
+| `volumes/<volume id>/metadata/<epoch>-<salt>-<root>` | checkpoints and log (`storage/history/objects.py`) |
 | `volumes/<volume id>/contracts/<contract id>.json` | a contract |
 | `volumes/<volume id>/sectors/<xx>/<root>` | a sealed shard; xx are the root's first two digits |
 
