@@ -147,6 +147,36 @@ class HostIO:
         plain = await self._fetch(number, sector_root, sector_id, blocks, size, verify)
         return b"" if clip_only else plain
 
+    async def read_sealed(self, contract_id: str, sector_root: str, sector_id: int, plaintext_length: int) -> SealedShard:
+        """The shard as it was sealed, to be stored once more: its root verified, nothing opened (I1)."""
+        number = self._contractor.contract(contract_id).host_number
+        check_root(sector_root)
+        name, size = shard_name(self._volume_id, sector_root), sealed_length(plaintext_length)
+
+        async def fetch(host: Host) -> bytes:
+            return await host.get(name, size)
+
+        def verify(sealed: bytes) -> SealedShard:
+            found = root_of(sealed)
+            if found != sector_root:
+                raise Corrupt(f"sector {sector_id}: what is stored has the root {found[:12]} ({len(sealed)} bytes)")
+            return SealedShard(sector_root, sector_id, plaintext_length, sealed)
+
+        return await self._fetch(number, sector_root, sector_id, fetch, size, verify)
+
+    def seal_again(self, data: Sequence[Buffer], sector_id: int, sector_root: str) -> SealedShard:
+        """Blocking, for a thread: a shard that was sealed once and is gone, from the same bytes; of whatever epoch it was.
+
+        I1: what comes out has the root on record, so it is what was sealed then, byte for byte; else Corrupt, and nobody sees it.
+        """
+        length = sum(memoryview(piece).nbytes for piece in data)
+        header = self._epochs.header_for(self._volume_id, sector_id, length)
+        sealed = seal(self._epochs.key_for(sector_id, self._keys), header, data)
+        found = root_of(sealed)
+        if found != sector_root:
+            raise Corrupt(f"sector {sector_id}: made again it has the root {found[:12]} instead of {sector_root[:12]}; it is not stored")
+        return SealedShard(sector_root, sector_id, length, sealed)
+
     def _open_whole(self, sealed: bytes, sector_root: str, sector_id: int) -> bytes:
         found = root_of(sealed)
         if found != sector_root:

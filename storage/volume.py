@@ -36,8 +36,11 @@ from storage.sectors.deleter import Deleter
 from storage.sectors.manager import SectorManager
 from storage.sectors.placement import Placement
 from storage.sectors.reader import SectorReader
+from storage.sectors.reconcile import Reconciler
 from storage.sectors.records import decode_sector
+from storage.sectors.regenerate import Regenerator
 from storage.sectors.sweep import RECOVERED_KEY, Sweeper
+from storage.standing import AWAY_GRACE, Standing
 from storage.status import ContractStatus, HostStatus, RefusalStatus, VolumeStatus
 from storage.values.records import decode_value, tail_needed
 from storage.values.values import Values
@@ -69,6 +72,10 @@ class VolumeOptions:
     flush_interval: float = 30.0
     #: Every so often what was appended is made durable without anybody asking; None: the caller does it.
     commit_interval: float | None = 5.0
+    #: Bytes per second that making shards again may send; None: no limit.
+    repair_rate: float | None = None
+    #: Seconds a host may be away before its shards are made again on others.
+    away_grace: float = AWAY_GRACE
     journal_segment: int = 8 * 1024 * 1024
     journal_limit: int = 256 * 1024 * 1024
     #: What this process does with the volume, for the message others get.
@@ -94,8 +101,10 @@ class Volume:
         self.hostdb: HostDB
         self.contractor: Contractor
         self.host_io: HostIO
+        self.standing: Standing
         self.placement: Placement
         self.deleter: Deleter
+        self.reconciler: Reconciler
         self.sectors: SectorManager
         self.values: Values
         self.namespace: Namespace
@@ -138,7 +147,25 @@ class Volume:
             await self.publisher.confirm_majority()
         number = await self.hosts.add(url)
         await self.contractor.conclude_contract(str(number), (contract_days or self.config.contract_days) * DAY)
+        batch = Batch()
+        self.reconciler.fill(batch)
+        self.store.apply(batch)
+        await self.store.commit()
         return number
+
+    async def leave_host(self, host: str, *, leave: bool) -> None:
+        """What is on the host goes to others, and nothing new goes there; or not after all. Durable when it returns. NotFound, BadArgument.
+
+        It keeps its part of the history, and its vote (I5), until it is marked lost.
+        """
+        if self.publisher is None:
+            raise NotPermitted(f"{self.path} is open for reading only")
+        number = self.hosts.resolve(host)
+        batch = Batch()
+        self.standing.mark_leaving(batch, number, leave)
+        self.store.apply(batch)
+        await self.store.commit()
+        self.reconciler.wake()
 
     async def mark_host(self, host: str, *, lost: bool) -> None:
         """Say that a host (its number, id or URL) is lost for good, or back after all; durable when it returns. NotFound, BadArgument.
@@ -154,6 +181,7 @@ class Volume:
         self.publisher.fleet.mark_lost(number, lost)
         await self.store.commit()
         self.publisher.want()
+        self.reconciler.wake()
 
     async def status(self) -> VolumeStatus:
         """A snapshot, without asking any host anything that could hang."""
@@ -440,6 +468,7 @@ async def _wire(
     )
     nursery.start_soon(volume.sweeper.run)
     nursery.start_soon(volume.sectors.run)
+    nursery.start_soon(volume.reconciler.run)
     nursery.start_soon(volume.values.run)
     nursery.start_soon(volume.files.run)
     nursery.start_soon(volume.hosts.retry)
@@ -459,7 +488,8 @@ def make_layers(
     volume.hostdb = HostDB(store, seams)
     volume.contractor = Contractor(volume_id, store, volume.hosts, seams)
     volume.host_io = HostIO(volume_id, keys, volume.epochs, volume.hosts, volume.contractor, volume.hostdb, store, seams)
-    volume.placement = Placement(volume.hosts, volume.contractor, volume.hostdb)
+    volume.standing = Standing(store, volume.hosts, volume.contractor, seams, away_grace=options.away_grace)
+    volume.placement = Placement(volume.hosts, volume.contractor, volume.hostdb, volume.standing)
     volume.deleter = Deleter(store, volume.host_io, volume.contractor, seams)
     cache = BlockCache(options.cache)
     reader = SectorReader(store, volume.host_io, volume.contractor, volume.hostdb, cache, seams)
@@ -475,6 +505,18 @@ def make_layers(
         nursery=nursery,
         sector_size=config.sector_size,
     )
+    regenerator = Regenerator(volume.host_io, volume.contractor, volume.hosts, volume.hostdb)
+    volume.reconciler = Reconciler(
+        store=store,
+        host_io=volume.host_io,
+        placement=volume.placement,
+        standing=volume.standing,
+        deleter=volume.deleter,
+        regenerate=regenerator.shard,
+        seams=seams,
+        rate=options.repair_rate,
+    )
+    volume.reconciler.uploading = volume.sectors.uploading
     volume.values = Values(
         store=store,
         sectors=volume.sectors,

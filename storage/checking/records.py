@@ -116,6 +116,7 @@ _KINDS: dict[bytes, tuple[str, _Check, bool]] = {
     keys.STORE: ("the store's own", _anything, False),
     keys.LOCAL: ("this directory's own", _anything, False),
     keys.LOST: ("lost host", _sized(5, lambda _key, raw: _shape(len(raw) == 8)), True),
+    keys.LEAVING: ("host that is left", _sized(5, lambda _key, raw: _shape(len(raw) == 8)), True),
 }
 
 
@@ -129,7 +130,7 @@ def describe(key: bytes) -> str:
         text = f"{rest[:6].hex()} on host {read_u32(rest, 32)}"
     elif key[:1] in (keys.COUNTER, keys.CONTRACT, keys.SETTING, keys.STORE, keys.LOCAL):
         text = show(rest)
-    elif key[:1] in (keys.EPOCH, keys.HOST, keys.HOST_STATS, keys.LOST) and len(rest) == 4:
+    elif key[:1] in (keys.EPOCH, keys.HOST, keys.HOST_STATS, keys.LOST, keys.LEAVING) and len(rest) == 4:
         text = str(read_u32(rest))
     elif key[:1] in (keys.NAME, keys.XATTR) and len(rest) > 8:
         text = f"{show(rest[8:])} of inode {read_u64(rest)}"

@@ -23,6 +23,7 @@
 | `m` | map u64 (taken from the inode numbers), file offset u64 | file map entry | namespace |
 | `t` | inode u64, name | extended attribute | namespace |
 | `d` | host number u32 | the host is lost: when somebody said so, nanoseconds u64 | history |
+| `b` | host number u32 | the host is being left: since when, nanoseconds u64 | standing |
 | `w` | ASCII name | settings of the volume that can change | volume |
 | `J` | ASCII name | the store's own: last sequence LMDB holds | metadata.store |
 | `L` | ASCII name | of this copy of the volume's directory alone: never on a host, not part of its history | history, sectors.sweep |
@@ -53,6 +54,7 @@ ORPHAN = b"o"
 MAP = b"m"
 XATTR = b"t"
 LOST = b"d"
+LEAVING = b"b"
 SETTING = b"w"
 STORE = b"J"
 LOCAL = b"L"

@@ -7,6 +7,8 @@ is still to be deleted on. Entries above the gate's released sequence stay, and 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import trio
 
@@ -14,7 +16,7 @@ from storage.contractor import Contractor
 from storage.errors import Corrupt, FusefsError, NotFound
 from storage.host_io import HostIO
 from storage.interfaces import Batch, HistoryGate, MetadataStore
-from storage.metadata.keys import FREED, prefix_end, read_u64, u64
+from storage.metadata.keys import FREED, SECTOR, prefix_end, read_u64, u64
 from storage.seams import Seams
 from storage.sectors.records import SectorRecord, decode_sector
 
@@ -40,6 +42,25 @@ class Deleter:
         self.gate: HistoryGate | None = None
         self._wake = trio.Event()
         self._wake.set()
+        #: (root, host) of shards that are being put there now.
+        self._spared: set[tuple[bytes, int]] = set()
+
+    @contextmanager
+    def spared(self, root: bytes, host: int) -> Iterator[None]:
+        """While a shard is being put on a host once more: an earlier one's deletion waits, and then finds that the record names it."""
+        self._spared.add((root, host))
+        try:
+            yield
+        finally:
+            self._spared.discard((root, host))
+
+    def _wanted(self, sector_id: int, root: bytes, host: int) -> bool:
+        """Is the shard on that host one that the sector's record names (again)?"""
+        raw = self._store.get(SECTOR + u64(sector_id))
+        if raw is None:
+            return False
+        # A record that cannot be read may name anything: Corrupt keeps the shard.
+        return any(shard.root == root and host in shard.hosts for shard in decode_sector(raw, sector_id).shards)
 
     def enqueue(self, batch: Batch, sector_id: int, record: SectorRecord) -> None:
         """In the batch that frees the sector."""
@@ -117,20 +138,25 @@ class Deleter:
             for host in shard.hosts:
                 if self.gate is not None and host not in confirmed:
                     confirmed[host] = await self.gate.confirm(host)
-                if not confirmed.get(host, True) or not await self._delete_on(host, sector_id, shard.root.hex()):
+                if not confirmed.get(host, True) or not await self._delete_on(host, sector_id, shard.root):
                     left.append(host)
             shard.hosts = left
             complete = complete and not left
         return complete
 
-    async def _delete_on(self, host: int, sector_id: int, root: str) -> bool:
+    async def _delete_on(self, host: int, sector_id: int, root: bytes) -> bool:
         now = self._seams.clock.time_ns()
         on_host = [contract for contract in self._contractor.all_contracts() if contract.host_number == host]
         # Through every active contract, or the last one if none is in force any more.
         through = [contract for contract in on_host if contract.active(now)] or on_host[-1:]
         for contract in through:
+            # No await from here to the lock under which HostIO deletes: what is put there from now on is put after the deletion.
+            if (root, host) in self._spared:
+                return False
             try:
-                await self._host_io.delete(contract.contract_id, root)
+                if self._wanted(sector_id, root, host):
+                    return True
+                await self._host_io.delete(contract.contract_id, root.hex())
             except NotFound:
                 continue
             except FusefsError as error:

@@ -21,6 +21,7 @@ from storage.sectors.deleter import Deleter
 from storage.sectors.partial import PartialIndex
 from storage.sectors.placement import Placement
 from storage.sectors.reader import SectorReader
+from storage.sectors.reconcile import MOVING
 from storage.sectors.records import VERSION, SectorRecord, ShardRecord, encode_preamble
 
 log = logging.getLogger("fusefs.sectors")
@@ -142,6 +143,10 @@ class SectorManager:
         for ended in list(self._under_way.values()):
             await ended.wait()
 
+    def uploading(self, sector_id: int) -> bool:
+        """Is some shard of its first upload still on its way?"""
+        return any(upload.sector_id == sector_id for upload in self._under_way)
+
     def _begin_upload(self, upload: _Upload) -> None:
         self._under_way[upload] = trio.Event()
 
@@ -208,7 +213,7 @@ class SectorManager:
 
     def degraded(self, limit: int = 1_000_000) -> int:
         """How many sectors are below full replication."""
-        return len(self._store.scan(UNDERREPLICATED, prefix_end(UNDERREPLICATED), limit))
+        return sum(1 for _, mark in self._store.scan(UNDERREPLICATED, prefix_end(UNDERREPLICATED), limit) if mark != MOVING)
 
     # ------------------------------------------------------------------------------------------------------------
     # Tasks
@@ -247,7 +252,7 @@ class _Upload:
     def __init__(self, manager: SectorManager, slot: object, sector_id: int, length: int, spec: Replication, replication: str) -> None:
         self._manager = manager
         self._slot = slot
-        self._sector_id = sector_id
+        self.sector_id = sector_id
         self._length = length
         self._spec = spec
         self._replication = replication
@@ -275,8 +280,8 @@ class _Upload:
             if isinstance(error, Fenced):
                 raise error
         if any(isinstance(error, NoSpace) for error in self._errors):
-            raise NoSpace(f"sector {self._sector_id}: hosts are full ({'; '.join(map(str, self._errors))}); free space or add a host")
-        raise Unavailable(f"sector {self._sector_id}: too few hosts took it ({'; '.join(map(str, self._errors))})")
+            raise NoSpace(f"sector {self.sector_id}: hosts are full ({'; '.join(map(str, self._errors))}); free space or add a host")
+        raise Unavailable(f"sector {self.sector_id}: too few hosts took it ({'; '.join(map(str, self._errors))})")
 
     async def _copy(self, contract_id: str, host: int) -> None:
         try:
@@ -287,7 +292,7 @@ class _Upload:
                     return
                 except FusefsError as error:
                     self._errors.append(error)
-                    log.warning("sector %d: host %d did not take a copy: %s", self._sector_id, host, error)
+                    log.warning("sector %d: host %d did not take a copy: %s", self.sector_id, host, error)
                     if not self._left or isinstance(error, Fenced):
                         return
                     following = self._left.pop(0)
@@ -302,14 +307,14 @@ class _Upload:
         if len(self._done) < self._spec.write_quorum:
             return
         # After quorum the sector may have been freed already, while this copy was on its way: then it goes the way of the others.
-        if self._quorum and self._manager._store.get(SECTOR + u64(self._sector_id)) is None:
+        if self._quorum and self._manager._store.get(SECTOR + u64(self.sector_id)) is None:
             record = SectorRecord(VERSION, self._replication, self._length, 0, 0, [self._as_record([host])])
             batch = Batch()
-            self._manager._deleter.enqueue(batch, self._sector_id, record)
+            self._manager._deleter.enqueue(batch, self.sector_id, record)
             self._manager._store.apply(batch)
             return
         full = len(self._done) >= self._spec.copies
-        self._manager._landed(self._sector_id, self._shard, self._replication, self._length, self._done, full)
+        self._manager._landed(self.sector_id, self._shard, self._replication, self._length, self._done, full)
         self._quorum = True
         self._decided.set()
 
@@ -325,14 +330,14 @@ class _Upload:
             # Nothing points to these: they are deleted, like a freed sector's.
             batch = Batch()
             record = SectorRecord(VERSION, self._replication, self._length, 0, 0, [self._as_record(self._done)])
-            self._manager._deleter.enqueue(batch, self._sector_id, record)
+            self._manager._deleter.enqueue(batch, self.sector_id, record)
             try:
                 self._manager._store.apply(batch)
             except FusefsError as error:
-                log.warning("sector %d: copies that nothing points to stay on their hosts: %s", self._sector_id, error)
+                log.warning("sector %d: copies that nothing points to stay on their hosts: %s", self.sector_id, error)
         elif self._quorum and len(self._done) < self._spec.copies:
             self._manager.notes.append(
-                f"sector {self._sector_id} has {len(self._done)} of {self._spec.copies} copies: {'; '.join(map(str, self._errors))}"
+                f"sector {self.sector_id} has {len(self._done)} of {self._spec.copies} copies: {'; '.join(map(str, self._errors))}"
             )
         self._decided.set()
         self._manager._end_upload(self, self._slot)

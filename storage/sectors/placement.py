@@ -1,19 +1,24 @@
 """Placement: which hosts a sector goes to.
 
-Candidates are the hosts under an active contract that can be reached; `HostDB.rank_for_write` orders them. Distinct hosts are distinct
+Candidates are the hosts under an active contract that can be reached and keep what they have (`standing`); `HostDB.rank_for_write` orders
+them, and failure domains take turns. Distinct hosts are distinct
 host numbers, and a number stands for one host id (see hosts.registry), so two URLs of one host never count twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import trio
 
 from storage.contractor import Contractor
 from storage.errors import FusefsError, Unavailable
-from storage.hosts.hostdb import HostDB
+from storage.hosts.hostdb import LITTLE_SPACE, HostDB
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Contract, HostSpace
 from storage.replication import Replication
+from storage.sectors.plan import spread
+from storage.standing import Standing
 
 #: Seconds all hosts together have to tell their room.
 POLL_TIMEOUT = 5.0
@@ -22,30 +27,54 @@ POLL_TIMEOUT = 5.0
 class Placement:
     """Ranks hosts for writing, and knows how much room they have."""
 
-    def __init__(self, registry: HostRegistry, contractor: Contractor, hostdb: HostDB) -> None:
+    def __init__(self, registry: HostRegistry, contractor: Contractor, hostdb: HostDB, standing: Standing) -> None:
         self._registry = registry
         self._contractor = contractor
         self._hostdb = hostdb
+        self._standing = standing
         #: host number -> room, as of the last poll; empty before the first.
         self._space: dict[int, HostSpace] = {}
 
     def candidates(self, replication: Replication) -> list[Contract]:
-        """Active contracts on distinct reachable hosts, best first. Unavailable if fewer than the write quorum."""
+        """Active contracts on distinct reachable hosts that keep what they have, best first, failure domains in turn.
+
+        Unavailable if fewer than the write quorum.
+        """
+        usable = self._usable(self._standing.keeping())
+        if len(usable) < replication.write_quorum:
+            raise Unavailable(
+                f"replication {replication} needs {replication.write_quorum} hosts for writing, {len(usable)} can be used now; "
+                f"bring hosts back, add one (fusefs hosts), or conclude contracts (fusefs contracts)"
+            )
+        return [usable[number] for number in spread(self._ranked(usable), len(usable), self._standing.domain)]
+
+    def others(self, hosts: Collection[int], keeping: Collection[int]) -> list[Contract]:
+        """For one shard more of a sector that is on `hosts`: active contracts on hosts of `keeping` that are none of them, best first,
+        those of other failure domains before the rest."""
+        usable = {number: contract for number, contract in self._usable(keeping).items() if number not in hosts}
+        domains = {self._standing.domain(host) for host in hosts}
+        ranked = self._ranked(usable)
+        apart = [number for number in ranked if self._standing.domain(number) not in domains]
+        return [usable[number] for number in [*apart, *(number for number in ranked if number not in apart)]]
+
+    def takes(self, number: int) -> bool:
+        """Could the host take a shard now, as far as is known?"""
+        space = self._space.get(number)
+        return self._registry.available(number) and (space is None or space.free >= LITTLE_SPACE)
+
+    def _usable(self, keeping: Collection[int]) -> dict[int, Contract]:
+        """Per host: the active contract that ends last."""
         by_host: dict[int, Contract] = {}
         for contract_id in self._contractor.contracts():
             contract = self._contractor.contract(contract_id)
-            known = by_host.get(contract.host_number)
-            if (known is None or known.end_ns < contract.end_ns) and self._registry.available(contract.host_number):
-                by_host[contract.host_number] = contract
-        if len(by_host) < replication.write_quorum:
-            raise Unavailable(
-                f"replication {replication} needs {replication.write_quorum} hosts for writing, {len(by_host)} can be used now; "
-                f"bring hosts back, or conclude contracts (fusefs contracts)"
-            )
-        return [
-            by_host[number]
-            for number in self._hostdb.rank_for_write(list(by_host), {number: space.free for number, space in self._space.items()})
-        ]
+            number = contract.host_number
+            known = by_host.get(number)
+            if (known is None or known.end_ns < contract.end_ns) and number in keeping and self._registry.available(number):
+                by_host[number] = contract
+        return by_host
+
+    def _ranked(self, hosts: Collection[int]) -> list[int]:
+        return self._hostdb.rank_for_write(hosts, {number: space.free for number, space in self._space.items()})
 
     async def poll_space(self) -> None:
         """Ask every reachable host for its room; one that does not tell, or does not answer, is left out."""

@@ -1,0 +1,406 @@
+"""Reconcile: one loop that makes every sector's shards match its replication, on distinct hosts that keep what they have.
+
+First upload, repair after a loss, leaving a host, filling a new one and dropping what is too many are one job: `plan.make_plan` says what
+is missing, a shard is made again from what is left, put on a host, and then the record says so. In this order, always:
+
+    shard durable on the new host -> record names it (I2) -> the old place leaves the record, in the batch that queues its deletion (I3)
+
+so what is safe never becomes less on the way, and a crash between any two steps leaves at most a shard too many, which the sweep knows.
+What there is to do stands under the key `u` + sector id; the value is empty where shards are missing, `MOVING` where they are only not
+where they should be. Which hosts kept shards when all sectors were last looked at, and how far a look has come, is kept under the keys
+`w` + "reconcile.*", so a restart goes on where it was:
+
+| key | value |
+|---|---|
+| `reconcile.keeping` | MessagePack array of host numbers: all sectors were looked at with these |
+| `reconcile.look` | MessagePack array: host numbers this look is for, next sector id |
+| `reconcile.fill` | there: hosts were added, and are to get their share |
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from dataclasses import dataclass
+
+import msgspec
+import trio
+
+from storage.errors import Corrupt, Fenced, FusefsError, NotFound, Unavailable
+from storage.host_io import HostIO
+from storage.interfaces import Batch, MetadataStore, SealedShard
+from storage.metadata.keys import SECTOR, SETTING, UNDERREPLICATED, prefix_end, read_u64, u64
+from storage.pacing import Pace
+from storage.seams import Seams
+from storage.sectors.deleter import Deleter
+from storage.sectors.placement import Placement
+from storage.sectors.plan import Plan, make_plan
+from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
+from storage.standing import Standing
+
+log = logging.getLogger("fusefs.reconcile")
+
+#: Sectors worked on at a time; each holds one sealed shard and, while it is made again, one sector's worth of others (I7).
+WORKERS = 3
+#: Sectors looked at between two checkpoints; and between two notes of how far the look is.
+SLICE = 200
+NOTE_EVERY = 10_000
+#: Seconds between two rounds where nothing wakes it; until a sector that could not be mended is tried again, doubling to the last.
+INTERVAL = 15.0
+RETRY_FIRST, RETRY_LAST = 15.0, 900.0
+#: Sectors whose next attempt is remembered; others are simply tried in the next round.
+MAX_REMEMBERED = 100_000
+#: A host is filled until it has this share of what the average host has.
+FILLED = 0.9
+
+#: See the module.
+MOVING = b"m"
+
+_KEEPING = SETTING + b"reconcile.keeping"
+_LOOK = SETTING + b"reconcile.look"
+_FILL = SETTING + b"reconcile.fill"
+
+#: (sector id, its record, index of the shard) -> the sealed shard, root verified; from a host that has it, or made again from others.
+Regenerate = Callable[[int, SectorRecord, int], Awaitable[SealedShard]]
+
+
+@dataclass(slots=True)
+class ReconcileStatus:
+    """For `status`: what this process has done, and what it is at."""
+
+    #: Sectors that are not as they should be, as far as known.
+    pending: int = 0
+    #: Sectors that are now as they should be; shards put, and their bytes; shards that left their old place.
+    mended: int = 0
+    shards: int = 0
+    bytes: int = 0
+    moved: int = 0
+    #: "" while there is nothing to do; else in a few words.
+    stage: str = ""
+    #: Why the last sector could not be mended; "" since one was.
+    trouble: str = ""
+
+
+class Reconciler:
+    """See the module. `run` once, in the volume's nursery; `wake` when hosts or sectors have changed."""
+
+    def __init__(
+        self,
+        *,
+        store: MetadataStore,
+        host_io: HostIO,
+        placement: Placement,
+        standing: Standing,
+        deleter: Deleter,
+        regenerate: Regenerate,
+        seams: Seams,
+        rate: float | None = None,
+    ) -> None:
+        """`rate`: bytes per second that mending may send; None: no limit."""
+        self._store = store
+        self._host_io = host_io
+        self._placement = placement
+        self._standing = standing
+        self._deleter = deleter
+        self._regenerate = regenerate
+        self._seams = seams
+        self.pace = Pace(seams.clock, rate)
+        self.status = ReconcileStatus()
+        self._wake = trio.Event()
+        #: One round at a time.
+        self._lock = trio.Lock()
+        #: Sectors being mended now.
+        self._busy: set[int] = set()
+        #: Sector -> (monotonic time of the next attempt, seconds waited last).
+        self._later: dict[int, tuple[float, float]] = {}
+        #: Sectors whose first upload is still under way: nothing is missing there yet.
+        self.uploading: Callable[[int], bool] = lambda _sector_id: False
+
+    def wake(self) -> None:
+        """Look again now; what failed lately is tried again too."""
+        self._later.clear()
+        self._wake.set()
+
+    def fill(self, batch: Batch) -> None:
+        """In `batch`: a host was added, and is to get its share of what there is."""
+        batch.put(_FILL, b"")
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled, or the volume can be written no more."""
+        while True:
+            self._wake = trio.Event()
+            try:
+                await self.round()
+            except Fenced as error:
+                log.info("reconcile ends: %s", error)
+                return
+            except FusefsError as error:
+                log.warning("reconcile is postponed: %s", error)
+                self.status.trouble = str(error)
+            self.status.stage = ""
+            with trio.move_on_after(INTERVAL):
+                await self._wake.wait()
+
+    async def round(self) -> None:
+        """What is due now: a look at all sectors if the hosts that keep have changed, mending what is on the list, filling."""
+        async with self._lock:
+            self._standing.look()
+            keeping = self._standing.keeping()
+            await self._look(keeping)
+            await self._mend_all(keeping)
+            if self._store.get(_FILL) is not None:
+                await self._fill_up(keeping)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Looking at all sectors
+
+    async def _look(self, keeping: frozenset[int]) -> None:
+        """Put on the list what is not as it should be with these hosts; only if that was not done with them already."""
+        wanted = msgspec.msgpack.encode(sorted(keeping))
+        if self._store.get(_KEEPING) == wanted:
+            return
+        self.status.stage = "looking at all sectors"
+        start = SECTOR + u64(self._resume(sorted(keeping)))
+        looked = 0
+        present = self._standing.present()
+        while found := self._store.scan(start, prefix_end(SECTOR), SLICE):
+            batch = Batch()
+            for key, raw in found:
+                sector_id = read_u64(key, 1)
+                try:
+                    record = decode_sector(raw, sector_id)
+                except Corrupt as error:
+                    log.error("%s", error)
+                    continue
+                if not make_plan(record, keeping, self._standing.domain).done:
+                    missing = make_plan(record, present, self._standing.domain).missing
+                    batch.put(UNDERREPLICATED + u64(sector_id), b"" if missing else MOVING)
+            start = found[-1][0] + b"\0"
+            looked += len(found)
+            if looked % NOTE_EVERY < SLICE:
+                batch.put(_LOOK, msgspec.msgpack.encode([sorted(keeping), read_u64(found[-1][0], 1) + 1]))
+            if batch.ops:
+                self._store.apply(batch)
+            await trio.lowlevel.checkpoint()
+        # Sectors written from now on are on the list until they are full; those written meanwhile were, or have been looked at.
+        batch = Batch()
+        batch.put(_KEEPING, wanted)
+        batch.delete(_LOOK)
+        self._store.apply(batch)
+
+    def _resume(self, keeping: list[int]) -> int:
+        """The sector an earlier process's look for the same hosts came to."""
+        raw = self._store.get(_LOOK)
+        if raw is None:
+            return 0
+        try:
+            hosts, following = msgspec.msgpack.decode(raw, type=tuple[list[int], int])
+        except msgspec.MsgspecError:
+            return 0
+        return following if hosts == keeping and 0 <= following < 2**64 else 0
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Mending
+
+    async def _mend_all(self, keeping: frozenset[int]) -> None:
+        """Every sector on the list, a few at a time, unless it failed lately."""
+        self.status.pending = len(self._store.scan(UNDERREPLICATED, prefix_end(UNDERREPLICATED), 1_000_000))
+        if self.status.pending:
+            self.status.stage = "making copies"
+        limit = trio.CapacityLimiter(WORKERS)
+        start = UNDERREPLICATED
+        async with trio.open_nursery() as nursery:
+            while found := self._store.scan(start, prefix_end(UNDERREPLICATED), SLICE):
+                for key, _ in found:
+                    sector_id = read_u64(key, 1)
+                    due = self._later.get(sector_id)
+                    if due is not None and due[0] > self._seams.clock.monotonic():
+                        continue
+                    if self.uploading(sector_id) or sector_id in self._busy:
+                        continue
+                    mark = object()
+                    await limit.acquire_on_behalf_of(mark)
+                    nursery.start_soon(self._mend_one, sector_id, keeping, limit, mark)
+                start = found[-1][0] + b"\0"
+                await trio.lowlevel.checkpoint()
+
+    async def _mend_one(self, sector_id: int, keeping: frozenset[int], limit: trio.CapacityLimiter, mark: object) -> None:
+        self._busy.add(sector_id)
+        try:
+            await self.mend(sector_id, keeping)
+            self._later.pop(sector_id, None)
+            self.status.mended += 1
+            self.status.pending = max(0, self.status.pending - 1)
+            self.status.trouble = ""
+        except Fenced:
+            raise
+        except FusefsError as error:
+            if self.status.trouble != str(error):
+                log.warning("sector %d stays as it is for now: %s", sector_id, error)
+            self.status.trouble = str(error)
+            waited = self._later.get(sector_id, (0.0, RETRY_FIRST / 2))[1]
+            if len(self._later) < MAX_REMEMBERED:
+                wait = min(2 * waited, RETRY_LAST)
+                self._later[sector_id] = (self._seams.clock.monotonic() + wait, wait)
+        finally:
+            self._busy.discard(sector_id)
+            limit.release_on_behalf_of(mark)
+
+    async def mend(self, sector_id: int, keeping: frozenset[int]) -> None:
+        """The sector is as it should be when it returns, or gone. Unavailable, Corrupt, NoSpace: it is as good as before, or better."""
+        while (record := self._record(sector_id)) is not None:
+            plan = make_plan(record, keeping, self._standing.domain)
+            if not plan.missing:
+                self._settle(sector_id, record, plan)
+                return
+            await self._add(sector_id, record, plan.missing[0], plan.hosts, keeping)
+
+    def _record(self, sector_id: int) -> SectorRecord | None:
+        raw = self._store.get(SECTOR + u64(sector_id))
+        if raw is None:
+            # Freed meanwhile; its mark went with it, unless somebody put it there since.
+            batch = Batch()
+            batch.delete(UNDERREPLICATED + u64(sector_id))
+            self._store.apply(batch)
+            return None
+        return decode_sector(raw, sector_id)
+
+    async def _add(self, sector_id: int, record: SectorRecord, index: int, hosts: Collection[int], keeping: Collection[int]) -> None:
+        """One shard to one more host, and onto the record."""
+        targets = self._placement.others(hosts, keeping)
+        if not targets:
+            raise Unavailable(
+                f"sector {sector_id} is to have {record.replication} on distinct hosts, and no other host can take a shard; add a host"
+            )
+        sealed = await self._regenerate(sector_id, record, index)
+        errors: list[str] = []
+        for contract in targets:
+            await self.pace.take(len(memoryview(sealed.sealed)))
+            # From before the put until the record has it: the deletion of an earlier copy there must not come in between.
+            with self._deleter.spared(record.shards[index].root, contract.host_number):
+                try:
+                    await self._host_io.write_sealed(contract.contract_id, sealed)
+                except Fenced:
+                    raise
+                except FusefsError as error:
+                    errors.append(str(error))
+                    continue
+                self._seams.failpoints.hit("reconcile.before_record")
+                self._landed(sector_id, record.shards[index], contract.host_number)
+            self.status.shards += 1
+            self.status.bytes += len(memoryview(sealed.sealed))
+            return
+        raise Unavailable(f"sector {sector_id}: no other host takes a shard ({'; '.join(errors)})")
+
+    def _landed(self, sector_id: int, shard: ShardRecord, host: int) -> None:
+        """The shard is durable on the host. No await: the record is read and written in one step."""
+        batch = Batch()
+        raw = self._store.get(SECTOR + u64(sector_id))
+        record = decode_sector(raw, sector_id) if raw is not None else None
+        ours = next((one for one in record.shards if one.root == shard.root), None) if record is not None else None
+        if record is None or ours is None:
+            # Freed while the shard was on its way: it goes the way of the others.
+            self._queue(batch, sector_id, record, [(shard, [host])])
+        else:
+            ours.hosts = sorted({*ours.hosts, host})
+            batch.put(SECTOR + u64(sector_id), record.encode())
+            if self._store.get(UNDERREPLICATED + u64(sector_id)) is None:
+                # Until it has been settled: a crash in between leaves a shard too many, for the next process to see.
+                batch.put(UNDERREPLICATED + u64(sector_id), MOVING)
+        self._store.apply(batch)
+
+    def _settle(self, sector_id: int, record: SectorRecord, plan: Plan) -> None:
+        """Nothing is missing: what is too many goes. No await since the record was read."""
+        batch = Batch()
+        lost = self._standing.lost()
+        # From a lost host nothing is deleted: it keeps what it has, whatever that is.
+        leaving = [(shard, sorted(set(shard.hosts) - set(plan.counted[i]) - lost)) for i, shard in enumerate(record.shards)]
+        if plan.surplus:
+            self._queue(batch, sector_id, record, [(shard, hosts) for shard, hosts in leaving if hosts])
+            for index, shard in enumerate(record.shards):
+                shard.hosts = sorted(plan.counted[index])
+            batch.put(SECTOR + u64(sector_id), record.encode())
+            self.status.moved += len(plan.surplus)
+        batch.delete(UNDERREPLICATED + u64(sector_id))
+        self._store.apply(batch)
+
+    def _queue(self, batch: Batch, sector_id: int, record: SectorRecord | None, shards: list[tuple[ShardRecord, list[int]]]) -> None:
+        """These shards are deleted on these hosts, when I3 allows."""
+        if not shards:
+            return
+        gone = [ShardRecord(shard.shard_id, shard.length, shard.root, hosts) for shard, hosts in shards]
+        like = record or SectorRecord(1, "1", 0, 0, 0, [])
+        self._deleter.enqueue(batch, sector_id, SectorRecord(like.version, like.replication, like.length, 0, 0, gone))
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Filling
+
+    async def _fill_up(self, keeping: frozenset[int]) -> None:
+        """Move shards to hosts that have less than their share, from those that have most. Once through all sectors."""
+        self.status.stage = "filling new hosts"
+        load = dict.fromkeys(keeping, 0)
+        async for _, record in self._sectors():
+            for shard in record.shards:
+                for host in shard.hosts:
+                    if host in load:
+                        load[host] += shard.length
+        total = sum(load.values())
+        if load and total:
+            goal = total / len(load) * FILLED
+            async for sector_id, record in self._sectors():
+                short = [host for host in load if load[host] < goal and self._placement.takes(host)]
+                if not short:
+                    break
+                await self._move(sector_id, record, short, load, keeping)
+        batch = Batch()
+        batch.delete(_FILL)
+        self._store.apply(batch)
+
+    async def _move(self, sector_id: int, record: SectorRecord, short: list[int], load: dict[int, int], keeping: frozenset[int]) -> None:
+        """One shard of the sector to the host that has least, if one that has more loses it, and no failure domain gets two for it."""
+        domain = self._standing.domain
+        plan = make_plan(record, keeping, domain)
+        target = min((host for host in short if host not in plan.hosts), key=lambda host: load[host], default=None)
+        if target is None or plan.missing or sector_id in self._busy or self.uploading(sector_id):
+            return
+        places = [(index, host) for index, hosts in enumerate(plan.counted) for host in hosts]
+
+        def keeps_apart(source: int) -> bool:
+            return domain(target) not in {domain(host) for _, host in places if host != source}
+
+        able = [place for place in places if keeps_apart(place[1])] or ([] if any(keeps_apart(h) for _, h in places) else places)
+        index, source = max(able, key=lambda place: load[place[1]], default=(0, 0))
+        shard = record.shards[index]
+        if not source or load[source] - load[target] < 2 * shard.length:
+            return
+        self._busy.add(sector_id)
+        try:
+            await self._add(sector_id, record, index, {*load} - {target}, keeping)
+            current = self._record(sector_id)
+            if current is not None:
+                # With the source no longer counted, it is surplus.
+                without = frozenset(keeping - {source})
+                plan = make_plan(current, without, domain)
+                if not plan.missing:
+                    self._settle(sector_id, current, plan)
+                    load[source] -= shard.length
+                    load[target] += shard.length
+        except Fenced:
+            raise
+        except FusefsError as error:
+            log.info("sector %d is not moved: %s", sector_id, error)
+        finally:
+            self._busy.discard(sector_id)
+
+    async def _sectors(self) -> AsyncIterator[tuple[int, SectorRecord]]:
+        start = SECTOR
+        while found := self._store.scan(start, prefix_end(SECTOR), SLICE):
+            for key, raw in found:
+                sector_id = read_u64(key, 1)
+                try:
+                    yield sector_id, decode_sector(self._store.get(key) or raw, sector_id)
+                except (Corrupt, NotFound) as error:
+                    log.error("%s", error)
+            start = found[-1][0] + b"\0"
+            await trio.lowlevel.checkpoint()

@@ -1,0 +1,40 @@
+"""Regenerate: a shard as it was sealed, to be put on one more host. I1: never anything but the bytes with the root on record."""
+
+from __future__ import annotations
+
+from storage.contractor import Contractor
+from storage.errors import Corrupt, FusefsError, NotFound, Unavailable
+from storage.host_io import HostIO
+from storage.hosts.hostdb import HostDB
+from storage.hosts.registry import HostRegistry
+from storage.interfaces import SealedShard
+from storage.sectors.records import SectorRecord
+
+
+class Regenerator:
+    """From any host that still has the shard, whether or not it is to keep it."""
+
+    def __init__(self, host_io: HostIO, contractor: Contractor, registry: HostRegistry, hostdb: HostDB) -> None:
+        self._host_io = host_io
+        self._contractor = contractor
+        self._registry = registry
+        self._hostdb = hostdb
+
+    async def shard(self, sector_id: int, record: SectorRecord, index: int) -> SealedShard:
+        """Shard `index` of the record. Corrupt: every copy there is fails to verify; Unavailable: hosts that may have one are away."""
+        shard = record.shards[index]
+        error: FusefsError | None = None
+        for number in self._hostdb.rank(host for host in shard.hosts if self._registry.available(host)):
+            contract = self._contractor.contract_for(number)
+            if contract is None:
+                continue
+            try:
+                return await self._host_io.read_sealed(contract.contract_id, shard.root.hex(), shard.shard_id, shard.length)
+            except FusefsError as failed:
+                error = failed
+        away = [self._registry.url(host) for host in shard.hosts if not self._registry.available(host)]
+        if away or error is None:
+            raise Unavailable(f"sector {sector_id}: no host that has it can be read ({', '.join(away) or 'none is on record'})")
+        if isinstance(error, NotFound | Corrupt):
+            raise Corrupt(f"sector {sector_id} has no good copy: {error}; see fusefs check")
+        raise error

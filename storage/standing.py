@@ -1,0 +1,86 @@
+"""Standing: which hosts the volume means to keep shards on.
+
+A host *keeps* what it has, unless it is lost, is being left, has no contract that is in force and will go on, or has been away for longer
+than `AWAY_GRACE`. What does not keep counts for no replication: its shards are made again elsewhere (reconcile), and deleted there, where
+that can be done, once they are.
+
+Record under the key `b` + host number u32: since when it is being left, nanoseconds u64.
+"""
+
+from __future__ import annotations
+
+from storage.contractor import Contractor
+from storage.errors import NotFound
+from storage.hosts.registry import HostRegistry
+from storage.interfaces import Batch, MetadataStore
+from storage.metadata.keys import LEAVING, LOST, prefix_end, read_u32, read_u64, u32, u64
+from storage.seams import Seams
+
+#: Seconds a host may be away before its shards are made again on others: a restart, an update, a night without that disk's machine.
+AWAY_GRACE = 3600.0
+
+
+class Standing:
+    """Synchronous throughout. `look` now and then, so that absences are noticed."""
+
+    def __init__(
+        self, store: MetadataStore, registry: HostRegistry, contractor: Contractor, seams: Seams, *, away_grace: float = AWAY_GRACE
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._contractor = contractor
+        self._seams = seams
+        self.away_grace = away_grace
+        #: Host number -> monotonic time since when it has been away, as far as this process knows.
+        self._away_since: dict[int, float] = {}
+
+    def look(self) -> None:
+        """Notice who is away, and who is back."""
+        now = self._seams.clock.monotonic()
+        for number in self._registry.numbers():
+            if self._registry.available(number):
+                self._away_since.pop(number, None)
+            else:
+                self._away_since.setdefault(number, now)
+
+    def lost(self) -> set[int]:
+        """Hosts somebody has given up."""
+        return {read_u32(key, 1) for key, _ in self._store.scan(LOST, prefix_end(LOST), 100_000)}
+
+    def leaving(self) -> dict[int, int]:
+        """Hosts that are being left: number -> since when, nanoseconds."""
+        return {read_u32(key, 1): read_u64(raw) for key, raw in self._store.scan(LEAVING, prefix_end(LEAVING), 100_000)}
+
+    def mark_leaving(self, batch: Batch, number: int, leaving: bool) -> None:
+        """In `batch`: the host is being left from now on, or is not after all."""
+        if leaving:
+            batch.put(LEAVING + u32(number), u64(self._seams.clock.time_ns()))
+        else:
+            batch.delete(LEAVING + u32(number))
+
+    def gone(self, number: int) -> bool:
+        """Away for longer than the grace."""
+        since = self._away_since.get(number)
+        return since is not None and self._seams.clock.monotonic() - since >= self.away_grace
+
+    def keeping(self) -> frozenset[int]:
+        """The hosts that keep what they have."""
+        given_up = self.lost() | self.leaving().keys()
+        now = self._seams.clock.time_ns()
+        in_force = {contract.host_number for contract in self._contractor.all_contracts() if contract.active(now)}
+        return frozenset(
+            number for number in self._registry.numbers() if number in in_force and number not in given_up and not self.gone(number)
+        )
+
+    def present(self) -> frozenset[int]:
+        """The hosts that have what they have, whether or not it is to stay there."""
+        lost = self.lost()
+        return frozenset(number for number in self._registry.numbers() if number not in lost and not self.gone(number))
+
+    def domain(self, number: int) -> str:
+        """The failure domain; a host without one is one of its own."""
+        try:
+            named = self._registry.record(number).domain
+        except NotFound:
+            named = ""
+        return named or f"\0{number}"

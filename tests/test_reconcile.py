@@ -1,0 +1,310 @@
+"""Reconcile: every sector comes to its replication on hosts that keep it, whatever happens to them, and is never less safe on the way."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage.errors import NotFound, Unavailable
+from storage.metadata.keys import SECTOR, UNDERREPLICATED, prefix_end, read_u64
+from storage.pacing import Pace
+from storage.replication import parse_replication
+from storage.seams import Seams
+from storage.sectors.plan import make_plan
+from storage.sectors.records import VERSION, SectorRecord, ShardRecord, decode_sector
+from storage.volume import Volume
+from tests.fakes import Crash, CrashAt, VirtualClock
+from tests.rig import QUIET, append, contents, host_dirs, make, new_value, noise, opened, published
+
+SIZE = 200_000
+
+
+def records(volume: Volume) -> dict[int, SectorRecord]:
+    found = volume.store.scan(SECTOR, prefix_end(SECTOR), 10_000)
+    return {read_u64(key, 1): decode_sector(raw, read_u64(key, 1)) for key, raw in found}
+
+
+def there(host: str) -> set[str]:
+    """Roots of the shards a directory host holds."""
+    return {path.name for path in Path(host.removeprefix("dir:")).glob("volumes/*/sectors/*/*")}
+
+
+def copies(volume: Volume, hosts: list[str]) -> dict[int, int]:
+    """Sector -> how many of the hosts hold its first shard, as the disks tell."""
+    held = [there(host) for host in hosts]
+    return {sector: sum(record.shards[0].root.hex() in roots for roots in held) for sector, record in records(volume).items()}
+
+
+def as_wanted(volume: Volume, hosts: list[str]) -> bool:
+    """Does every sector have exactly the copies it is to have, on record as on the disks of these hosts?"""
+    wanted = parse_replication(volume.config.replication).copies
+    return (
+        all(len(record.shards[0].hosts) == wanted for record in records(volume).values())
+        and set(copies(volume, hosts).values()) == {wanted}
+        and not volume.store.scan(UNDERREPLICATED, prefix_end(UNDERREPLICATED), 10)
+    )
+
+
+async def fill(volume: Volume, count: int = 8) -> dict[int, bytes]:
+    """Values with a sector each at least."""
+    content: dict[int, bytes] = {}
+    for _ in range(count):
+        value = new_value(volume)
+        content[value] = noise(SIZE)
+        await append(volume, value, content[value])
+        await volume.flush()
+    await volume.sectors.wait_uploads()
+    return content
+
+
+async def unchanged(volume: Volume, content: dict[int, bytes]) -> bool:
+    return all([await contents(volume, value) == data for value, data in content.items()])
+
+
+async def delete_freed(volume: Volume) -> None:
+    """What is freed leaves the hosts after two generations of superblocks (I3)."""
+    for _ in range(6):
+        if not await volume.deleter.drain():
+            return
+        await published(volume)
+    raise AssertionError("freed sectors stay on hosts")
+
+
+@asynccontextmanager
+async def a_volume(tmp_path: Path, hosts: int, replication: str, **options: object) -> AsyncIterator[tuple[Volume, list[str]]]:
+    urls = host_dirs(tmp_path, hosts)
+    await make(tmp_path / "volume", urls, replication=replication)
+    async with opened(tmp_path / "volume", options=replace(QUIET, **options)) as volume:  # type: ignore[arg-type]
+        yield volume, urls
+
+
+async def test_a_lost_host_s_shards_are_made_again_on_the_others(tmp_path: Path) -> None:
+    async with a_volume(tmp_path, 4, "2") as (volume, urls):
+        content = await fill(volume)
+        await volume.mark_host("2", lost=True)
+        assert volume.store.scan(SECTOR, prefix_end(SECTOR), 1)
+        await volume.reconciler.round()
+        left = [urls[0], *urls[2:]]
+        assert as_wanted(volume, left)
+        assert all(2 not in record.shards[0].hosts for record in records(volume).values())
+        assert await unchanged(volume, content)
+        assert volume.sectors.degraded() == 0
+
+
+async def test_a_host_that_is_left_is_empty_in_the_end_and_every_sector_has_its_copies_all_the_time(tmp_path: Path) -> None:
+    async with a_volume(tmp_path, 3, "2") as (volume, urls):
+        content = await fill(volume)
+        await volume.leave_host(urls[0], leave=True)
+        fewest: list[int] = []
+        mend = volume.host_io.write_sealed
+
+        async def watched(contract_id: str, shard: object) -> None:
+            fewest.append(min(copies(volume, urls).values()))
+            await mend(contract_id, shard)  # type: ignore[arg-type]
+
+        volume.host_io.write_sealed = watched  # type: ignore[method-assign, assignment]
+        await volume.reconciler.round()
+        assert fewest
+        assert min(fewest) == 2
+        # Nothing leaves a disk before superblocks that could need it are gone.
+        assert there(urls[0])
+        await delete_freed(volume)
+        assert there(urls[0]) == set()
+        assert as_wanted(volume, urls[1:])
+        assert await unchanged(volume, content)
+
+
+async def test_a_host_is_left_only_as_far_as_there_is_another_one(tmp_path: Path) -> None:
+    async with a_volume(tmp_path, 2, "2") as (volume, urls):
+        content = await fill(volume, 2)
+        await volume.leave_host("1", leave=True)
+        await volume.reconciler.round()
+        await delete_freed(volume)
+        assert set(copies(volume, urls).values()) == {2}
+        assert volume.sectors.degraded() == 0
+        assert "add a host" in volume.reconciler.status.trouble
+        await volume.leave_host("1", leave=False)
+        await volume.reconciler.round()
+        assert as_wanted(volume, urls)
+        assert await unchanged(volume, content)
+
+
+async def test_a_new_host_gets_its_share_and_the_others_lose_it(tmp_path: Path) -> None:
+    async with a_volume(tmp_path, 2, "2") as (volume, urls):
+        content = await fill(volume, 12)
+        urls += host_dirs(tmp_path, 3)[2:]
+        await volume.add_host(urls[2])
+        await volume.reconciler.round()
+        await delete_freed(volume)
+        held = [len(there(url)) for url in urls]
+        assert min(held) >= sum(held) / 3 * 0.7, held
+        assert as_wanted(volume, urls)
+        assert await unchanged(volume, content)
+
+
+async def test_a_host_that_is_away_for_long_is_done_without_and_its_copies_go_when_it_is_back(tmp_path: Path) -> None:
+    async with a_volume(tmp_path, 3, "2", away_grace=0.0) as (volume, urls):
+        content = await fill(volume)
+        (tmp_path / "host0").rename(tmp_path / "away")
+        volume.hosts.suspect(1)
+        await volume.hosts.retry_once()
+        await volume.reconciler.round()
+        assert as_wanted(volume, urls[1:])
+        assert await unchanged(volume, content)
+        (tmp_path / "away").rename(tmp_path / "host0")
+        assert await volume.hosts.retry_once() == [1]
+        await volume.reconciler.round()
+        await delete_freed(volume)
+        assert as_wanted(volume, urls)
+
+
+async def test_a_short_absence_makes_nobody_copy_anything(tmp_path: Path) -> None:
+    async with a_volume(tmp_path, 3, "2", away_grace=1000.0) as (volume, _):
+        await fill(volume, 3)
+        (tmp_path / "host0").rename(tmp_path / "away")
+        volume.hosts.suspect(1)
+        await volume.hosts.retry_once()
+        await volume.reconciler.round()
+        assert volume.reconciler.status.shards == 0
+        (tmp_path / "away").rename(tmp_path / "host0")
+
+
+async def test_after_a_crash_in_the_middle_the_next_process_goes_on_and_nothing_is_too_many(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 3)
+    await make(tmp_path / "volume", urls, replication="2")
+    async with opened(tmp_path / "volume") as volume:
+        content = await fill(volume, 8)
+    for _ in range(3):
+        with pytest.raises(Crash), trio.fail_after(30):
+            async with opened(tmp_path / "volume", seams=Seams(failpoints=CrashAt("reconcile.before_record"))) as volume:
+                await volume.leave_host("1", leave=True)
+                await volume.reconciler.round()
+                await trio.sleep_forever()
+    async with opened(tmp_path / "volume") as volume:
+        await volume.reconciler.round()
+        await delete_freed(volume)
+        assert as_wanted(volume, urls[1:])
+        assert there(urls[0]) == set()
+        assert await unchanged(volume, content)
+
+
+async def test_a_sector_freed_while_it_is_copied_leaves_nothing_behind(tmp_path: Path) -> None:
+    async with a_volume(tmp_path, 3, "2") as (volume, urls):
+        await fill(volume, 1)
+        (sector,) = records(volume)
+        await volume.leave_host("1", leave=True)
+        put = volume.host_io.write_sealed
+
+        async def freed_meanwhile(contract_id: str, shard: object) -> None:
+            await put(contract_id, shard)  # type: ignore[arg-type]
+            await volume.sectors.delete(sector)
+
+        volume.host_io.write_sealed = freed_meanwhile  # type: ignore[method-assign, assignment]
+        await volume.reconciler.round()
+        with pytest.raises(NotFound):
+            volume.sectors.record(sector)
+        await delete_freed(volume)
+        assert [there(url) for url in urls] == [set(), set(), set()]
+
+
+async def test_a_copy_that_comes_back_to_a_host_is_not_deleted_by_what_was_queued_before(tmp_path: Path) -> None:
+    async with a_volume(tmp_path, 3, "2") as (volume, urls):
+        content = await fill(volume, 3)
+        await volume.leave_host("1", leave=True)
+        await volume.reconciler.round()
+        # Before the deletions there are done, the host is wanted again, and another one is not.
+        await volume.leave_host("1", leave=False)
+        await volume.leave_host("2", leave=True)
+        await volume.reconciler.round()
+        await delete_freed(volume)
+        assert as_wanted(volume, [urls[0], urls[2]])
+        assert await unchanged(volume, content)
+
+
+async def test_failure_domains_are_kept_apart(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 5)
+    racks = ["a", "a", "a", "b", "c"]
+    await make(tmp_path / "volume", [f"{url}#domain={rack}" for url, rack in zip(urls, racks, strict=True)], replication="2")
+    async with opened(tmp_path / "volume") as volume:
+        await fill(volume, 12)
+        for record in records(volume).values():
+            assert len({racks[host - 1] for host in record.shards[0].hosts}) == 2
+        await volume.mark_host("4", lost=True)
+        await volume.reconciler.round()
+        for record in records(volume).values():
+            assert {racks[host - 1] for host in record.shards[0].hosts} == {"a", "c"}
+
+
+async def test_damaged_copies_are_not_spread(tmp_path: Path) -> None:
+    async with a_volume(tmp_path, 3, "2") as (volume, urls):
+        content = await fill(volume, 1)
+        (record,) = records(volume).values()
+        gone, left = record.shards[0].hosts
+        shard = f"volumes/*/sectors/*/{record.shards[0].root.hex()}"
+        path = next(Path(urls[left - 1].removeprefix("dir:")).glob(shard))
+        next(Path(urls[gone - 1].removeprefix("dir:")).glob(shard)).unlink()
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        await volume.mark_host(str(gone), lost=True)
+        await volume.reconciler.round()
+        assert "no good copy" in volume.reconciler.status.trouble
+        assert sum(len(there(url)) for url in urls) == 1
+        path.write_bytes(good)
+        volume.reconciler.wake()
+        await volume.reconciler.round()
+        assert volume.sectors.degraded() == 0
+        assert await unchanged(volume, content)
+
+
+async def test_the_rate_bounds_what_is_sent(autojump_clock: trio.testing.MockClock) -> None:
+    pace = Pace(VirtualClock(), 1000.0)
+    started = trio.current_time()
+    for _ in range(50):
+        await pace.take(200)
+    assert 8.0 <= trio.current_time() - started <= 10.0
+
+
+async def test_without_a_rate_nothing_waits() -> None:
+    pace = Pace(Seams().clock, None)
+    with trio.fail_after(5):
+        for _ in range(1000):
+            await pace.take(1 << 30)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 12), max_size=8), min_size=1, max_size=1),
+    st.sets(st.integers(1, 12)),
+    st.integers(1, 6),
+    st.integers(1, 4),
+)
+def test_a_plan_counts_distinct_keeping_hosts_and_drops_only_what_is_too_many(
+    hosts: list[list[int]], keeping: set[int], wanted: int, racks: int
+) -> None:
+    record = SectorRecord(VERSION, str(wanted), 10, 10, 10, [ShardRecord(1, 42, bytes(32), hosts[0])])
+    plan = make_plan(record, keeping, lambda host: f"rack{host % racks}")
+    (counted,) = plan.counted
+    able = set(hosts[0]) & keeping
+    assert set(counted) <= able
+    assert len(counted) == len(set(counted)) == min(wanted, len(able))
+    assert len(plan.missing) == wanted - len(counted)
+    assert {host for _, host in plan.surplus} == set(hosts[0]) - set(counted)
+    # As many failure domains as can be had.
+    assert len({host % racks for host in counted}) == min(len(counted), len({host % racks for host in able}))
+
+
+async def test_too_few_hosts_is_said_and_tried_again_later(tmp_path: Path) -> None:
+    async with a_volume(tmp_path, 2, "2") as (volume, _):
+        await fill(volume, 1)
+        await volume.mark_host("2", lost=True)
+        await volume.reconciler.round()
+        assert volume.sectors.degraded() == 1
+        assert "add a host" in volume.reconciler.status.trouble
+        with pytest.raises(Unavailable):
+            await volume.reconciler.mend(next(iter(records(volume))), volume.standing.keeping())
