@@ -49,7 +49,8 @@ class Fleet:
     def lost(self) -> dict[int, int]:
         """Hosts somebody has marked lost: number -> when, nanoseconds."""
         pairs = self._store.scan(LOST, prefix_end(LOST), 4096)
-        return {read_u32(key, 1): int.from_bytes(value, "big") for key, value in pairs}
+        # A key of another length names no host; fusefs check tells.
+        return {read_u32(key, 1): int.from_bytes(value, "big") for key, value in pairs if len(key) == 5}
 
     def mark_lost(self, number: int, lost: bool) -> None:
         """From the next commit on the host holds back no deletion and does not count for a majority (or does again). NotFound."""
