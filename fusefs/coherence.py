@@ -148,17 +148,18 @@ class Coherence:
 
     async def write_back(self, on_error: Callable[[OSError], None]) -> None:
         """Have the kernel write its dirty pages. `on_error` gets what was refused; the programs hear of it from fsync or close."""
-        if self._handles.cached_writers:
+        # A tainted inode's pages are refused anyway, and set right by its repair.
+        inos = [inode.ino for inode in self._handles.inodes() if inode.cached_writers and inode.taint is None]
+        if inos:
             try:
-                await self._kernel.syncfs()
+                await self._kernel.write_back(inos)
             except OSError as error:
                 on_error(error)
 
     async def periodic(self, on_error: Callable[[OSError], None]) -> None:
         """One round: dirty pages are written, failed repairs tried again, times of direct writers told.
 
-        syncfs only while a cached handle is open: no other page can be dirty, and an open descriptor of ours would make umount(8) say
-        "busy".
+        Only while a cached handle is open: no other page can be dirty, and an open descriptor of ours would make umount(8) say "busy".
         """
         await self.write_back(on_error)
         told = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -32,8 +33,14 @@ from fusefs.control_protocol import (
     encode,
     error_of,
 )
+from fusefs.dead_mounts import is_dying, peer_pid
 from storage import ContractStatus, FlushReport, HostStatus
 from storage.errors import BadArgument, FusefsError, NotFound, NotPermitted, Unavailable
+
+#: Seconds between two looks whether the process still lives.
+LOOK_SECONDS = 2.0
+#: Seconds for an answer that needs no host, or one host at a time.
+ANSWER_SECONDS = 120.0
 
 #: (bytes done, bytes in all)
 ShowProgress = Callable[[int, int], None]
@@ -70,7 +77,7 @@ class ControlClient:
             raise Unavailable(f"the mount of {volume} does not answer: {error}") from None
         finally:
             os.close(directory)
-        connection.settimeout(None)
+        connection.settimeout(LOOK_SECONDS)
         return cls(connection)
 
     def __enter__(self) -> ControlClient:
@@ -113,7 +120,7 @@ class ControlClient:
                 answer = self._ask(Drain(), progress)
             except FusefsError as error:
                 failure = error  # known; the end of the process is still to come
-            while self._connection.recv(4096):
+            while self._receive_rest():
                 continue
         except (ConnectionError, EOFError):
             pass
@@ -124,6 +131,13 @@ class ControlClient:
         if not isinstance(answer, FlushedAnswer):
             raise _unexpected(answer)
         return FlushReport(answer.degraded_sectors, tuple(answer.reasons))
+
+    def _receive_rest(self) -> bool:
+        """False at the end of the process."""
+        try:
+            return bool(self._connection.recv(4096))
+        except TimeoutError:
+            return not is_dying(peer_pid(self._connection))
 
     def worm(self, ino: int) -> None:
         """`ino`: the inode number of a directory on the mount."""
@@ -159,13 +173,18 @@ class ControlClient:
             raise _unexpected(answer)
 
     def _ask(self, request: Request, progress: ShowProgress | None = None) -> AnyAnswer:
-        """EOFError, ConnectionError: the process ended."""
+        """EOFError, ConnectionError: the process ended. Unavailable: it does not answer within `ANSWER_SECONDS`.
+
+        What takes as long as hosts take (flush, drain) has no such limit: it is waited for as long as the process lives, and whoever waits
+        sees the progress.
+        """
+        limit = None if isinstance(request, Flush | Drain) else time.monotonic() + ANSWER_SECONDS
         try:
             self._connection.sendall(encode(request))
         except BrokenPipeError:
             pass  # refused before it was asked: the reason can still be read
         while True:
-            answer = decode_answer(self._line())
+            answer = decode_answer(self._line(limit))
             if isinstance(answer, Progress):
                 if progress is not None:
                     progress(answer.done, answer.total)
@@ -174,11 +193,22 @@ class ControlClient:
                 raise error_of(answer.kind, answer.message)
             return answer
 
-    def _line(self) -> bytes:
+    def _line(self, limit: float | None) -> bytes:
         while (end := self._received.find(b"\n")) < 0:
             if len(self._received) > MAX_ANSWER:
                 raise BadArgument("the mount's answer is too long to be one")
-            chunk = self._connection.recv(65536)
+            try:
+                chunk = self._connection.recv(65536)
+            except TimeoutError:
+                if is_dying(peer_pid(self._connection)):
+                    # Its socket outlives it as long as one of its threads is stuck in the kernel.
+                    raise EOFError("the mount was killed") from None
+                if limit is not None and time.monotonic() >= limit:
+                    raise Unavailable(
+                        f"process {peer_pid(self._connection)}, which serves the mount, has not answered for {ANSWER_SECONDS:.0f} s; "
+                        "see its log, and try again"
+                    ) from None
+                continue
             if not chunk:
                 raise EOFError("the mount ended")
             self._received += chunk

@@ -12,9 +12,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +30,16 @@ from storage.errors import BadArgument
 KERNEL_THREADS = 40
 #: FILEID_INO64_GEN of <linux/exportfs.h>: fuse encodes (inode number high, low, generation) as three 32-bit words.
 _FILEID_INO64_GEN = 0x81
+
+
+def writes_pages_in_place(release: str) -> bool:
+    """Linux 6.16 and later: a page stays under writeback until its WRITE is answered, so that invalidation waits for it. Before, the kernel
+    sent a copy and knew nothing of it afterwards, so only what invalidation itself sends, page by page, is waited for."""
+    match = re.match(r"(\d+)\.(\d+)", release)
+    return match is not None and (int(match[1]), int(match[2])) >= (6, 16)
+
+
+SYNCFS_BEGINS = writes_pages_in_place(os.uname().release)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -74,8 +86,9 @@ class KernelCalls(Protocol):
         done."""
         ...
 
-    async def syncfs(self) -> None:
-        """The kernel writes all dirty pages of the mount, and waits for that. OSError with the error of a refused WRITE."""
+    async def write_back(self, inos: Sequence[int]) -> None:
+        """The dirty pages of these inodes have been written when it returns, and all their pages are dropped. OSError with the error of a
+        refused WRITE."""
         ...
 
 
@@ -129,17 +142,30 @@ class MountCalls:
 
         await self._on_inode(OwnRequest(ino, expected_mtime_ns=expected_ns), path, touch)
 
-    async def syncfs(self) -> None:
+    async def write_back(self, inos: Sequence[int]) -> None:
         def call() -> None:
-            fd = os.open(self._mountpoint, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                if _libc.syncfs(fd) != 0:
-                    number = ctypes.get_errno()
-                    raise OSError(number, os.strerror(number))
-            finally:
-                os.close(fd)
+            refused: OSError | None = None
+            if SYNCFS_BEGINS:
+                # All of it at once, in large requests; but on FUSE it may return before they are answered (Linux 6.18.44 does).
+                refused = self._syncfs()
+            for ino in inos:
+                with suppress(FileNotFoundError):  # the kernel does not know the inode (any more): nothing is dirty
+                    # Waits for each page, whoever began to write it.
+                    pyfuse3.invalidate_inode(ino)
+            if refused is not None:
+                raise refused
 
         await trio.to_thread.run_sync(call, limiter=self._limiter)
+
+    def _syncfs(self) -> OSError | None:
+        fd = os.open(self._mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if _libc.syncfs(fd) != 0:
+                number = ctypes.get_errno()
+                return OSError(number, os.strerror(number))
+            return None
+        finally:
+            os.close(fd)
 
     async def _on_inode(self, request: OwnRequest, path: bytes | None, work: Callable[[str], None]) -> None:
         def call() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from fusefs.dead_mounts import free_dead
 from fusefs.mounts import mount_at, mount_of_volume
 from storage.errors import BadArgument, Busy, NotFound, Unavailable
 
@@ -26,11 +27,16 @@ def check_mountpoint(volume: Path | None, mountpoint: Path, *, beside: bool = Fa
     """
     volume = Path(os.path.realpath(volume)) if volume is not None else None
     mountpoint = Path(os.path.abspath(mountpoint))
+    if volume is not None:
+        free_dead(volume)
     existing = mount_at(mountpoint)
     if existing is not None:
-        if not _is_dead(existing.mountpoint):
+        # Before anything is asked of the mount: a killed process that cannot end never answers.
+        freed = free_dead(existing.volume)
+        if not freed and not _is_dead(existing.mountpoint):
             raise Busy(f"{mountpoint} is in use: {existing.volume} is mounted there")
-        unmount(existing.mountpoint, lazy=True)
+        if mount_at(mountpoint) is not None:
+            unmount(existing.mountpoint, lazy=True)
     try:
         entries = os.listdir(mountpoint)
     except FileNotFoundError:

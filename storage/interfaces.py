@@ -22,6 +22,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from storage.errors import FusefsError
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -133,6 +135,11 @@ class MetadataStore(MetadataReader, Protocol):
     @property
     def journal_fill(self) -> float:
         """Share of the journal's limit in use, 0.0 to 1.0. Above 0.5 tails should be moved into sectors (or applied again)."""
+        ...
+
+    @property
+    def trouble(self) -> FusefsError | None:
+        """What keeps the journal from being emptied or lengthened just now. Nothing is lost by it; it is tried again."""
         ...
 
 

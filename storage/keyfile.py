@@ -57,6 +57,8 @@ MAX_PASSPHRASE = 65536
 MIN_MEMORY_KIB, MAX_MEMORY_KIB = 64, 1024 * 1024
 MIN_TIME, MAX_TIME = 1, 16
 MIN_LANES, MAX_LANES = 1, 16
+#: KiB of memory times passes, of all slots that are tried together: what one may cost.
+MAX_WORK = MAX_MEMORY_KIB * MAX_TIME
 
 _SALT_SIZE = 16
 _NONCE_SIZE = 12
@@ -143,9 +145,17 @@ def open_slots(keyfile: KeyFile, passphrase: str) -> bytes:
 
 
 def _open(keyfile: KeyFile, passphrase: str) -> tuple[int, bytes]:
-    """(index of the first slot that opens, master key)."""
+    """(index of the cheapest slot that opens, master key)."""
     secret = passphrase_bytes(passphrase)
-    for index, slot in enumerate(keyfile.slots):
+    work = 0
+    # Hosts hand out slots too: all of them together may cost no more than one may.
+    for index, slot in sorted(enumerate(keyfile.slots), key=lambda item: item[1].memory_kib * item[1].time):
+        work += slot.memory_kib * slot.time
+        if work > MAX_WORK and not _out_of_bounds(slot.memory_kib, slot.time, slot.lanes):
+            raise WrongPassphrase(
+                f"the cheaper key slots of volume {keyfile.volume_id} do not open with this passphrase, and trying all "
+                f"{len(keyfile.slots)} costs more than any volume's do: try again, or use a copy of the key file that can be trusted"
+            )
         key = _derive(slot, secret)
         try:
             return index, AESGCM(key).decrypt(slot.nonce, slot.wrapped, _associated(slot, keyfile.volume_id))

@@ -210,6 +210,7 @@ class Volume:
             )
         urls = {record.number: record.url for record in self.hosts.records()}
         trouble, local = self.values.shipper.trouble, self.values.local_trouble
+        shown = (local, self.values.full, trouble, self.store.trouble)
         fenced = self.publisher is not None and failure is not None and self.publisher.fenced == failure
         return VolumeStatus(
             volume_id=self.volume_id,
@@ -236,7 +237,7 @@ class Volume:
             warnings=[
                 *self.warnings,
                 *([publisher.trouble] if publisher is not None and publisher.trouble else []),
-                *(str(error) for error in (local, self.values.full, trouble) if error is not None),
+                *dict.fromkeys(str(error) for error in shown if error is not None),
                 *self.sectors.notes,
             ],
             refusals=[RefusalStatus(r.when_ns, r.program, r.path, r.offset, r.reason) for r in self.refusals],

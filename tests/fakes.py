@@ -128,6 +128,10 @@ class MemoryStore:
     def journal_fill(self) -> float:
         return self.fill
 
+    @property
+    def trouble(self) -> FusefsError | None:
+        return None
+
     def crash(self) -> MemoryStore:
         """What the next process finds: the durable commits, nothing that was only applied."""
         survivor = MemoryStore(self._durable, self._sequence)

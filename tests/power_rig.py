@@ -59,9 +59,15 @@ class Power:
         except queue.Empty:
             return None
 
-    def fail(self, what: str) -> None:
-        """`sync` or `write` (or `nothing`) fails with EIO from now on."""
-        self._tell(f"fail {what}")
+    def fail(self, what: str, name: str = "") -> None:
+        """`sync`, `write` or `read` (or `nothing`) fails with EIO from now on, on files called so or on all."""
+        self._tell(f"fail {what} {name}")
+        self._expect("failing")
+
+    def full(self, name: str = "") -> None:
+        """`write` fails with ENOSPC from now on."""
+        self._tell(f"full {name}")
+        self._expect("failing")
 
     def end(self) -> None:
         """Unmounted, and the process gone. Without a cut before, all of it is in `backing`."""

@@ -9,8 +9,10 @@ lines on standard input, answers go to standard output as lines:
     cut drop | cut random SEED  everything fails with EIO from now on and reaches nothing; BACKING is what survived  ->  cut VOLATILE
     arm COUNT drop | arm COUNT random SEED
                                 the same by itself, right before the COUNT-th change or sync from now; told by the same line, once
-    fail sync | fail write | fail nothing
-                                from now on these fail with EIO
+    fail sync | fail write | fail read | fail nothing
+    fail sync NAME | ...        from now on these fail with EIO, on all files or on those called NAME; of `read` nothing stays cached
+                                  ->  failing
+    full NAME | full            writes to files called NAME (all files) fail with ENOSPC, as `fail write` does with EIO
     end, or the end of input    all is made durable, unless it was cut; unmounted; the process ends
 
 A request is one moment: nothing awaits in the middle of one, so a cut falls between two.
@@ -72,7 +74,8 @@ class PowerFs(pyfuse3.Operations):
         super().__init__()
         self.disk = disk
         self.dead = False
-        self.failing = ""
+        #: (sync, write, read or "", what the files are called or b"" for all, error)
+        self.failing: tuple[str, bytes, int] = ("", b"", 0)
         #: Changes left until the cut; 0: not armed.
         self.armed = 0
         self.armed_with: random.Random | None = None
@@ -85,8 +88,18 @@ class PowerFs(pyfuse3.Operations):
             self.armed -= 1
             if not self.armed:
                 self.cut(self.armed_with)
-        if self.dead or (self.failing == "sync" and "sync" in name) or (self.failing == "write" and name == "write"):
+        if self.dead:
             raise _error(errno.EIO)
+
+    def fail(self, what: str, inode: int) -> None:
+        """An error, if `what` is to fail on that file."""
+        failing, name, number = self.failing
+        if failing == what and (not name or inode in self.called(name)):
+            raise _error(number)
+
+    def called(self, name: bytes) -> set[int]:
+        """Inodes that have this name in some directory."""
+        return {node.names[name].number for node in self.disk.nodes.values() if name in node.names}
 
     def cut(self, rng: random.Random | None) -> None:
         if not self.dead:
@@ -233,6 +246,7 @@ class PowerFs(pyfuse3.Operations):
             there.nlink = 0
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        self.fail("sync", fh & 0xFFFFFFFF)
         self.disk.sync_names(self._node(fh & 0xFFFFFFFF))
 
     # ---- content
@@ -244,9 +258,11 @@ class PowerFs(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
+        self.fail("read", fh)
         return bytes(memoryview(self._node(fh).data)[off : off + size])
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
+        self.fail("write", fh)
         node = self._node(fh)
         node.write(off, buf)
         now = time.time_ns()
@@ -277,6 +293,7 @@ class PowerFs(pyfuse3.Operations):
         return None
 
     async def fsync(self, fh: int, datasync: bool) -> None:
+        self.fail("sync", fh)
         self._node(fh).sync()
 
     async def release(self, fh: int) -> None:
@@ -305,8 +322,15 @@ async def _obey(powerfs: PowerFs) -> None:
         words = line.decode().split()
         if words[0] == "end":
             return
-        if words[0] == "fail":
-            powerfs.failing = words[1]
+        if words[0] in ("fail", "full"):
+            what = words.pop(1) if words[0] == "fail" else "write"
+            name = words[1].encode() if len(words) > 1 else b""
+            powerfs.failing = (what, name, errno.EIO if words[0] == "fail" else errno.ENOSPC)
+            if what == "read":
+                # From a thread: the kernel may have to ask us first.
+                for inode in powerfs.called(name):
+                    await trio.to_thread.run_sync(pyfuse3.invalidate_inode, inode)
+            _say("failing")
             continue
         count = int(words.pop(1)) if words[0] == "arm" else 0
         rng = random.Random(int(words[2])) if words[1] == "random" else None

@@ -483,6 +483,42 @@ async def test_a_fenced_volume_refuses_attributes_as_well(tmp_path: Path) -> Non
             raise Fenced("the end")
 
 
+@pytest.mark.parametrize("how", ["gone", "cut off"])
+@pytest.mark.parametrize("where", ["one host", "every host", "every host, but for the index"])
+async def test_metadata_objects_that_hosts_lost_are_made_good(tmp_path: Path, how: str, where: str) -> None:
+    urls = host_dirs(tmp_path, 3)
+    await make(tmp_path / "volume", urls, replication="2")
+    async with opened(tmp_path / "volume") as volume:
+        await write(volume, "first", b"one" * 1000)
+        await volume.flush()
+        await write(volume, "second", b"two" * 1000)
+        await volume.flush()
+        prefix = metadata_prefix(volume.config.volume_id_bytes)
+        base = publisher_of(volume)._base
+        assert base is not None
+        assert base.index is not None
+        index = base.index.name
+    for url in urls[:1] if where == "one host" else urls:
+        for name in Stored(url).names(prefix):
+            if where.endswith("index") and name.endswith(index):
+                continue
+            if how == "gone":
+                Stored(url).remove(name)
+            else:
+                Stored(url).write(name, Stored(url).read(name)[:-7])
+    async with opened(tmp_path / "volume") as volume:
+        await write(volume, "third", b"three" * 1000)
+        assert (await volume.flush()).reasons == ()
+    # The host that lost them is enough for all of it.
+    for url in urls[1:]:
+        Path(url.removeprefix("dir:")).rename(url.removeprefix("dir:") + ".away")
+    await recover_volume(tmp_path / "again", urls[:1], passphrase=PASSPHRASE, argon2=CHEAP)
+    for url in urls[1:]:
+        Path(url.removeprefix("dir:") + ".away").rename(url.removeprefix("dir:"))
+    async with opened(tmp_path / "again") as volume:
+        assert await volume.files.list() == {"first": 3000, "second": 3000, "third": 5000}
+
+
 async def test_a_name_alone_is_no_superblock(tmp_path: Path) -> None:
     """A host that shows the highest name there can be harms nobody but itself."""
     urls = host_dirs(tmp_path, 3)

@@ -41,6 +41,15 @@ def test_what_urls_mean(text: str, path: str, domain: str, canonical: str) -> No
     assert parse_url(canonical) == url
 
 
+def test_a_relative_path_in_a_directory_that_is_gone_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(BadArgument, match="working directory is gone"):
+        parse_url("dir:disk1")
+    assert parse_url("dir:/disk1").path == "/disk1"
+
+
 def test_relative_paths_are_resolved_where_they_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert parse_url("dir:disk").path == str(tmp_path / "disk")

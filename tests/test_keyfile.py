@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from storage import keyfile as keyfile_module
 from storage.documents import encode_document
 from storage.errors import BadArgument, Corrupt, FusefsError, NotFound, WrongPassphrase
 from storage.keyfile import (
@@ -208,6 +209,26 @@ def test_too_many_slots_are_refused() -> None:
 def test_a_slot_is_bound_to_its_parameters(changes: dict[str, object]) -> None:
     with pytest.raises(WrongPassphrase):
         open_slots(parse_keyfile(hostile(**changes)), "x")
+
+
+def test_slots_from_hostile_hosts_cost_no_more_together_than_one_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = make_slot(MASTER, "right", VOLUME, SystemRandomness(), CHEAP)
+    dear = msgspec.structs.replace(good, memory_kib=MAX_MEMORY_KIB, time=MAX_TIME // 2, wrapped=bytes(len(good.wrapped)))
+    tried: list[int] = []
+
+    def derive(slot: KeySlot, secret: bytes) -> bytes:
+        tried.append(slot.memory_kib * slot.time)
+        return real(slot, secret) if slot.memory_kib < MAX_MEMORY_KIB else bytes(32)
+
+    real = keyfile_module._derive
+    monkeypatch.setattr(keyfile_module, "_derive", derive)
+    # Cheapest first: what hosts add to it does not delay whoever has the passphrase.
+    assert open_slots(make_keyfile(VOLUME, (dear,) * 7 + (good,)), "right") == MASTER
+    assert len(tried) == 1
+    tried.clear()
+    with pytest.raises(WrongPassphrase, match="costs more"):
+        open_slots(make_keyfile(VOLUME, (dear,) * 7 + (good,)), "wrong")
+    assert sum(tried) <= MAX_MEMORY_KIB * MAX_TIME
 
 
 def test_a_slot_is_bound_to_its_volume() -> None:

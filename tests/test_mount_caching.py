@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounting import Mounted, Mounting, mounting_in, wait_until
+from tests.mounting import Mounted, Mounting, mounting_in, reap, wait_until
+from tests.rig import host_dirs
 
 libc = ctypes.CDLL(None, use_errno=True)
 SYNC_FILE_RANGE_ALL = 7
@@ -453,6 +454,28 @@ def test_dirty_pages_are_written_every_interval(mounting: Mounting) -> None:
     errno_of(os.close, fd)
     mounted.end()
     assert (mounting.mount(NEVER).path / "log").read_bytes() == b"a line\n"
+
+
+def test_what_is_dirty_is_waited_for_and_not_only_sent_on_its_way(mounting: Mounting) -> None:
+    """syncfs(2) on FUSE returns before WRITEs are answered (since Linux 6.18.x): a flush, and a commit, must not."""
+    mounted = mounting.mount(NEVER, volume=mounting.volume(hosts=host_dirs(mounting.base, 1)))
+    files = [mounted.path / f"log{number}" for number in range(3)]
+    fds = [appender(path) for path in files]
+    mounted.fault("slow-write", "0.5")
+    for fd in fds:
+        os.write(fd, b"a line\n" * 10_000)
+    with mounted.control() as control:
+        control.flush()
+        assert control.status().volume.pending_bytes == 0
+    for path in files:
+        assert sum(length for _, length, outcome in mounted.writes(path) if outcome == "ok") == 70_000
+    mounted.process.kill()
+    reap(mounted.process, mounted.path)
+    for fd in fds:
+        errno_of(os.close, fd)
+    mounted.end()
+    again = mounting.mount(NEVER)
+    assert [(again.path / path.name).stat().st_size for path in files] == [70_000] * 3
 
 
 def test_without_the_rule_they_would_stay_for_long(mounting: Mounting) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fusefs.cli.output import say
 from fusefs.control_client import ControlClient
+from fusefs.dead_mounts import free_dead
 from fusefs.mounts import Mount, find_mount, mount_of_volume
 from storage.errors import Busy, NotFound, Unavailable
 
@@ -35,7 +36,12 @@ def resolve(path: Path) -> Target:
 
 
 def is_served(volume: Path) -> bool:
-    """True if a process answers on the volume's control socket. NotPermitted if it is somebody else's, Unavailable if it hangs."""
+    """True if a process answers on the volume's control socket. NotPermitted if it is somebody else's, Unavailable if it hangs.
+
+    One that was killed and could not end is helped to (fusefs/dead_mounts.py).
+    """
+    if free_dead(volume):
+        return False
     try:
         ControlClient.connect(volume).close()
     except NotFound:

@@ -128,7 +128,8 @@ def umount(mountpoint: Path) -> None:
         _wait(mountpoint)
         return
     if not live.is_served(mount.volume):
-        unmount(mount.mountpoint, lazy=True)
+        if mount_at(mountpoint) is not None:
+            unmount(mount.mountpoint, lazy=True)
         say(f"{mountpoint} was a dead mount: its process had ended; what it had committed is there at the next mount")
         return
     flushed: FlushReport | None = None

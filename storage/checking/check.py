@@ -7,6 +7,7 @@ from pathlib import Path
 
 from storage.checking.extents import check_extents
 from storage.checking.findings import CheckProgress, CheckReport, Finding
+from storage.checking.history import check_history
 from storage.checking.hosts import check_hosts
 from storage.checking.maps import check_maps
 from storage.checking.names import check_names, check_orphans
@@ -76,18 +77,22 @@ async def _examine(patient: Patient, keys: Keys, tails: RecoveredTails, opener: 
     # Without an epoch to begin, or numbers to give out, nothing can be repaired; what is wrong can be told.
     if not await check_epochs(patient) or not counters_are_sound(patient):
         patient.repair = False
-    await check_records(patient)
-    await _read_tails(patient, tails)
     await _open_hosts(patient, keys, opener)
     try:
+        # First: nothing is repaired in a directory whose history was gone on with elsewhere.
+        await check_history(patient, keys, data=data)
+        await check_records(patient)
+        if patient.registry is None and patient.repair:
+            # The records that were in the way are set aside now.
+            await _open_hosts(patient, keys, opener)
+            await check_history(patient, keys, data=data)
+        await _read_tails(patient, tails)
         await check_extents(patient)
         await check_names(patient)
         await check_maps(patient)
         await check_orphans(patient)
         await check_sectors(patient)
         await check_hosts(patient, data=data)
-        # The history on the hosts (superblocks, checkpoints, logs) against this directory's goes here: a pass like the others, which tells
-        # of a generation that does not follow, objects that are missing, or a later epoch.
     finally:
         if patient.registry is not None:
             await patient.registry.aclose()

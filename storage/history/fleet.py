@@ -40,6 +40,8 @@ class Fleet:
         self._store, self._registry, self._lineage, self._held, self._seams = store, registry, lineage, held, seams
         self._passed_over = passed_over
         self._sides: dict[int, HostSide] = {}
+        #: Objects that none of the hosts that answered has, whole, as far as `fetch` has found.
+        self.vanished: set[str] = set()
         #: Delete nothing on any host, and release nothing for deletion: so it is during a recovery.
         self.keep_all = False
 
@@ -49,7 +51,8 @@ class Fleet:
     def lost(self) -> dict[int, int]:
         """Hosts somebody has marked lost: number -> when, nanoseconds."""
         pairs = self._store.scan(LOST, prefix_end(LOST), 4096)
-        return {read_u32(key, 1): int.from_bytes(value, "big") for key, value in pairs}
+        # A key of another length names no host; fusefs check tells.
+        return {read_u32(key, 1): int.from_bytes(value, "big") for key, value in pairs if len(key) == 5}
 
     def mark_lost(self, number: int, lost: bool) -> None:
         """From the next commit on the host holds back no deletion and does not count for a majority (or does again). NotFound."""
@@ -143,19 +146,23 @@ class Fleet:
         if held is not None:
             return held
         reasons: list[str] = []
-        for side in sorted(self.sides(), key=lambda side: ref.name not in side.present):
+        silent = False
+        for side in sorted(self.sides(), key=lambda side: not side.has(ref)):
             if not self._registry.available(side.number):
                 continue
             try:
                 data = await side.get(ref)
             except FusefsError as error:
                 reasons.append(str(error))
-                side.present.discard(ref.name)
+                silent = silent or isinstance(error, Unavailable)
+                side.present.pop(ref.name, None)
                 continue
             if await self._seams.threads.run(_is, data, ref):
                 return data
             reasons.append(f"host {self._registry.url(side.number)}: {object_name(self._volume_id, ref.name)} is damaged")
-            side.present.discard(ref.name)
+            side.present.pop(ref.name, None)
+        if reasons and not silent:
+            self.vanished.add(ref.name)
         raise Unavailable(f"no host gives metadata object {ref.name[:26]} ({'; '.join(reasons) or 'no host can be reached'})")
 
     async def spread(self, sealed: SealedObject) -> None:
@@ -168,7 +175,7 @@ class Fleet:
             await side.place(sealed.ref, fetch)
 
         await self.on_each(self.sides(), place)
-        if not any(sealed.ref.name in side.present for side in self.sides()):
+        if not any(side.has(sealed.ref) for side in self.sides()):
             raise Unavailable(f"no host takes metadata ({self.troubles()})")
         self._held.placed(sealed.ref.name)
 

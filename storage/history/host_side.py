@@ -96,8 +96,8 @@ class HostSide:
         #: The highest number in a superblock's name here, whatever stands there. The next one goes right above it, if nobody was quicker:
         #: so whoever writes here contends for the same name, and nobody's goes unseen (I5).
         self.top = 0
-        #: Metadata objects that are there.
-        self.present: set[str] = set()
+        #: Metadata objects that are there, with their sizes: one of another size is not the one that was put.
+        self.present: dict[str, int] = {}
         #: It has a superblock that a newer fusefs wrote.
         self.too_new = False
         #: Why the last attempt failed; "" after a success.
@@ -134,7 +134,7 @@ class HostSide:
             level = await host.level(metadata_prefix(self._volume_id))
         self.highest = max((found.block.generation for found in opened.values()), default=0)
         self.top = slots.top
-        self.present = {name for name in level.objects if writer_of(name) is not None}
+        self.present = {name: size for name, size in level.objects.items() if writer_of(name) is not None}
         lineage = self._lineage()
         self.newest = next(iter(opened.values()), None)
         self.foreign = self.newest if self.newest is not None and not self._known(lineage, self.newest.block) else None
@@ -154,11 +154,15 @@ class HostSide:
             if kept.generation == generation:
                 kept.names = names
 
+    def has(self, ref: Ref) -> bool:
+        """Is the object there, whole as far as its size tells?"""
+        return self.present.get(ref.name) == ref.size
+
     # ----------------------------------------------------------------------------------------------------------------
 
     async def place(self, ref: Ref, fetch: Fetch) -> None:
         """The object is on the host when it returns. What `fetch` and the host raise."""
-        if ref.name in self.present:
+        if self.has(ref):
             return
         data = await fetch(ref)
         host = self._registry.get(self.number)
@@ -166,7 +170,7 @@ class HostSide:
         with _limit(host, len(data)):
             await host.put(object_name(self._volume_id, ref.name), data)
         self._hit("history.object.after_put")
-        self.present.add(ref.name)
+        self.present[ref.name] = ref.size
 
     async def get(self, ref: Ref) -> bytes:
         """The object's bytes, unverified. NotFound, Unavailable, Corrupt."""
@@ -258,7 +262,7 @@ class HostSide:
                 return
             needed |= kept.names
         lineage = self._lineage()
-        for name in sorted(self.present - needed):
+        for name in sorted(self.present.keys() - needed):
             writer = writer_of(name)
             # I5: another history's are not ours to delete, whoever holds the majority.
             if writer is None or not lineage.has_epoch(*writer):
@@ -266,7 +270,7 @@ class HostSide:
             self._hit("history.object.before_delete")
             with _limit(host, 0):
                 await host.delete(object_name(self._volume_id, name))
-            self.present.discard(name)
+            self.present.pop(name, None)
 
 
 @contextmanager

@@ -318,7 +318,13 @@ class Publisher:
             await self._cut()
             await self._log.merge(self.fleet.fetch)
         if self._base is not None and not self._gap:
-            await self._round()
+            try:
+                await self._round()
+            except Unavailable:
+                # The round may have found that hosts no longer have what it names: then only a checkpoint helps.
+                if not self._gap:
+                    raise
+        if self._base is not None and not self._gap:
             if self._log.size > max(MIN_LOG, self._base.stored // 2) or self._log.full:
                 self._begin_checkpoint()
             return None
@@ -430,8 +436,9 @@ class Publisher:
             again = await self._bring(block, refs, done, over)
             self._current, self._current_refs, self._digest = block, refs, block.digest
             for ref in refs:
-                if ref.name in self._log.held.unplaced and any(ref.name in side.present for side in self.fleet.every()):
+                if ref.name in self._log.held.unplaced and any(side.has(ref) for side in self.fleet.every()):
                     self._log.held.placed(ref.name)
+            self._look_for_lost(refs)
             voters = self.fleet.voters()
             have = sum(1 for side in voters if side.number in done)
             if have >= self.fleet.majority(len(voters)):
@@ -453,6 +460,14 @@ class Publisher:
         raise Unavailable(
             f"{have} of {len(voters)} hosts have the newest superblock, {self.fleet.majority(len(voters))} are needed ({reasons})"
         )
+
+    def _look_for_lost(self, refs: list[Ref]) -> None:
+        """What every host that answers has lost, they get anew: with a checkpoint."""
+        gone = self.fleet.vanished.intersection(ref.name for ref in refs)
+        self.fleet.vanished.clear()
+        if gone and not self._gap:
+            log.warning("hosts have lost %d metadata objects, and none has them any more; a checkpoint is due", len(gone))
+            self._lose()
 
     async def _bring(self, block: Superblock, refs: list[Ref], done: set[int], over: bool) -> bool:
         """To every host; those that have it are added to `done`. True if somebody wrote to one meanwhile, but no other history."""

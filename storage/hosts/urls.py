@@ -98,7 +98,10 @@ def _absolute(text: str, path: str, directory: Path | None) -> str:
     if not path:
         raise BadArgument(f"host URL {text!r} names no directory; write dir:/path")
     if not path.startswith("/"):
-        path = os.path.join(os.getcwd() if directory is None else os.path.abspath(directory), path)
+        try:
+            path = os.path.join(os.getcwd() if directory is None else os.path.abspath(directory), path)
+        except OSError as error:
+            raise BadArgument(f"host URL {text!r}: the working directory is gone ({error.strerror}); write an absolute path") from None
     # POSIX leaves a meaning to exactly two leading slashes, normpath keeps them, Linux has none.
     return "/" + os.path.normpath(path).lstrip("/")
 

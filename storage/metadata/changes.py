@@ -30,6 +30,8 @@ class Changes:
         self.reason = False
         #: Something was let go of: what is here does not lead from the last cut to now.
         self.broken = False
+        #: At open: something that hosts should know was committed after the last publication.
+        self.newer = False
         #: Told when more than half of the limit is used.
         self.on_many = _nothing
 
@@ -77,6 +79,10 @@ def _nothing() -> None:
     return
 
 
+def _is_reason(ops: Sequence[Op]) -> bool:
+    return any(key[:1] not in NEVER_SHIPPED and key[:1] not in NO_REASON_TO_SHIP for key, _ in ops)
+
+
 class Replaying:
     """Collects, at open, what the journal still has of commits that may not have been published: in order, bounded like `Changes`."""
 
@@ -102,6 +108,7 @@ class Replaying:
 
         From that very commit on, not after it: a cut may have fallen between two of its batches, and once more does no harm.
         """
+        changes.newer = any(sequence > (published or 0) and _is_reason(ops) for sequence, ops in self._commits)
         if published is None or (published <= last and (self._first is None or self._first > published)):
             changes.lose()
             return

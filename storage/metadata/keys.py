@@ -33,6 +33,8 @@ from __future__ import annotations
 
 import struct
 
+from storage.errors import Corrupt
+
 COUNTER = b"c"
 EPOCH = b"e"
 HOST = b"h"
@@ -71,13 +73,20 @@ u64 = _U64.pack
 
 
 def read_u32(raw: bytes, at: int = 0) -> int:
-    """The big-endian u32 at `at`."""
-    return int(_U32.unpack_from(raw, at)[0])
+    """The big-endian u32 at `at`. Corrupt if it ends before."""
+    return _read(_U32, raw, at)
 
 
 def read_u64(raw: bytes, at: int = 0) -> int:
-    """The big-endian u64 at `at`."""
-    return int(_U64.unpack_from(raw, at)[0])
+    """The big-endian u64 at `at`. Corrupt if it ends before."""
+    return _read(_U64, raw, at)
+
+
+def _read(layout: struct.Struct, raw: bytes, at: int) -> int:
+    try:
+        return int(layout.unpack_from(raw, at)[0])
+    except struct.error:
+        raise Corrupt(f"metadata: {raw[:24].hex()} is too short for what it is; run fusefs check") from None
 
 
 def prefix_end(prefix: bytes) -> bytes:

@@ -46,6 +46,12 @@ def local_error(error: lmdb.Error, path: Path) -> FusefsError:
         return Busy(f"{path}: {MAX_READERS} processes read the metadata database already; end one of them")
     if isinstance(error, lmdb.MemoryError):
         return IOFailure(f"{path}: cannot map the metadata database ({error}); lift the limit on address space (ulimit -v)")
+    if isinstance(error, lmdb.PanicError):
+        # LMDB takes nothing more until it is opened again, also when the disk is well.
+        return IOFailure(
+            f"{path}: the metadata database takes nothing more since a write of it failed; what is written is safe in the journal as long "
+            "as that has room: check the disk, then unmount and mount again"
+        )
     return IOFailure(f"{path}: the metadata database failed ({error}); check the disk")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import trio
 
-from storage.errors import Fenced, NotFound
+from storage.errors import Fenced, FusefsError, NotFound
 from storage.interfaces import Batch, TailPiece
 from storage.metadata.journal import KeyOf
 from storage.metadata.keys import u64
@@ -81,6 +81,10 @@ class ReadOnlyStore:
     @property
     def journal_fill(self) -> float:
         return 0.0
+
+    @property
+    def trouble(self) -> FusefsError | None:
+        return None
 
     def recovered_tails(self) -> RecoveredTails:
         """Tails that are in no sector. Look before `let_go_of_journal`."""

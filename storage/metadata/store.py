@@ -135,6 +135,10 @@ class Store:
     def journal_fill(self) -> float:
         return self._journal.fill
 
+    @property
+    def trouble(self) -> FusefsError | None:
+        return self._takeover.trouble
+
     def pinned_tails(self) -> list[tuple[int, int]]:
         return self._takeover.pinned(self)
 

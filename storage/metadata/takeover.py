@@ -92,6 +92,8 @@ class Takeover:
         self._kick = trio.Event()
         self._retry_at = -math.inf
         self._retry_in = _RETRY_FIRST
+        #: Why the last pass failed.
+        self.trouble: FusefsError | None = None
         self._broken = False
         #: Waiting without a limit.
         self._idle = False
@@ -155,9 +157,11 @@ class Takeover:
             if isinstance(error, NoSpace):
                 self._retry_in = min(self._retry_in, _RETRY_FULL)
             self._retry_at = self._seams.clock.monotonic() + self._retry_in
+            self.trouble = error
             log.warning("%s; trying again in %.0f s", error, self._retry_in)
             self._retry_in = min(self._retry_in * 2, _RETRY_LAST)
         else:
+            self.trouble = None
             self._retry_in = _RETRY_FIRST
 
     async def finish(self) -> None:

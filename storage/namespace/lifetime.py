@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import trio
 
-from storage.errors import BadArgument
+from storage.errors import BadArgument, Corrupt
 from storage.interfaces import MetadataStore, Values
 from storage.metadata.keys import ORPHAN, prefix_end, read_u64
 from storage.namespace.filemap import FileMap
 from storage.namespace.inodes import Change, Inode, InodeTable
 from storage.namespace.records import ORPHAN_INODE, ORPHAN_MAP, inode_key, orphan_key
 from storage.namespace.xattrs import Xattrs
+
+log = logging.getLogger("fusefs.namespace")
 
 _SLICE = 64
 
@@ -91,8 +95,12 @@ class Lifetime:
         while page := self._store.scan(at, stop, _SLICE):
             for key, kind in page:
                 # Looked at again: since the scan somebody may have unpinned it, or another reaper have been here.
-                if self._store.get(key) is not None:
-                    reaped += await self._reap_one(read_u64(key, 1), kind)
+                try:
+                    if self._store.get(key) is not None:
+                        reaped += await self._reap_one(read_u64(key, 1), kind)
+                except Corrupt as error:
+                    # One damaged record must not keep all others' space.
+                    log.error("the space of a removed file stays: %s", error)
                 await trio.lowlevel.checkpoint()
             at = page[-1][0] + b"\0"
         return reaped

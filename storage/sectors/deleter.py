@@ -105,13 +105,13 @@ class Deleter:
             released = None if self.gate is None else self.gate.released_sequence()
             done = Batch()
             for key, raw in entries:
-                sector_id = read_u64(key, 9)
-                if self.gate is not None and released is not None and (freed := read_u64(key, 1)) > released:
-                    # In the order of their sequence: neither are the ones that follow.
-                    self._store.apply(done)
-                    self.gate.want_release(freed)
-                    return stayed + 1
                 try:
+                    freed, sector_id = read_u64(key, 1), read_u64(key, 9)
+                    if self.gate is not None and released is not None and freed > released:
+                        # In the order of their sequence: neither are the ones that follow.
+                        self._store.apply(done)
+                        self.gate.want_release(freed)
+                        return stayed + 1
                     record = decode_sector(raw, sector_id)
                 except Corrupt as error:
                     # Its shards stay; those of the others need not.

@@ -328,7 +328,12 @@ class Sweeper:
         start, end = FREED, prefix_end(FREED)
         while entries := self._store.scan(start, end, _SLICE):
             for key, raw in entries:
-                sector_id = read_u64(key, 9)
+                try:
+                    sector_id = read_u64(key, 9)
+                except Corrupt:
+                    # It may name any of them.
+                    orphans.clear()
+                    continue
                 try:
                     named = {shard.root.hex() for shard in decode_sector(raw, sector_id).shards}
                 except Corrupt:

@@ -59,12 +59,21 @@ class Reclaimer:
         deltas: dict[int, int] = {}
         left = SLICE
         for key, _ in garbage:
+            if len(key) != 9:
+                log.error("metadata: %s names no freed value; what it held stays; run fusefs check", key[:24].hex())
+                batch.delete(key)
+                continue
             prefix = EXTENT + u64(read_u64(key, 1))
             found = self._store.scan(prefix, prefix_end(prefix), left)
             for extent_key, raw in found:
-                extent = decode_extent(extent_key, raw)
-                deltas[extent.sector_id] = deltas.get(extent.sector_id, 0) - extent.length
+                # Also if it is damaged: nobody needs it any more, and it must not keep the others from going.
                 batch.delete(extent_key)
+                try:
+                    extent = decode_extent(extent_key, raw)
+                except Corrupt as error:
+                    log.error("of a freed value, what a damaged extent points to stays: %s", error)
+                    continue
+                deltas[extent.sector_id] = deltas.get(extent.sector_id, 0) - extent.length
             left -= len(found)
             if left <= 0:
                 # Maybe not all of this value's: its mark stays for the next slice.
