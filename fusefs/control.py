@@ -21,6 +21,7 @@ from fusefs.backing import Backing
 from fusefs.control_protocol import (
     MAX_REQUEST,
     SOCKET_NAME,
+    AddHost,
     Answer,
     AnyRequest,
     Conclude,
@@ -30,10 +31,13 @@ from fusefs.control_protocol import (
     Flush,
     FlushedAnswer,
     GetStatus,
+    HostAnswer,
     Mark,
     MountStatus,
     Progress,
     Renew,
+    Repair,
+    RepairedAnswer,
     StatusAnswer,
     Stop,
     Worm,
@@ -41,12 +45,13 @@ from fusefs.control_protocol import (
     encode,
     error_answer,
 )
-from storage import FlushProgress, FlushReport
+from storage import FlushProgress, FlushReport, RepairStatus
 from storage.errors import BadArgument, Busy, FusefsError, NotPermitted, Unavailable
 
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 32
+DAY = 86400.0
 #: Seconds a peer may take to read an answer, and to send the rest of a line.
 PEER_SECONDS = 30.0
 #: Seconds between two lines of progress.
@@ -199,8 +204,16 @@ class ControlServer:
             case Renew():
                 return ContractAnswer(contract_id=await state.volume.contractor.renew_contract(request.contract_id, request.seconds))
             case Mark():
-                await state.volume.mark_host(request.host, lost=request.lost)
+                if request.state == "leave":
+                    await state.volume.leave_host(request.host, leave=True)
+                else:
+                    await state.volume.mark_host(request.host, lost=request.state == "lost")
                 return DoneAnswer()
+            case AddHost():
+                days = request.seconds / DAY if request.seconds is not None else None
+                return HostAnswer(number=await state.volume.add_host(request.url, days))
+            case Repair():
+                return RepairedAnswer(repair=await self._repair(stream))
             case Stop():
                 await state.unmount()
                 return DoneAnswer()
@@ -214,7 +227,7 @@ class ControlServer:
             progress = FlushProgress()
             outcome: FlushReport | FusefsError
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._show, stream, progress)
+                nursery.start_soon(self._show, stream, lambda: (progress.bytes_done, progress.bytes_total))
                 try:
                     outcome = await state.volume.flush(progress)
                 except FusefsError as error:
@@ -224,22 +237,36 @@ class ControlServer:
                 raise outcome
             return outcome
 
+    async def _repair(self, stream: trio.SocketStream) -> RepairStatus:
+        outcome: RepairStatus | FusefsError
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._show, stream, self._state.volume.repair_progress)
+            try:
+                outcome = await self._state.volume.repair()
+            except FusefsError as error:
+                outcome = error  # raised outside of the nursery, which would wrap it
+            nursery.cancel_scope.cancel()
+        if isinstance(outcome, FusefsError):
+            raise outcome
+        return outcome
+
     async def _drain(self, stream: trio.SocketStream) -> FlushReport:
         state = self._state
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._show, stream, state.final_progress)
+            final = state.final_progress
+            nursery.start_soon(self._show, stream, lambda: (final.bytes_done, final.bytes_total))
             await state.finished.wait()
             nursery.cancel_scope.cancel()
         if state.final_error is not None:
             raise state.final_error
         return state.final_report or FlushReport()
 
-    async def _show(self, stream: trio.SocketStream, progress: FlushProgress) -> None:
-        """Lines of progress, whenever it moved. A peer that is gone ends this task only."""
+    async def _show(self, stream: trio.SocketStream, progress: Callable[[], tuple[int, int]]) -> None:
+        """Lines of progress, (bytes done, bytes in all) whenever they moved. A peer that is gone ends this task only."""
         shown = (-1, -1)
         try:
             while True:
-                now = (progress.bytes_done, progress.bytes_total)
+                now = progress()
                 if now != shown:
                     await self._send(stream, Progress(done=now[0], total=now[1]))
                     shown = now

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from fusefs.control import socket_address
 from fusefs.control_protocol import (
     MAX_ANSWER,
+    AddHost,
     AnyAnswer,
     Conclude,
     ContractAnswer,
@@ -21,10 +23,13 @@ from fusefs.control_protocol import (
     Flush,
     FlushedAnswer,
     GetStatus,
+    HostAnswer,
     Mark,
     MountStatus,
     Progress,
     Renew,
+    Repair,
+    RepairedAnswer,
     Request,
     StatusAnswer,
     Stop,
@@ -34,7 +39,7 @@ from fusefs.control_protocol import (
     error_of,
 )
 from fusefs.dead_mounts import is_dying, peer_pid
-from storage import ContractStatus, FlushReport, HostStatus
+from storage import ContractStatus, FlushReport, HostStatus, RepairStatus
 from storage.errors import BadArgument, FusefsError, NotFound, NotPermitted, Unavailable
 
 #: Seconds between two looks whether the process still lives.
@@ -147,9 +152,23 @@ class ControlClient:
         """The new contract's id."""
         return self._contract(Conclude(host=host, seconds=seconds))
 
-    def mark(self, host: str, lost: bool) -> None:
-        """Say that a host is lost for good, or back after all; durable when it returns. NotFound, BadArgument."""
-        self._done(Mark(host=host, lost=lost))
+    def mark(self, host: str, state: Literal["lost", "leave", "back"]) -> None:
+        """Say that a host is lost for good, is being left, or is back after all; durable when it returns. NotFound, BadArgument."""
+        self._done(Mark(host=host, state=state))
+
+    def add_host(self, url: str, seconds: float | None = None) -> int:
+        """A host more, under a contract of that length, or as long as the volume's are. Its number."""
+        answer = self._ask(AddHost(url=url, seconds=seconds))
+        if not isinstance(answer, HostAnswer):
+            raise _unexpected(answer)
+        return answer.number
+
+    def repair(self, progress: ShowProgress | None = None) -> RepairStatus:
+        """Every sector that can be is at its replication when it returns."""
+        answer = self._ask(Repair(), progress)
+        if not isinstance(answer, RepairedAnswer):
+            raise _unexpected(answer)
+        return answer.repair
 
     def renew(self, contract_id: str, seconds: float) -> str:
         """The new contract's id."""
@@ -175,10 +194,10 @@ class ControlClient:
     def _ask(self, request: Request, progress: ShowProgress | None = None) -> AnyAnswer:
         """EOFError, ConnectionError: the process ended. Unavailable: it does not answer within `ANSWER_SECONDS`.
 
-        What takes as long as hosts take (flush, drain) has no such limit: it is waited for as long as the process lives, and whoever waits
-        sees the progress.
+        What takes as long as hosts take (flush, drain, repair) has no such limit: it is waited for as long as the process lives, and
+        whoever waits sees the progress.
         """
-        limit = None if isinstance(request, Flush | Drain) else time.monotonic() + ANSWER_SECONDS
+        limit = None if isinstance(request, Flush | Drain | Repair) else time.monotonic() + ANSWER_SECONDS
         try:
             self._connection.sendall(encode(request))
         except BrokenPipeError:

@@ -3,8 +3,8 @@
 | line          | fields                                                                                          |
 |---------------|-------------------------------------------------------------------------------------------------|
 | request       | {"version": 1, "type": NAME, ...}; one per line, at most MAX_REQUEST bytes with its newline       |
-| progress      | {"type": "progress", "done": bytes, "total": bytes}; any number before the answer to flush, drain |
-| answer        | {"type": one of status, flushed, contract, done}, with its fields                                 |
+| progress      | {"type": "progress", "done": bytes, "total": bytes}; any number before the answer to flush, drain, repair |
+| answer        | {"type": one of status, flushed, contract, host, repaired, done}, with its fields                 |
 | error         | {"type": "error", "kind": name of a class in storage.errors, "message": one line}                 |
 
 Requests are answered in order. After an unreadable request the connection is closed behind the error.
@@ -12,12 +12,12 @@ Requests are answered in order. After an unreadable request the connection is cl
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from storage import VolumeStatus, errors
+from storage import RepairStatus, VolumeStatus, errors
 from storage.errors import BadArgument, FusefsError
 
 VERSION = 1
@@ -70,17 +70,28 @@ class Renew(Request, frozen=True, tag="renew", kw_only=True):
 
 
 class Mark(Request, frozen=True, tag="mark", kw_only=True):
-    """A host is lost for good, or back after all: -> DoneAnswer"""
+    """A host is lost for good, is being left, or is back after all: -> DoneAnswer"""
 
     host: Text
-    lost: bool
+    state: Literal["lost", "leave", "back"]
+
+
+class AddHost(Request, frozen=True, tag="add_host", kw_only=True):
+    """One host more, with a contract of that length, or the volume's own: -> HostAnswer"""
+
+    url: Text
+    seconds: Duration | None = None
+
+
+class Repair(Request, frozen=True, tag="repair"):
+    """Bring every sector to its replication now: -> progress..., RepairedAnswer"""
 
 
 class Stop(Request, frozen=True, tag="stop"):
     """Unmount, as SIGTERM does: -> DoneAnswer once the kernel has unmounted."""
 
 
-AnyRequest = GetStatus | Flush | Drain | Worm | Conclude | Renew | Mark | Stop
+AnyRequest = GetStatus | Flush | Drain | Worm | Conclude | Renew | Mark | AddHost | Repair | Stop
 
 
 class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +129,14 @@ class ContractAnswer(Answer, frozen=True, tag="contract", kw_only=True):
     contract_id: str
 
 
+class HostAnswer(Answer, frozen=True, tag="host", kw_only=True):
+    number: int
+
+
+class RepairedAnswer(Answer, frozen=True, tag="repaired", kw_only=True):
+    repair: RepairStatus
+
+
 class DoneAnswer(Answer, frozen=True, tag="done"):
     pass
 
@@ -127,7 +146,7 @@ class ErrorAnswer(Answer, frozen=True, tag="error", kw_only=True):
     message: str
 
 
-AnyAnswer = Progress | StatusAnswer | FlushedAnswer | ContractAnswer | DoneAnswer | ErrorAnswer
+AnyAnswer = Progress | StatusAnswer | FlushedAnswer | ContractAnswer | HostAnswer | RepairedAnswer | DoneAnswer | ErrorAnswer
 
 _requests: msgspec.json.Decoder[AnyRequest] = msgspec.json.Decoder(AnyRequest)
 _answers: msgspec.json.Decoder[AnyAnswer] = msgspec.json.Decoder(AnyAnswer)

@@ -128,6 +128,10 @@ async def _serve(
         settings["cache"] = options.cache_bytes
     if options.flush_interval is not None:
         settings["flush_interval"] = options.flush_interval
+    if options.repair_rate is not None:
+        settings["repair_rate"] = options.repair_rate
+    if options.away_grace is not None:
+        settings["away_grace"] = options.away_grace
     # commit_interval None: the commits are ours, after the kernel's dirty pages have come.
     volume_options = VolumeOptions(commit_interval=None, purpose=f"mounted on {mountpoint}", **settings)  # type: ignore[arg-type]
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:

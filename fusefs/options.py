@@ -47,6 +47,9 @@ class MountOptions:
     #: Seconds between commits; between gatherings of small tails.
     commit_interval: float = 5.0
     flush_interval: float | None = None
+    #: Bytes per second for making shards again; seconds a host may be away before that is begun. None: the volume's defaults.
+    repair_rate: float | None = None
+    away_grace: float | None = None
     #: fsync(2) returns when a majority of the hosts has it, too.
     fsync_hosts: bool = False
     debug: bool = False
@@ -88,6 +91,10 @@ class MountOptions:
                 choose("link_denied", option, value == "deny")
             elif name == "cache" and equals:
                 choose("cache_bytes", option, parse_size(option, value))
+            elif name == "repair_rate" and equals:
+                choose("repair_rate", option, _rate(option, value))
+            elif name == "away_grace" and equals:
+                choose("away_grace", option, _seconds(option, value))
             elif name in ("commit_interval", "flush_interval") and equals:
                 choose(name, option, _seconds(option, value))
             elif name == "fsync":
@@ -126,7 +133,16 @@ _FLAGS: dict[str, tuple[str, bool]] = {
     "noallow_other": ("allow_other", False),
     "debug": ("debug", True),
 }
-KNOWN = sorted([*_FLAGS, *PASSED_ON, "link=deny", "cache=SIZE", "commit_interval=SECONDS", "flush_interval=SECONDS", "fsync=local|hosts"])
+_WITH_VALUE = (
+    "link=deny",
+    "cache=SIZE",
+    "commit_interval=SECONDS",
+    "flush_interval=SECONDS",
+    "fsync=local|hosts",
+    "repair_rate=SIZE",
+    "away_grace=SECONDS",
+)
+KNOWN = sorted([*_FLAGS, *PASSED_ON, *_WITH_VALUE])
 
 
 def parse_size(option: str, text: str) -> int:
@@ -137,6 +153,14 @@ def parse_size(option: str, text: str) -> int:
     if unit is None or not digits.isascii() or not digits.isdigit() or len(digits) > 15:
         raise BadArgument(f"mount option {option!r}: {text!r} is not a size such as 256M")
     return int(digits) * unit
+
+
+def _rate(option: str, text: str) -> float:
+    """Bytes per second."""
+    size = parse_size(option, text)
+    if size < 4096:
+        raise BadArgument(f"mount option {option!r}: at least 4K a second")
+    return float(size)
 
 
 def _seconds(option: str, text: str) -> float:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from storage.creation import create_volume as create_volume
     from storage.history.finding import VolumeOnHosts as VolumeOnHosts
     from storage.history.finding import list_volumes as list_volumes
+    from storage.hosts.urls import parse_url as parse_url
     from storage.interfaces import Attributes as Attributes
     from storage.interfaces import Contract as Contract
     from storage.interfaces import Contractor as Contractor
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from storage.status import ContractStatus as ContractStatus
     from storage.status import HostStatus as HostStatus
     from storage.status import RefusalStatus as RefusalStatus
+    from storage.status import RepairStatus as RepairStatus
     from storage.status import VolumeStatus as VolumeStatus
     from storage.volume import Volume as Volume
     from storage.volume import VolumeOptions as VolumeOptions
@@ -91,13 +93,14 @@ _HOMES = {
         "Refusal",
         "SectorManager",
     ),
+    "storage.hosts.urls": ("parse_url",),
     "storage.keyfile": ("KEY_FILE", "change_passphrase"),
     "storage.read_only": ("ReadOnlySource", "ReadOnlyVolume", "open_read_only"),
     "storage.recovery": ("RecoveryReport", "recover_volume"),
     "storage.replication": ("Replication", "parse_replication"),
     "storage.salvage": ("SalvageReport", "salvage_volume"),
     "storage.seams": ("Seams",),
-    "storage.status": ("ContractStatus", "HostStatus", "RefusalStatus", "VolumeStatus"),
+    "storage.status": ("ContractStatus", "HostStatus", "RefusalStatus", "RepairStatus", "VolumeStatus"),
     "storage.volume": ("Volume", "VolumeOptions", "open_volume"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -34,14 +34,15 @@ class Standing:
         #: Host number -> monotonic time since when it has been away, as far as this process knows.
         self._away_since: dict[int, float] = {}
 
-    def look(self) -> None:
-        """Notice who is away, and who is back."""
-        now = self._seams.clock.monotonic()
+    def look(self) -> bool:
+        """Notice who is away, and who is back: True if somebody is."""
+        now, back = self._seams.clock.monotonic(), False
         for number in self._registry.numbers():
             if self._registry.available(number):
-                self._away_since.pop(number, None)
+                back = self._away_since.pop(number, None) is not None or back
             else:
                 self._away_since.setdefault(number, now)
+        return back
 
     def lost(self) -> set[int]:
         """Hosts somebody has given up."""

@@ -42,6 +42,17 @@ class ContractStatus(msgspec.Struct, frozen=True):
     active: bool
 
 
+class RepairStatus(msgspec.Struct, frozen=True):
+    """What reconcile has to do and has done since the volume was opened. trouble: why the last sector could not be mended, or ""."""
+
+    pending: int = 0
+    pending_bytes: int = 0
+    mended: int = 0
+    bytes: int = 0
+    stage: str = ""
+    trouble: str = ""
+
+
 class VolumeStatus(msgspec.Struct, frozen=True):
     """Everything `fusefs status` shows."""
 
@@ -81,3 +92,4 @@ class VolumeStatus(msgspec.Struct, frozen=True):
     view: str = ""
     #: Another machine has gone on with the volume; `read_only_reason` says which.
     fenced: bool = False
+    repair: RepairStatus = RepairStatus()

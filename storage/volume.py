@@ -41,7 +41,7 @@ from storage.sectors.records import decode_sector
 from storage.sectors.regenerate import Regenerator
 from storage.sectors.sweep import RECOVERED_KEY, Sweeper
 from storage.standing import AWAY_GRACE, Standing
-from storage.status import ContractStatus, HostStatus, RefusalStatus, VolumeStatus
+from storage.status import ContractStatus, HostStatus, RefusalStatus, RepairStatus, VolumeStatus
 from storage.values.records import decode_value, tail_needed
 from storage.values.values import Values
 
@@ -167,10 +167,29 @@ class Volume:
         await self.store.commit()
         self.reconciler.wake()
 
+    async def repair(self) -> RepairStatus:
+        """Every sector that can be is at its replication on hosts that keep it when it returns, and nowhere else; what is left, and why."""
+        if self.publisher is None:
+            raise NotPermitted(f"{self.path} is open for reading only")
+        await self.sectors.wait_uploads()
+        await self.reconciler.make_good()
+        await self.store.commit()
+        return self._repair_status()
+
+    def repair_progress(self) -> tuple[int, int]:
+        """Bytes that making shards again has sent since the volume was opened, and the same with what is still to be sent."""
+        now = self.reconciler.status
+        return now.bytes, now.bytes + now.pending_bytes
+
+    def _repair_status(self) -> RepairStatus:
+        now = self.reconciler.status
+        return RepairStatus(now.pending, now.pending_bytes, now.mended, now.bytes, now.stage, now.trouble)
+
     async def mark_host(self, host: str, *, lost: bool) -> None:
         """Say that a host (its number, id or URL) is lost for good, or back after all; durable when it returns. NotFound, BadArgument.
 
-        A lost host holds back no deletion and does not count for a majority (I3, I5); what it has, if it ever answers again, is left alone.
+        Back: also one that was being left. A lost host holds back no deletion and does not count for a majority (I3, I5); what
+        it has, if it ever answers again, is left alone.
         """
         if self.publisher is None:
             raise NotPermitted(f"{self.path} is open for reading only")
@@ -179,6 +198,10 @@ class Volume:
         if lost and not others:
             raise BadArgument(f"host {self.hosts.url(number)} is the last one that is not lost; add another first")
         self.publisher.fleet.mark_lost(number, lost)
+        if not lost:
+            batch = Batch()
+            self.standing.mark_leaving(batch, number, leaving=False)
+            self.store.apply(batch)
         await self.store.commit()
         self.publisher.want()
         self.reconciler.wake()
@@ -190,6 +213,8 @@ class Volume:
         failure = self.store.failure
         publisher = self.publisher
         lost = publisher.fleet.lost() if publisher is not None else {}
+        left = "leaving" if self.reconciler.unsettled() else "left"
+        leaving = dict.fromkeys(self.standing.leaving(), left)
         hosts: list[HostStatus] = []
         for record in self.hosts.records():
             space, stats = self.placement.space(record.number), self.hostdb.stats(record.number)
@@ -198,7 +223,9 @@ class Volume:
                     number=record.number,
                     host_id=record.host_id,
                     url=record.url,
-                    state="lost" if record.number in lost else _state(self.hosts.state(record.number), stats.failures),
+                    state="lost"
+                    if record.number in lost
+                    else leaving.get(record.number) or _state(self.hosts.state(record.number), stats.failures),
                     error=self.hosts.reason(record.number) or (stats.last_error if stats.failures >= FAILING else ""),
                     free=space.free if space else None,
                     total=space.total if space else None,
@@ -252,6 +279,7 @@ class Volume:
                 for c in self.contractor.all_contracts()
             ],
             fenced=fenced,
+            repair=self._repair_status(),
         )
 
 

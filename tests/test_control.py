@@ -36,14 +36,14 @@ from fusefs.control_protocol import (
     error_answer,
     error_of,
 )
-from storage import FlushProgress, FlushReport, VolumeStatus
+from storage import FlushProgress, FlushReport, RepairStatus, VolumeStatus
 from storage.errors import BadArgument, Busy, Corrupt, FusefsError, NotFound, Unavailable
 
 
 def volume_status(path: Path) -> VolumeStatus:
     values: dict[str, Any] = {}
     for field in msgspec.structs.fields(VolumeStatus):
-        plain = {int: 7, str: "text", bool: False, float: 0.5}
+        plain = {int: 7, str: "text", bool: False, float: 0.5, RepairStatus: RepairStatus(pending=3, trouble="no room")}
         values[field.name] = plain.get(field.type, [])
     return VolumeStatus(**{**values, "path": str(path)})
 

@@ -199,7 +199,6 @@ async def test_a_sector_freed_while_it_is_copied_leaves_nothing_behind(tmp_path:
     async with a_volume(tmp_path, 3, "2") as (volume, urls):
         await fill(volume, 1)
         (sector,) = records(volume)
-        await volume.leave_host("1", leave=True)
         put = volume.host_io.write_sealed
 
         async def freed_meanwhile(contract_id: str, shard: object) -> None:
@@ -207,6 +206,7 @@ async def test_a_sector_freed_while_it_is_copied_leaves_nothing_behind(tmp_path:
             await volume.sectors.delete(sector)
 
         volume.host_io.write_sealed = freed_meanwhile  # type: ignore[method-assign, assignment]
+        await volume.leave_host("1", leave=True)
         await volume.reconciler.round()
         with pytest.raises(NotFound):
             volume.sectors.record(sector)

@@ -85,6 +85,7 @@ for _command in (
     check.check,
     hosts.hosts,
     hosts.contracts,
+    hosts.repair,
     files.ls,
     files.put,
     files.append,

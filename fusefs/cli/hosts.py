@@ -1,45 +1,64 @@
-"""`fusefs hosts` and `fusefs contracts`: where a volume's sectors are kept, and until when."""
+"""`fusefs hosts`, `fusefs contracts` and `fusefs repair`: where a volume's sectors are kept, and until when."""
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 import click
+import trio
 
 from fusefs.cli import live
 from fusefs.cli.arguments import DAY, DIRECTORY_PATH, Days, passphrase_option
-from fusefs.cli.output import human_bytes, human_span, write_line, write_table
+from fusefs.cli.output import Advance, human_bytes, human_span, progress_bar, write_line, write_table
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
 from fusefs.cli.status import day, hosts_table, volume_status
+from storage import RepairStatus, Volume, parse_url
+from storage.errors import FusefsError
 
 
-@click.command(short_help="List the hosts of a volume; say which is lost.")
+@click.command(short_help="List the hosts of a volume; add one, leave one, say which is lost.")
 @click.argument("path", type=DIRECTORY_PATH, metavar="VOLUME")
-@click.argument("action", type=click.Choice(["list", "lost", "back"]), default="list", metavar="[list|lost|back]")
-@click.argument("host", default=None, required=False, metavar="[HOST]")
+@click.argument("action", type=click.Choice(["list", "add", "leave", "lost", "back"]), default="list", metavar="[list|add|leave|lost|back]")
+@click.argument("host", default=None, required=False, metavar="[URL|HOST]")
+@click.option("--contract", "days", type=Days(), default=None, metavar="DAYS", help="With add: length of the contract; else as the others.")
 @click.option("-l", "long", is_flag=True, help="Also show each host's id, size, reads and writes, and the last error.")
 @passphrase_option
-def hosts(path: Path, action: str, host: str | None, long: bool, passphrase_file: Path | None) -> None:
+def hosts(path: Path, action: str, host: str | None, days: float | None, long: bool, passphrase_file: Path | None) -> None:
     """List the hosts of VOLUME: state, free space, usual latency, recent failures, end of the contract.
 
-    A host that is away may come back, so what was freed stays on the others until it does. Where it never will, say `lost`: from then on
-    it holds nothing back, and does not count for the majority that decides whose turn it is to write. HOST is a number, id or URL.
+    \b
+    add URL    one host more; a mount moves its share of the sectors there
+    leave HOST its sectors go to the other hosts, nothing new goes there; once its state is "left" it may be unplugged
+    lost HOST  it is never coming back: its sectors are made again elsewhere, nothing waits for it, and it has no vote any more
+    back HOST  take `leave` or `lost` back
+
+    A host that is merely away is waited for, an hour long, before its sectors are made again on others. HOST is a number, id or URL.
+    What has to move does so in the background of a mount, or at once by `fusefs repair`.
 
     \b
     Examples:
       fusefs hosts ~/volume
+      fusefs hosts ~/volume add dir:/mnt/disk4#domain=rack2
+      fusefs hosts ~/volume leave dir:/mnt/disk1
       fusefs hosts ~/volume lost 2
-      fusefs hosts ~/volume back 2
     """
     if action != "list":
         if host is None:
-            raise click.UsageError(f"{action} needs HOST")
-        _mark(live.resolve(path), host, action == "lost", passphrase_file)
+            raise click.UsageError(f"{action} needs {'URL' if action == 'add' else 'HOST'}")
+        if days is not None and action != "add":
+            raise click.UsageError("--contract goes with add")
+        if action == "add":
+            _add(live.resolve(path), host, days, passphrase_file)
+        else:
+            _mark(live.resolve(path), host, action, passphrase_file)
         return
     if host is not None:
         raise click.UsageError(f"list takes nothing more, and got {host!r}")
+    if days is not None:
+        raise click.UsageError("--contract goes with add")
     now = volume_status(live.resolve(path), passphrase_file, "hosts")
     if not long:
         hosts_table(now)
@@ -62,18 +81,85 @@ def hosts(path: Path, action: str, host: str | None, long: bool, passphrase_file
     write_table(("host", "id", "url", "state", "free", "latency", "reads", "writes", "failures", "error"), rows, right=(0, 4, 5, 6, 7, 8))
 
 
-def _mark(target: live.Target, host: str, lost: bool, passphrase_file: Path | None) -> None:
+def _add(target: live.Target, url: str, days: float | None, passphrase_file: Path | None) -> None:
+    # Here, where the working directory is the person's.
+    text = str(parse_url(url))
     if target.served:
         with live.client(target.volume) as client:
-            client.mark(host, lost)
+            number = client.add_host(text, days * DAY if days is not None else None)
+        write_line(f"host {number}: {text}")
+        return
+    secret = passphrase(passphrase_file)
+
+    async def work() -> int:
+        async with unmounted_volume(target.volume, secret, "hosts") as volume:
+            return await volume.add_host(text, days)
+
+    write_line(f"host {run(work)}: {text}")
+
+
+def _mark(target: live.Target, host: str, action: str, passphrase_file: Path | None) -> None:
+    if target.served:
+        with live.client(target.volume) as client:
+            client.mark(host, "lost" if action == "lost" else "leave" if action == "leave" else "back")
         return
     secret = passphrase(passphrase_file)
 
     async def work() -> None:
         async with unmounted_volume(target.volume, secret, "hosts") as volume:
-            await volume.mark_host(host, lost=lost)
+            if action == "leave":
+                await volume.leave_host(host, leave=True)
+            else:
+                await volume.mark_host(host, lost=action == "lost")
 
     run(work)
+
+
+@click.command(short_help="Make every sector good again, now.")
+@click.argument("path", type=DIRECTORY_PATH, metavar="VOLUME|MOUNTPOINT")
+@passphrase_option
+def repair(path: Path, passphrase_file: Path | None) -> None:
+    """Bring every sector to its replication on hosts that keep it, and wait until that is done.
+
+    A mount does this by itself, in the background; this is for a volume that is not mounted, and for whoever wants to know when it is done.
+    Exit status 1: some sectors could not be made good, and it says why.
+
+    \b
+    Example:
+      fusefs hosts ~/volume lost 2 && fusefs repair ~/volume
+    """
+    target = live.resolve(path)
+    if target.served:
+        with live.client(target.volume) as client, progress_bar("making copies") as advance:
+            outcome = client.repair(advance)
+    else:
+        outcome = run(partial(_repair_unmounted, target.volume, passphrase(passphrase_file)))
+    if outcome.pending:
+        write_line(f"{outcome.pending:,} sectors are not as they should be: {outcome.trouble or 'see fusefs status'}")
+        click.get_current_context().exit(1)
+    write_line("every sector is as it should be")
+
+
+async def _repair_unmounted(path: Path, secret: str) -> RepairStatus:
+    async with unmounted_volume(path, secret, "repair") as volume, trio.open_nursery() as nursery:
+        with progress_bar("making copies") as advance:
+            nursery.start_soon(_follow, volume, advance)
+            outcome: RepairStatus | FusefsError
+            try:
+                outcome = await volume.repair()
+            except FusefsError as error:
+                outcome = error
+            nursery.cancel_scope.cancel()
+    if isinstance(outcome, FusefsError):
+        raise outcome
+    return outcome
+
+
+async def _follow(volume: Volume, advance: Advance) -> None:
+    while True:
+        done, total = volume.repair_progress()
+        advance(done, total or None)
+        await trio.sleep(0.1)
 
 
 @click.command(short_help="List, conclude and renew contracts with hosts.")

@@ -39,6 +39,7 @@ ELSEWHERE_SECONDS = 5.0
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, separated by commas; see docs/commands.md.")
 @click.option("--log", type=click.Path(path_type=Path), metavar="FILE", help="Append the log to FILE instead of sending it to syslog.")
 @click.option("--read-only", is_flag=True, help="Change nothing, here or on hosts; disturb no writer. As -o ro.")
+@click.option("--repair-rate", default=None, metavar="SIZE", help="Send at most so much a second to make copies again, as in 10M.")
 @click.option(
     "--host", "hosts", multiple=True, metavar="URL", help="With --read-only, instead of VOLUME: a host that holds the volume; repeat."
 )
@@ -54,6 +55,7 @@ def mount(
     options: tuple[str, ...],
     log: Path | None,
     read_only: bool,
+    repair_rate: str | None,
     hosts: tuple[str, ...],
     volume_id: str,
     superblock: str,
@@ -74,6 +76,8 @@ def mount(
     # What is wrong with the arguments is said before anybody is asked for a passphrase.
     if read_only:
         options = (*options, "ro")
+    if repair_rate is not None:
+        options = (*options, f"repair_rate={repair_rate}")
     parsed = MountOptions.parse(options)
     if hosts:
         if mountpoint is not None:

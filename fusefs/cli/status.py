@@ -132,6 +132,7 @@ def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, st
         *([("shows", now.view)] if now.view else []),
         ("stored", f"{_count(now.files, 'file')}, {human_bytes(now.bytes)}, in {_count(now.sectors, 'sector')}, {copies}"),
         ("pending", pending),
+        *([("repair", _repair(now))] if now.repair.pending and not now.view else []),
         *([("metadata", _published(now))] if not now.view else []),
         ("cache", f"{human_bytes(now.cache_bytes)} of {human_bytes(now.cache_limit)}{hits}"),
         ("journal", f"{now.journal_fill * 100:.0f} % full"),
@@ -139,6 +140,13 @@ def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, st
     if now.refusals_total:
         lines.append(("refused", f"{_count(now.refusals_total, 'operation')} since it was opened"))
     return lines
+
+
+def _repair(now: VolumeStatus) -> str:
+    """What reconcile is at."""
+    done = f", {human_bytes(now.repair.bytes)} sent" if now.repair.bytes else ""
+    rest = f", {human_bytes(now.repair.pending_bytes)} to send" if now.repair.pending_bytes else ""
+    return f"{_count(now.repair.pending, 'sector')} to be made good{rest}{done}"
 
 
 def _published(now: VolumeStatus) -> str:
@@ -165,7 +173,8 @@ def warnings(now: VolumeStatus, now_ns: int) -> list[str]:
         found.append(f"the volume takes no more writes: {now.read_only_reason}")
     found += now.warnings
     if now.degraded_sectors:
-        found.append(f"{_count(now.degraded_sectors, 'sector')} with fewer copies than {now.replication!r} asks for")
+        why = f": {now.repair.trouble}" if now.repair.trouble else ""
+        found.append(f"{_count(now.degraded_sectors, 'sector')} with fewer copies than {now.replication!r} asks for{why}")
     for host in now.hosts:
         if host.error and not any(host.url in text for text in found):
             found.append(f"host {host.url} cannot be used: {host.error}")

@@ -68,8 +68,9 @@ Regenerate = Callable[[int, SectorRecord, int], Awaitable[SealedShard]]
 class ReconcileStatus:
     """For `status`: what this process has done, and what it is at."""
 
-    #: Sectors that are not as they should be, as far as known.
+    #: Sectors that are not as they should be, as far as known, and the bytes still to be sent for them.
     pending: int = 0
+    pending_bytes: int = 0
     #: Sectors that are now as they should be; shards put, and their bytes; shards that left their old place.
     mended: int = 0
     shards: int = 0
@@ -121,6 +122,17 @@ class Reconciler:
         self._later.clear()
         self._wake.set()
 
+    async def make_good(self) -> None:
+        """Everything that can be made good now is when it returns; `status` says what could not, and why."""
+        self._later.clear()
+        await self.round()
+        await self._count(self._standing.keeping())
+
+    def unsettled(self) -> bool:
+        """Is something to be done, or have all sectors yet to be looked at with the hosts that keep now?"""
+        wanted = msgspec.msgpack.encode(sorted(self._standing.keeping()))
+        return self._store.get(_KEEPING) != wanted or bool(self._store.scan(UNDERREPLICATED, prefix_end(UNDERREPLICATED), 1))
+
     def fill(self, batch: Batch) -> None:
         """In `batch`: a host was added, and is to get its share of what there is."""
         batch.put(_FILL, b"")
@@ -145,7 +157,9 @@ class Reconciler:
     async def round(self) -> None:
         """What is due now: a look at all sectors if the hosts that keep have changed, mending what is on the list, filling."""
         async with self._lock:
-            self._standing.look()
+            if self._standing.look():
+                # What could not be mended for want of a host, or from it, can be now.
+                self._later.clear()
             keeping = self._standing.keeping()
             await self._look(keeping)
             await self._mend_all(keeping)
@@ -205,7 +219,7 @@ class Reconciler:
 
     async def _mend_all(self, keeping: frozenset[int]) -> None:
         """Every sector on the list, a few at a time, unless it failed lately."""
-        self.status.pending = len(self._store.scan(UNDERREPLICATED, prefix_end(UNDERREPLICATED), 1_000_000))
+        await self._count(keeping)
         if self.status.pending:
             self.status.stage = "making copies"
         limit = trio.CapacityLimiter(WORKERS)
@@ -224,6 +238,25 @@ class Reconciler:
                     nursery.start_soon(self._mend_one, sector_id, keeping, limit, mark)
                 start = found[-1][0] + b"\0"
                 await trio.lowlevel.checkpoint()
+
+    async def _count(self, keeping: frozenset[int]) -> None:
+        """How much there is to do."""
+        sectors = missing = 0
+        start = UNDERREPLICATED
+        while found := self._store.scan(start, prefix_end(UNDERREPLICATED), SLICE):
+            for key, _ in found:
+                raw = self._store.get(SECTOR + key[1:])
+                if raw is None:
+                    continue
+                sectors += 1
+                try:
+                    record = decode_sector(raw, read_u64(key, 1))
+                except Corrupt:
+                    continue
+                missing += sum(record.shards[index].length for index in make_plan(record, keeping, self._standing.domain).missing)
+            start = found[-1][0] + b"\0"
+            await trio.lowlevel.checkpoint()
+        self.status.pending, self.status.pending_bytes = sectors, missing
 
     async def _mend_one(self, sector_id: int, keeping: frozenset[int], limit: trio.CapacityLimiter, mark: object) -> None:
         self._busy.add(sector_id)
@@ -290,6 +323,7 @@ class Reconciler:
                 self._landed(sector_id, record.shards[index], contract.host_number)
             self.status.shards += 1
             self.status.bytes += len(memoryview(sealed.sealed))
+            self.status.pending_bytes = max(0, self.status.pending_bytes - record.shards[index].length)
             return
         raise Unavailable(f"sector {sector_id}: no other host takes a shard ({'; '.join(errors)})")
 
