@@ -48,8 +48,6 @@ async def create_volume(
         contract_days=contract_days,
     )
     spec = parse_replication(config.replication)
-    if spec.coded:
-        raise BadArgument(f"replication {replication!r}: data+parity is not supported by this version, use a number of copies")
     urls = list(hosts) or [f"dir:{path / 'host'}"]
     if len(urls) < spec.hosts_needed:
         raise BadArgument(

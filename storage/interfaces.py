@@ -360,12 +360,13 @@ class SectorManager(Protocol):
         possible."""
         ...
 
-    async def allocate_sector(self) -> int:
-        """An id unique within the volume's history; its reservation is durable when it returns (I1)."""
+    async def allocate_sector(self, replication: str = "1") -> int:
+        """An id unique within the volume's history, for a sector to be written with that replication: as many follow it, for itself, as
+        that has distinct shards. Their reservation is durable when it returns (I1)."""
         ...
 
     async def write_sector(self, sector_id: int, data: Buffer | Sequence[Buffer], replication: str) -> None:
-        """Durable on its write quorum of distinct hosts when it returns (I2); the other copies go on in the background.
+        """Durable on its write quorum of distinct hosts when it returns (I2); the other shards go on in the background.
 
         At most once per id: a second call raises Exists. NoSpace, Unavailable: nothing points to what was stored; the id is spent.
         """

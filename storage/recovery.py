@@ -41,8 +41,8 @@ from storage.keys import master_of_phrase
 from storage.lock import LOCK_FILE, VolumeLock
 from storage.metadata.keys import COUNTER, EXTENT, HOST, SECTOR, prefix_end, read_u64, u64
 from storage.metadata.store import PUBLISHED_KEY
-from storage.replication import parse_replication
 from storage.seams import Seams
+from storage.sectors.plan import can_be_read, make_plan
 from storage.sectors.records import decode_sector
 from storage.values.records import decode_extent, decode_value, sealed_end, value_key
 from storage.volume import Volume, VolumeOptions, absolute, with_layers
@@ -407,10 +407,9 @@ async def _degraded(volume: Volume) -> Degraded:
         nonlocal fewer
         sector_id = read_u64(key, 1)
         record = decode_sector(raw, sector_id)
-        have = len({host for shard in record.shards for host in shard.hosts} & here)
-        if record.live and not have:
+        if record.live and not can_be_read(record, here):
             unreadable.add(sector_id)
-        elif record.live and have < parse_replication(record.replication).hosts_needed:
+        elif record.live and make_plan(record, here, volume.standing.domain).missing:
             fewer += 1
         return False
 

@@ -11,6 +11,8 @@ Which bytes: where two sectors have the same bytes of a value (merges copy), tho
 in which sectors come. Which name: the newest non-empty path; of several values with one path the newest has it, the others get a suffix;
 what has no path is `lost+found/value-N`.
 
+A sector that was cut into shards (k+m) is put together from any k of them, once all shards are known.
+
 In memory: FETCHES sectors. An index of pieces and names (no contents) stands in SQLite, in `.fusefs-salvage` there, until the end.
 """
 
@@ -20,7 +22,7 @@ import errno
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +37,8 @@ from storage.keyfile import load_keyfile, open_slots
 from storage.keys import Keys, master_of_phrase
 from storage.sealing import HEADER_SIZE, MAX_SEALED, ShardHeader, open_shard, root_of
 from storage.seams import Seams, Worker
-from storage.sectors.records import PREAMBLE_SIZE, check_preamble
+from storage.sectors.preamble import PREAMBLE_SIZE, Preamble, parse_preamble
+from storage.sectors.redundancy import Layout, layout_of
 from storage.values.packing import TableEntry, parse_table
 from storage.volume import absolute, only
 
@@ -146,6 +149,15 @@ def _make_target(path: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class _Shard:
+    """One that verified: its plaintext, and what it says of itself."""
+
+    epoch: int
+    preamble: Preamble
+    plain: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class _Sector:
     """One that verified."""
 
@@ -194,6 +206,8 @@ class _Salvage:
                         after = batch[-1][0]
         except BaseExceptionGroup as group:
             raise only(group) from group
+        async for coded in self._groups():
+            await self._assemble(coded)
         if not self.sectors:
             raise WrongPassphrase(
                 f"none of {count} sectors of volume {self._volume_id.hex()} opens with this key: is it another volume's? "
@@ -217,17 +231,57 @@ class _Salvage:
     async def _fetcher(self, jobs: trio.MemoryReceiveChannel[tuple[str, int, list[int]]]) -> None:
         async with jobs:
             async for root, size, holders in jobs:
-                sector = await self._sector(root, holders)
-                if sector is None:
+                shard = await self._shard(root, holders)
+                if shard is None:
                     self.damaged += 1
+                elif shard.preamble.m:
+                    # One of several that make a sector: when all are known.
+                    await self._worker.run(self._index.add_coded, shard, root)
                 else:
-                    self.sectors += 1
-                    await self._worker.run(self._index.take, sector)
+                    await self._take(shard.epoch, memoryview(shard.plain)[PREAMBLE_SIZE:], f"shard {root[:16]}")
                 self._done += size
                 if self._progress is not None:
                     self._progress(self._done, self._total)
 
-    async def _sector(self, root: str, holders: list[int]) -> _Sector | None:
+    async def _take(self, epoch: int, data: memoryview, where: str) -> None:
+        """The bytes of a whole sector: into its values' files."""
+        try:
+            entries = await self._seams.threads.run(parse_table, data)
+        except Corrupt as error:
+            self._note(f"{where}: {error}")
+            self.damaged += 1
+            return
+        self.sectors += 1
+        await self._worker.run(self._index.take, _Sector(epoch, data, entries))
+
+    async def _groups(self) -> AsyncIterator[_Group]:
+        """The sectors that were cut into shards, one after the other."""
+        after = (-1, "", "")
+        while groups := await self._worker.run(self._index.next_coded, after):
+            for group in groups:
+                yield group
+            last = groups[-1]
+            after = (last.epoch, last.sector, last.spec)
+
+    async def _assemble(self, group: _Group) -> None:
+        """A sector out of as many of its shards as it takes."""
+        where = f"sector {group.sector} of epoch {group.epoch}"
+        layout = layout_of(group.spec, group.length)
+        found: dict[int, bytes] = {}
+        for number, root, holders in group.shards:
+            if len(found) < layout.needed and number not in found:
+                shard = await self._shard(root, holders)
+                if shard is not None:
+                    found[number] = shard.plain
+        try:
+            data = await self._seams.threads.run(_join, layout, int(group.sector), found)
+        except Corrupt as error:
+            self._note(f"{where}: {error}")
+            self.damaged += 1
+            return
+        await self._take(group.epoch, data, where)
+
+    async def _shard(self, root: str, holders: list[int]) -> _Shard | None:
         """From the first host whose copy verifies."""
         for number in holders:
             host = self._sources[number].host
@@ -247,7 +301,7 @@ class _Salvage:
             self.notes.append(text)
 
 
-def _open(keys: Keys, volume_id: bytes, root: str, data: bytes, where: str) -> _Sector:
+def _open(keys: Keys, volume_id: bytes, root: str, data: bytes, where: str) -> _Shard:
     """Corrupt, naming `where`. Blocking."""
     if root_of(data) != root:
         raise Corrupt(f"{where}: what is stored is not it ({len(data)} bytes)")
@@ -256,11 +310,34 @@ def _open(keys: Keys, volume_id: bytes, root: str, data: bytes, where: str) -> _
         if header.volume_id != volume_id:
             raise Corrupt(f"it is of volume {header.volume_id.hex()}")
         plain = open_shard(keys.sector_key(header.salt), header, data)
-        check_preamble(plain, header.sector_id, len(plain) - PREAMBLE_SIZE)
-        sector = memoryview(plain)[PREAMBLE_SIZE:]
-        return _Sector(header.epoch, sector, parse_table(sector))
+        preamble = parse_preamble(plain)
+        spec = f"{preamble.k}+{preamble.m}" if preamble.m else "1"
+        if preamble.sector_id + preamble.number != header.sector_id:
+            raise Corrupt(f"it says that it is of sector {preamble.sector_id}")
+        layout_of(spec, preamble.length).check(preamble.sector_id, preamble.number, plain)
+        return _Shard(header.epoch, preamble, plain)
     except Corrupt as error:
         raise Corrupt(f"{where}: {error}") from None
+
+
+def _join(layout: Layout, sector_id: int, found: Mapping[int, bytes]) -> memoryview:
+    """The sector out of whole shards. Corrupt: too few. Blocking."""
+    pieces: list[memoryview] = []
+    for part in layout.whole():
+        plain = found.get(part.shard) or layout.rebuild(sector_id, part.shard, 0, found)
+        pieces.append(memoryview(plain)[part.offset : part.offset + part.length])
+    return memoryview(b"".join(pieces))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A sector that was cut into shards: (number, root, hosts) of those there are. `sector`: its id, in digits."""
+
+    epoch: int
+    sector: str
+    spec: str
+    length: int
+    shards: list[tuple[int, str, list[int]]]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -280,6 +357,10 @@ class _Index:
             CREATE TABLE shard (root TEXT, host INTEGER, size INTEGER, PRIMARY KEY (root, host)) WITHOUT ROWID;
             CREATE TABLE piece (value TEXT, start INTEGER, stop INTEGER, epoch INTEGER, commit_ INTEGER);
             CREATE INDEX by_value ON piece (value, start);
+            CREATE TABLE coded (
+                epoch INTEGER, sector TEXT, spec TEXT, length INTEGER, number INTEGER, root TEXT,
+                PRIMARY KEY (epoch, sector, spec, number, root)
+            ) WITHOUT ROWID;
             CREATE TABLE name (value TEXT PRIMARY KEY, path BLOB, epoch INTEGER, commit_ INTEGER) WITHOUT ROWID;
             """
         )
@@ -303,6 +384,31 @@ class _Index:
             "SELECT root, max(size), group_concat(host) FROM shard WHERE root > ? GROUP BY root ORDER BY root LIMIT 100", (after,)
         )
         return [(root, size, sorted(map(int, hosts.split(",")))) for root, size, hosts in rows]
+
+    def add_coded(self, shard: _Shard, root: str) -> None:
+        """One of several shards of a sector."""
+        said = shard.preamble
+        row = (shard.epoch, str(said.sector_id), f"{said.k}+{said.m}", said.length, said.number, root)
+        with self._errors():
+            self._db.execute("INSERT OR IGNORE INTO coded VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def next_coded(self, after: tuple[int, str, str]) -> list[_Group]:
+        """Some sectors that follow, of those that were cut into shards."""
+        rows = self._db.execute(
+            "SELECT DISTINCT epoch, sector, spec, length FROM coded WHERE (epoch, sector, spec) > (?, ?, ?) "
+            "ORDER BY epoch, sector, spec LIMIT 50",
+            after,
+        ).fetchall()
+        return [_Group(epoch, sector, spec, length, self._coded_shards(epoch, sector, spec)) for epoch, sector, spec, length in rows]
+
+    def _coded_shards(self, epoch: int, sector: str, spec: str) -> list[tuple[int, str, list[int]]]:
+        """Data shards first."""
+        rows = self._db.execute(
+            "SELECT number, coded.root, group_concat(host) FROM coded JOIN shard ON shard.root = coded.root "
+            "WHERE epoch = ? AND sector = ? AND spec = ? GROUP BY number, coded.root ORDER BY number",
+            (epoch, sector, spec),
+        )
+        return [(number, root, sorted(map(int, hosts.split(",")))) for number, root, hosts in rows]
 
     def take(self, sector: _Sector) -> None:
         """Write what is new in the sector to its values' files. NoSpace, IOFailure."""

@@ -9,12 +9,17 @@ Record under the key `b` + host number u32: since when it is being left, nanosec
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Set
+
 from storage.contractor import Contractor
-from storage.errors import NotFound
+from storage.errors import Corrupt, NotFound
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, MetadataStore
-from storage.metadata.keys import LEAVING, LOST, prefix_end, read_u32, read_u64, u32, u64
+from storage.metadata.keys import LEAVING, LOST, prefix_end, read_u32, u32, u64
 from storage.seams import Seams
+
+log = logging.getLogger("fusefs.hosts")
 
 #: Seconds a host may be away before its shards are made again on others: a restart, an update, a night without that disk's machine.
 AWAY_GRACE = 3600.0
@@ -44,13 +49,23 @@ class Standing:
                 self._away_since.setdefault(number, now)
         return back
 
-    def lost(self) -> set[int]:
+    def lost(self) -> Set[int]:
         """Hosts somebody has given up."""
-        return {read_u32(key, 1) for key, _ in self._store.scan(LOST, prefix_end(LOST), 100_000)}
+        return self._marked(LOST).keys()
+
+    def _marked(self, prefix: bytes) -> dict[int, bytes]:
+        """Host number -> record. What is damaged marks nobody: `fusefs check` finds it."""
+        marked: dict[int, bytes] = {}
+        for key, raw in self._store.scan(prefix, prefix_end(prefix), 100_000):
+            try:
+                marked[read_u32(key, 1)] = raw
+            except Corrupt as error:
+                log.error("%s", error)
+        return marked
 
     def leaving(self) -> dict[int, int]:
         """Hosts that are being left: number -> since when, nanoseconds."""
-        return {read_u32(key, 1): read_u64(raw) for key, raw in self._store.scan(LEAVING, prefix_end(LEAVING), 100_000)}
+        return {number: int.from_bytes(raw, "big") for number, raw in self._marked(LEAVING).items()}
 
     def mark_leaving(self, batch: Batch, number: int, leaving: bool) -> None:
         """In `batch`: the host is being left from now on, or is not after all."""

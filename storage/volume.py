@@ -35,6 +35,7 @@ from storage.sectors.cache import BlockCache
 from storage.sectors.deleter import Deleter
 from storage.sectors.manager import SectorManager
 from storage.sectors.placement import Placement
+from storage.sectors.plan import can_be_read
 from storage.sectors.reader import SectorReader
 from storage.sectors.reconcile import Reconciler
 from storage.sectors.records import decode_sector
@@ -534,7 +535,7 @@ def make_layers(
         nursery=nursery,
         sector_size=config.sector_size,
     )
-    regenerator = Regenerator(volume.host_io, volume.contractor, volume.hosts, volume.hostdb)
+    regenerator = Regenerator(volume.host_io, volume.contractor, volume.hosts, volume.hostdb, reader, seams)
     volume.reconciler = Reconciler(
         store=store,
         host_io=volume.host_io,
@@ -605,6 +606,7 @@ async def check_servable(volume: Volume) -> None:
         message = f"host {url} cannot be used: {volume.hosts.reason(number)}"
         log.warning("%s", message)
         volume.warnings.append(message)
+    here = set(volume.hosts.numbers()) - away.keys()
     start, end, lost = SECTOR, prefix_end(SECTOR), 0
     examples: list[int] = []
     needed: set[int] = set()
@@ -612,10 +614,9 @@ async def check_servable(volume: Volume) -> None:
         for key, raw in found:
             sector_id = read_u64(key, 1)
             record = decode_sector(raw, sector_id)
-            hosts = {host for shard in record.shards for host in shard.hosts}
-            if record.live and hosts <= away.keys():
+            if record.live and not can_be_read(record, here):
                 lost += 1
-                needed |= hosts
+                needed |= {host for shard in record.shards for host in shard.hosts} & away.keys()
                 if len(examples) < 5:
                     examples.append(sector_id)
         start = found[-1][0] + b"\0"

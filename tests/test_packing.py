@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import Corrupt
-from storage.sectors.records import PREAMBLE_SIZE, SectorRecord, ShardRecord, check_preamble, decode_sector, encode_preamble
+from storage.sectors.preamble import PREAMBLE_SIZE, check_preamble, encode_preamble
+from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
 from storage.values.packing import ENTRY_BYTES, TABLE_BYTES, TRAILER_SIZE, TableEntry, encode_table, parse_table
 from storage.values.records import Extent, ValueRecord, decode_extent, decode_value
 

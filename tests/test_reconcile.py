@@ -198,7 +198,7 @@ async def test_after_a_crash_in_the_middle_the_next_process_goes_on_and_nothing_
 async def test_a_sector_freed_while_it_is_copied_leaves_nothing_behind(tmp_path: Path) -> None:
     async with a_volume(tmp_path, 3, "2") as (volume, urls):
         await fill(volume, 1)
-        (sector,) = records(volume)
+        ((sector, record),) = records(volume).items()
         put = volume.host_io.write_sealed
 
         async def freed_meanwhile(contract_id: str, shard: object) -> None:
@@ -206,7 +206,7 @@ async def test_a_sector_freed_while_it_is_copied_leaves_nothing_behind(tmp_path:
             await volume.sectors.delete(sector)
 
         volume.host_io.write_sealed = freed_meanwhile  # type: ignore[method-assign, assignment]
-        await volume.leave_host("1", leave=True)
+        await volume.leave_host(str(record.shards[0].hosts[0]), leave=True)
         await volume.reconciler.round()
         with pytest.raises(NotFound):
             volume.sectors.record(sector)

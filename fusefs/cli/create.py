@@ -82,9 +82,6 @@ def _check_hosts(hosts: tuple[str, ...], replication: str) -> None:
         if url.lower().startswith("mem:"):
             raise BadArgument(f"--host {url}: a host in this process's memory, for tests, would be gone with it")
     parsed = parse_replication(replication)
-    if parsed.coded:
-        # Before the number of hosts, which nobody should go and look for.
-        raise BadArgument(f"--replication {replication}: data+parity is not supported by this version: give a number of copies, such as 2")
     needed, given = parsed.hosts_needed, len(hosts)
     if hosts and needed > given:
         raise BadArgument(f"--replication {replication} needs {needed} hosts, {given} given: add --host URL for {needed - given} more")

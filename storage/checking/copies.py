@@ -1,4 +1,5 @@
-"""Making a copy again. I1: sealed bytes are copied as they are, and only if they have the root on record; nothing is sealed."""
+"""Making a copy or a shard again. I1: sealed bytes are copied as they are, or made of the same plaintext, and only if they have the root on
+record; nothing new is sealed."""
 
 from __future__ import annotations
 
@@ -9,29 +10,30 @@ from storage.errors import Corrupt, FusefsError, Unavailable
 from storage.hosts.layout import shard_name
 from storage.interfaces import Batch, SealedShard
 from storage.metadata.keys import SECTOR, UNDERREPLICATED, u64
-from storage.replication import parse_replication
 from storage.sealing import MAX_SEALED, root_of, sealed_length
-from storage.sectors.records import SectorRecord, ShardRecord
+from storage.sectors.records import SectorRecord, ShardRecord, layout_for
+from storage.sectors.redundancy import layout_of
 
 #: Seconds a host has to give a whole shard.
 TIMEOUT = 90.0
 
 
-async def remake(patient: Patient, sector_id: int, bad: int | None, good: list[int], away: set[int]) -> tuple[str, bool]:
-    """A copy from one of `good` goes to the host whose copy is bad, or else to another (`bad` None: to another in any case).
+async def remake(patient: Patient, sector_id: int, index: int, bad: int | None, good: list[list[int]], away: set[int]) -> tuple[str, bool]:
+    """Shard `index` goes to the host whose copy is bad, or else to another (`bad` None: to another in any case).
 
-    Durable on the host before the record says so (I2). Returns what was done, for the finding, and whether there are now as many copies as
-    before, or one more where none was bad. The record loses the bad host only once another has the copy.
+    `good`: per shard, the hosts whose copies are good. Durable on the host before the record says so (I2). Returns what was done, for the
+    finding, and whether there are now as many copies as before, or one more where none was bad. The record loses the bad host only once
+    another has the shard.
     """
     record = patient.sector(sector_id)
     if record is None or patient.host_io is None or patient.contractor is None or patient.registry is None:
         return "", False
-    shard = record.shards[0]
     try:
-        sealed = await _fetch(patient, sector_id, shard, good)
+        sealed = await _sealed(patient, sector_id, record, index, good)
     except FusefsError as error:
         return f" ({error})", False
-    others = [n for n in patient.registry.numbers() if n not in shard.hosts and n not in away and patient.registry.available(n)]
+    taken = {host for shard in record.shards for host in shard.hosts}
+    others = [n for n in patient.registry.numbers() if n not in taken and n not in away and patient.registry.available(n)]
     errors: list[str] = []
     for host in ([bad] if bad is not None else []) + others:
         contract = patient.contractor.contract_for(host)
@@ -44,9 +46,27 @@ async def remake(patient: Patient, sector_id: int, bad: int | None, good: list[i
         except FusefsError as error:
             errors.append(str(error))
             continue
-        await _note(patient, sector_id, bad, host)
+        await _note(patient, sector_id, index, bad, host)
         return f"; a new one is on {patient.url(host)}", True
     return f" ({'; '.join(errors) or 'no other host can take one'})", False
+
+
+async def _sealed(patient: Patient, sector_id: int, record: SectorRecord, index: int, good: list[list[int]]) -> SealedShard:
+    """The shard as it was sealed once: a copy, or made of other shards. Corrupt, Unavailable."""
+    shard = record.shards[index]
+    try:
+        return await _fetch(patient, sector_id, shard, good[index])
+    except FusefsError:
+        layout = layout_for(record, sector_id)
+        if layout.needed >= layout.shards or patient.host_io is None:
+            raise
+    found: dict[int, bytes] = {}
+    for other, hosts in enumerate(good):
+        if other != index and hosts and len(found) < layout.needed:
+            part = await _fetch(patient, sector_id, record.shards[other], hosts)
+            found[other] = await patient.seams.threads.run(patient.host_io.open_sealed, part)
+    plain = await patient.seams.threads.run(layout.rebuild, sector_id, index, 0, found)
+    return await patient.seams.threads.run(patient.host_io.seal_again, [plain], shard.shard_id, shard.root.hex())
 
 
 async def _fetch(patient: Patient, sector_id: int, shard: ShardRecord, good: list[int]) -> SealedShard:
@@ -68,11 +88,11 @@ async def _fetch(patient: Patient, sector_id: int, shard: ShardRecord, good: lis
     raise error
 
 
-async def _note(patient: Patient, sector_id: int, bad: int | None, host: int) -> None:
+async def _note(patient: Patient, sector_id: int, index: int, bad: int | None, host: int) -> None:
     record = patient.sector(sector_id)
     if record is None:
         return
-    shard = record.shards[0]
+    shard = record.shards[index]
     shard.hosts = sorted({*shard.hosts, host} - ({bad} if bad is not None and bad != host else set()))
     batch = Batch()
     batch.put(SECTOR + u64(sector_id), record.encode())
@@ -82,8 +102,13 @@ async def _note(patient: Patient, sector_id: int, bad: int | None, host: int) ->
 
 def mark_copies(batch: Batch, sector_id: int, record: SectorRecord) -> None:
     """In `batch`: the index of sectors with too few copies follows the record."""
-    copies = parse_replication(record.replication).copies
-    if all(len(shard.hosts) >= copies for shard in record.shards):
-        batch.delete(UNDERREPLICATED + u64(sector_id))
-    else:
+    if has_fewer(record):
         batch.put(UNDERREPLICATED + u64(sector_id), b"")
+    else:
+        batch.delete(UNDERREPLICATED + u64(sector_id))
+
+
+def has_fewer(record: SectorRecord) -> bool:
+    """Is some shard on fewer hosts than it should be?"""
+    each = layout_of(record.replication, record.length).hosts_each
+    return any(len(set(shard.hosts)) < each for shard in record.shards)

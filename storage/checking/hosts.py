@@ -20,9 +20,9 @@ from storage.hosts.holders import holders_key
 from storage.hosts.layout import check_root, sectors_prefix, shard_name
 from storage.hosts.registry import HostRegistry
 from storage.metadata.keys import EXTENT, LOST, SECTOR, read_u64, u32
-from storage.replication import parse_replication
 from storage.sealing import sealed_length
-from storage.sectors.records import PREAMBLE_SIZE, SectorRecord, check_preamble
+from storage.sectors.records import SectorRecord, layout_for
+from storage.sectors.redundancy import layout_of
 from storage.values.records import decode_extent
 
 #: Shards of one host that are compared at a time: 17 bytes each, some 60 while they are sorted.
@@ -130,7 +130,7 @@ async def _list(patient: Patient, registry: HostRegistry, seen: _Seen, number: i
             if root is not None and at is not None:
                 there[at] = 1
                 patient.progress.done += 1
-                _check_size(patient, seen, number, window.sectors[at], size)
+                _check_size(patient, seen, number, window.sectors[at], root, size)
             elif first and (root is None or patient.store.get(holders_key(root, number)) is None):
                 orphans, orphan_bytes = orphans + 1, orphan_bytes + size
         for at, found in enumerate(there):
@@ -181,10 +181,11 @@ def _root_of(patient: Patient, name: str) -> bytes | None:
     return root if name == shard_name(patient.config.volume_id_bytes, last) else None
 
 
-def _check_size(patient: Patient, seen: _Seen, number: int, sector_id: int, size: int) -> None:
+def _check_size(patient: Patient, seen: _Seen, number: int, sector_id: int, root: bytes, size: int) -> None:
     record = patient.sector(sector_id)
-    if record is not None and size != sealed_length(record.shards[0].length):
-        seen.add(sector_id, number, "damaged-copy", f"has {size} bytes instead of {sealed_length(record.shards[0].length)}")
+    for shard in record.shards if record is not None else ():
+        if shard.root == root and size != sealed_length(shard.length):
+            seen.add(sector_id, number, "damaged-copy", f"has {size} bytes instead of {sealed_length(shard.length)}")
 
 
 # ---- reading
@@ -199,14 +200,12 @@ async def _read_all(patient: Patient, contractor: Contractor, seen: _Seen, numbe
         for key, _ in page:
             sector_id = read_u64(key, 1)
             record = patient.sector(sector_id)
-            for shard in record.shards if record is not None else ():
+            for index, shard in enumerate(record.shards if record is not None else ()):
                 if record is None or number not in shard.hosts or (sector_id, number) in seen.bad:
                     continue
                 try:
                     plain = await host_io.read(contract.contract_id, shard.root.hex(), shard.shard_id)
-                    check_preamble(plain, sector_id, record.length)
-                    if len(plain) != record.length + PREAMBLE_SIZE:
-                        raise Corrupt(f"sector {sector_id}: {len(plain)} bytes instead of {record.length + PREAMBLE_SIZE}")
+                    layout_for(record, sector_id).check(sector_id, index, plain)
                     patient.report.looked_at["bytes read"] += len(plain)
                 except NotFound:
                     seen.add(sector_id, number, "missing-copy", "is not there")
@@ -238,34 +237,39 @@ async def _conclude(patient: Patient, seen: _Seen) -> None:
 
 
 async def _conclude_sector(patient: Patient, seen: _Seen, sector_id: int, record: SectorRecord, lost: set[int]) -> None:
-    try:
-        copies = parse_replication(record.replication).copies
-    except BadArgument:
-        return
-    for shard in record.shards:
-        bad = {host: seen.bad[sector_id, host] for host in shard.hosts if (sector_id, host) in seen.bad}
-        bad |= {host: ("missing-copy", "is on a host that is lost") for host in shard.hosts if host in seen.lost}
-        good = [host for host in shard.hosts if host not in bad and host not in seen.away]
-        if not good and record.live and len(lost) < MAX_LOST:
-            lost.add(sector_id)
-        for host, (kind, why) in bad.items():
+    layout = layout_of(record.replication, record.length)
+    what = "shard" if layout.spec.coded else "copy"
+    bad = [{host: seen.bad[sector_id, host] for host in shard.hosts if (sector_id, host) in seen.bad} for shard in record.shards]
+    for at, shard in enumerate(record.shards):
+        bad[at] |= {host: ("missing-copy", "is on a host that is lost") for host in shard.hosts if host in seen.lost}
+    good = [[host for host in shard.hosts if host not in bad[at] and host not in seen.away] for at, shard in enumerate(record.shards)]
+    readable = sum(map(bool, good)) >= layout.needed
+    if not readable and record.live and len(lost) < MAX_LOST:
+        lost.add(sector_id)
+    for at, reasons in enumerate(bad):
+        for host, (kind, why) in reasons.items():
             repaired, told = False, ""
-            if patient.repair and good and kind != "unanswered":
-                told, repaired = await remake(patient, sector_id, host, good, seen.away)
-            patient.report.add(kind, f"sector {sector_id}", f"its copy on {patient.url(host)} {why}{told}", repaired=repaired)
-        if not bad and record.live and len(shard.hosts) < copies:
-            await _few(patient, seen, sector_id, good, len(shard.hosts), copies)
+            if patient.repair and readable and kind != "unanswered":
+                told, repaired = await remake(patient, sector_id, at, host, good, seen.away)
+            patient.report.add(kind, f"sector {sector_id}", f"its {what} on {patient.url(host)} {why}{told}", repaired=repaired)
+    have = sum(min(len(shard.hosts), layout.hosts_each) for shard in record.shards)
+    if not any(bad) and record.live and have < len(layout.places):
+        await _few(patient, seen, sector_id, record, good, readable)
 
 
-async def _few(patient: Patient, seen: _Seen, sector_id: int, good: list[int], have: int, copies: int) -> None:
+async def _few(patient: Patient, seen: _Seen, sector_id: int, record: SectorRecord, good: list[list[int]], readable: bool) -> None:
+    layout = layout_of(record.replication, record.length)
+    have = sum(min(len(shard.hosts), layout.hosts_each) for shard in record.shards)
     told, repaired = "", False
-    if patient.repair and good:
-        for _ in range(copies - have):
-            more, repaired = await remake(patient, sector_id, None, good, seen.away)
-            told += more
-            if not repaired:
-                break
-    patient.report.add("few-copies", f"sector {sector_id}", f"it has {have} of {copies} copies{told}", repaired=repaired)
+    if patient.repair and readable:
+        for at, shard in enumerate(record.shards):
+            for _ in range(layout.hosts_each - len(shard.hosts)):
+                more, repaired = await remake(patient, sector_id, at, None, good, seen.away)
+                told += more
+                if not repaired:
+                    break
+    what = "shards" if layout.spec.coded else "copies"
+    patient.report.add("few-copies", f"sector {sector_id}", f"it has {have} of {len(layout.places)} {what}{told}", repaired=repaired)
 
 
 async def _name_files(patient: Patient, lost: set[int]) -> None:

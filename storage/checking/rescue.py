@@ -7,13 +7,16 @@ from collections.abc import Callable
 from storage.checking import lostfound
 from storage.checking.patient import Patient, attempt
 from storage.checking.scanning import pages, windows
-from storage.errors import FusefsError
+from storage.errors import Corrupt, FusefsError
 from storage.hosts.layout import shard_name
 from storage.interfaces import Batch
 from storage.metadata.keys import EXTENT, FREED, HOLDERS, SECTOR, read_u32, read_u64, u64
 from storage.namespace.records import InodeRecord
+from storage.replication import MAX_SHARDS
 from storage.sealing import HEADER_SIZE, ShardHeader
-from storage.sectors.records import PREAMBLE_SIZE, VERSION, SectorRecord, ShardRecord, check_preamble, decode_sector
+from storage.sectors.preamble import PREAMBLE_SIZE, Preamble, parse_preamble
+from storage.sectors.records import VERSION, SectorRecord, ShardRecord, decode_sector, layout_for
+from storage.sectors.redundancy import Layout, layout_of
 from storage.values.packing import TableEntry, parse_table
 from storage.values.records import Extent, decode_extent
 
@@ -26,6 +29,10 @@ TIMEOUT = 60.0
 def holder_number(root: bytes, host: int) -> int:
     """A shard on a host as a u64 that ascends with its key; two with one number would have to share 48 bits of their roots."""
     return int.from_bytes(root[:6], "big") << 16 | (host & 0xFFFF)
+
+
+#: Sector -> what its shards say of it, and those found by their numbers.
+_Unknown = dict[int, tuple[Preamble, dict[int, ShardRecord]]]
 
 
 class Rescue:
@@ -57,18 +64,23 @@ class Rescue:
                         missing[extent.sector_id] = (live + extent.length, spec)
         if not missing or patient.host_io is None:
             return
-        for sector_id, shard in (await self._unknown_shards(missing)).items():
+        for sector_id, (preamble, shards) in (await self._unknown_shards(missing)).items():
             live, spec = missing[sector_id]
-            length = shard.length - PREAMBLE_SIZE
+            if preamble.m:
+                spec = f"{preamble.k}+{preamble.m}"
+            if len(shards) < layout_of(spec, preamble.length).shards:
+                continue  # the roots of those that are not there are not known
+            sector = SectorRecord(VERSION, spec, preamble.length, live, live, [shards[number] for number in sorted(shards)])
             batch = Batch()
-            batch.put(SECTOR + u64(sector_id), SectorRecord(VERSION, spec, length, live, live, [shard]).encode())
-            what = f"its record is missing, {live} bytes of files are in it; its shards were found on hosts {shard.hosts}"
+            batch.put(SECTOR + u64(sector_id), sector.encode())
+            hosts = sorted({host for shard in sector.shards for host in shard.hosts})
+            what = f"its record is missing, {live} bytes of files are in it; its shards were found on hosts {hosts}"
             await patient.found("lost-sector", f"sector {sector_id}", what, batch)
 
-    async def _unknown_shards(self, missing: dict[int, tuple[int, str]]) -> dict[int, ShardRecord]:
-        """Of the holders that no sector on record accounts for, those whose shard's header names a missing sector."""
+    async def _unknown_shards(self, missing: dict[int, tuple[int, str]]) -> _Unknown:
+        """Of the holders that no sector on record accounts for, those whose shards are of a missing sector."""
         patient = self._patient
-        found: dict[int, ShardRecord] = {}
+        found: _Unknown = {}
         async for tally in windows(patient.store, HOLDERS, lambda key: holder_number(key[1:33], read_u32(key, 33))):
             for prefix, at in ((SECTOR, 1), (FREED, 9)):
                 async for page in pages(patient.store, prefix):
@@ -84,7 +96,7 @@ class Rescue:
                         await self._ask(root, host, missing, found)
         return found
 
-    async def _ask(self, root: bytes, host: int, missing: dict[int, tuple[int, str]], found: dict[int, ShardRecord]) -> None:
+    async def _ask(self, root: bytes, host: int, missing: dict[int, tuple[int, str]], found: _Unknown) -> None:
         patient = self._patient
         if patient.registry is None or patient.host_io is None or patient.contractor is None:
             return
@@ -92,18 +104,25 @@ class Rescue:
         try:
             raw = await patient.registry.get(host).get_range(shard_name(patient.config.volume_id_bytes, root.hex()), 0, HEADER_SIZE)
             header = ShardHeader.parse(raw)
-            if header.sector_id not in missing or contract is None:
+            # A sector's shards have the ids that follow its own.
+            if contract is None or not any(header.sector_id - number in missing for number in range(MAX_SHARDS)):
                 return
             # The header is not authenticated; the preamble's block is.
             plain = await patient.host_io.insecure_read(
                 contract.contract_id, root.hex(), header.sector_id, 0, PREAMBLE_SIZE, header.plaintext_length
             )
-            check_preamble(plain, header.sector_id, header.plaintext_length - PREAMBLE_SIZE)
+            preamble = parse_preamble(plain)
         except FusefsError:
             return
-        known = found.setdefault(header.sector_id, ShardRecord(header.sector_id, header.plaintext_length, root, []))
-        if known.root == root:
-            known.hosts = sorted({*known.hosts, host})
+        sector_id = header.sector_id - preamble.number
+        if sector_id not in missing or preamble.sector_id != sector_id:
+            return
+        known, shards = found.setdefault(sector_id, (preamble, {}))
+        if (known.k, known.m, known.length) != (preamble.k, preamble.m, preamble.length):
+            return
+        shard = shards.setdefault(preamble.number, ShardRecord(header.sector_id, header.plaintext_length, root, []))
+        if shard.root == root:
+            shard.hosts = sorted({*shard.hosts, host})
 
     # ---- extents that are gone
 
@@ -168,18 +187,39 @@ class Rescue:
         record = patient.sector(sector_id)
         if record is None or patient.host_io is None or patient.contractor is None:
             return None
-        shard = record.shards[0]
+        try:
+            layout = layout_for(record, sector_id)
+            found: dict[int, bytes] = {}
+            for number in range(layout.shards):
+                if len(found) < layout.needed:
+                    plain = await self._shard(sector_id, record, layout, number)
+                    if plain is not None:
+                        found[number] = plain
+            pieces = [
+                memoryview(found.get(part.shard) or layout.rebuild(sector_id, part.shard, 0, found))[part.offset :][: part.length]
+                for part in layout.whole()
+            ]
+            return parse_table(memoryview(b"".join(pieces)))
+        except Corrupt:
+            pass
+        self.unreadable.add(sector_id)
+        return None
+
+    async def _shard(self, sector_id: int, record: SectorRecord, layout: Layout, number: int) -> bytes | None:
+        """The shard's plaintext, from the first host whose copy verifies."""
+        patient, shard = self._patient, record.shards[number]
+        if patient.host_io is None or patient.contractor is None:
+            return None
         for host in shard.hosts:
             contract = patient.contractor.contract_for(host)
             if contract is None:
                 continue
             try:
                 plain = await patient.host_io.read(contract.contract_id, shard.root.hex(), shard.shard_id)
-                check_preamble(plain, sector_id, record.length)
-                return parse_table(memoryview(plain)[PREAMBLE_SIZE:])
+                layout.check(sector_id, number, plain)
             except FusefsError:
                 continue
-        self.unreadable.add(sector_id)
+            return plain
         return None
 
 

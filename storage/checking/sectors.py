@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from storage.checking.copies import has_fewer
 from storage.checking.patient import Patient
 from storage.checking.rescue import Rescue, add_live, holder_number
 from storage.checking.scanning import Tally, pages, windows
-from storage.errors import BadArgument, Corrupt
+from storage.errors import Corrupt
 from storage.hosts.holders import Holders, holders_key
 from storage.interfaces import Batch
 from storage.metadata.keys import (
@@ -22,8 +23,8 @@ from storage.metadata.keys import (
     read_u64,
     u64,
 )
-from storage.replication import parse_replication
 from storage.sectors.partial import PartialIndex
+from storage.sectors.reconcile import MOVING
 from storage.sectors.records import SectorRecord, decode_sector
 from storage.values.packing import TableEntry
 from storage.values.records import Extent
@@ -117,13 +118,9 @@ def _wanted(patient: Patient, rescue: Rescue, entry: TableEntry) -> bool:
 
 
 async def _check_copies_mark(patient: Patient, sector_id: int, record: SectorRecord) -> None:
-    try:
-        copies = parse_replication(record.replication).copies
-    except BadArgument as error:
-        await patient.found("undecodable", f"sector {sector_id}", str(error))
-        return
-    fewer = any(len(set(shard.hosts)) < copies for shard in record.shards)
-    marked = patient.store.get(UNDERREPLICATED + u64(sector_id)) is not None
+    fewer = has_fewer(record)
+    mark = patient.store.get(UNDERREPLICATED + u64(sector_id))
+    marked = mark is not None and mark != MOVING
     if fewer == marked:
         return
     batch = Batch()

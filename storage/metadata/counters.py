@@ -37,12 +37,13 @@ class Counter:
         batch.put(self._key, u64(self._limit))
         self._undurable.append((self._limit, None))
 
-    def next_now(self) -> int:
-        """A number, at once. Its reservation is applied before it is returned, so whatever is applied with the number is durable after it.
+    def next_now(self, count: int = 1) -> int:
+        """A number, at once: the first of `count` consecutive ones. Its reservation is applied before it is returned, so whatever is
+        applied with the number is durable after it.
 
         Raises Fenced like `MetadataStore.apply`. No await happens inside.
         """
-        if self._limit - self._next < max(self._range // 2, 1):
+        while self._limit - self._next < max(self._range // 2, count):
             batch = Batch()
             limit = self._limit
             self.reserve(batch)
@@ -53,16 +54,17 @@ class Counter:
                 self._undurable.pop()
                 raise
         number = self._next
-        self._next += 1
+        self._next += count
         return number
 
-    async def next_durable(self) -> int:
-        """A number whose reservation is durable when it is returned (I1). Usually without waiting, else it commits.
+    async def next_durable(self, count: int = 1) -> int:
+        """The first of `count` consecutive numbers whose reservation is durable when it is returned (I1). Usually without waiting, else
+        it commits.
 
         NoSpace, Fenced: the number is skipped.
         """
-        number = self.next_now()
-        if not self._is_durable(number):
+        number = self.next_now(count)
+        if not self._is_durable(number + count - 1):
             await self._store.commit(urgent=True)
         return number
 

@@ -1,4 +1,4 @@
-"""SectorManager: sectors out of copies on distinct hosts. See the package's docstring for the picture."""
+"""SectorManager: sectors out of shards on distinct hosts. See the package's docstring for the picture."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import trio
 
-from storage.errors import BadArgument, Corrupt, Exists, Fenced, FusefsError, NoSpace, NotFound, Unavailable
+from storage.errors import BadArgument, Corrupt, Exists, Fenced, NotFound
 from storage.host_io import HostIO
 from storage.interfaces import Batch, Buffer, HostSpace, MetadataStore, SealedShard
 from storage.metadata.counters import Counter
 from storage.metadata.keys import FRESH, SECTOR, SETTING, UNDERREPLICATED, prefix_end, read_u64, u64
-from storage.replication import Replication, parse_replication
+from storage.replication import Replication
 from storage.sealing import BLOCK
 from storage.seams import Seams
 from storage.sectors.cache import BlockCache
@@ -22,7 +22,9 @@ from storage.sectors.partial import PartialIndex
 from storage.sectors.placement import Placement
 from storage.sectors.reader import SectorReader
 from storage.sectors.reconcile import MOVING
-from storage.sectors.records import VERSION, SectorRecord, ShardRecord, encode_preamble
+from storage.sectors.records import VERSION, SectorRecord, ShardRecord
+from storage.sectors.redundancy import Layout, layout_of
+from storage.sectors.upload import Upload, Way
 
 log = logging.getLogger("fusefs.sectors")
 
@@ -62,11 +64,12 @@ class SectorManager:
         self._seams = seams
         self._nursery = nursery
         self._uploads = trio.CapacityLimiter(UPLOADS)
-        #: Sectors some copy of which is on its way, each with an event for the end of the last one.
-        self._under_way: dict[_Upload, trio.Event] = {}
+        #: Sectors some shard of which is on its way, each with an event for the end of the last one.
+        self._under_way: dict[Upload, trio.Event] = {}
         #: Ids allocated in this process that write_sector was not called with: it takes no others, so a second call raises, also when the
         #: sector has been deleted since, or never came to be (I1).
-        self._unused: set[int] = set()
+        #: Each with how many ids follow for its shards, itself included.
+        self._unused: dict[int, int] = {}
         self.sector_size = sector_size
         self.cache = cache
         self.partials = PartialIndex(store, sector_size)
@@ -74,6 +77,7 @@ class SectorManager:
         self.count = read_u64(store.get(_COUNT) or bytes(8))
         #: What went wrong lately and was survived, for `status`.
         self.notes: deque[str] = reader.notes
+        self._way = Way(host_io, placement, deleter, store, self._landed, self.notes.append)
 
     # ------------------------------------------------------------------------------------------------------------
     # Reading
@@ -99,17 +103,16 @@ class SectorManager:
     # ------------------------------------------------------------------------------------------------------------
     # Writing
 
-    async def allocate_sector(self) -> int:
-        sector_id = await self._counter.next_durable()
-        self._unused.add(sector_id)
+    async def allocate_sector(self, replication: str = "1") -> int:
+        count = layout_of(replication, 0).shards
+        sector_id = await self._counter.next_durable(count)
+        self._unused[sector_id] = count
         return sector_id
 
     async def write_sector(self, sector_id: int, data: Buffer | Sequence[Buffer], replication: str) -> None:
-        spec = parse_replication(replication)
-        if spec.coded:
-            raise BadArgument(f"replication {replication!r}: data+parity is not supported by this version, use a number of copies")
         parts: list[Buffer] = [data] if isinstance(data, (bytes, bytearray, memoryview)) else list(data)
         length = sum(len(part) for part in parts)
+        layout = layout_of(replication, length)
         if length > self.sector_size:
             raise BadArgument(f"sector {sector_id}: {length} bytes are more than the volume's sector size {self.sector_size}")
         failure = self._store.failure
@@ -119,24 +122,31 @@ class SectorManager:
         # No await between the check and the mark: two writers of one id never both pass (I1).
         if sector_id not in self._unused:
             raise Exists(f"sector {sector_id} is written already, or was not allocated; a sector is written once, allocate another")
-        self._unused.remove(sector_id)
-        # Acquired here, released by whoever ends the last copy: sealed bytes never pile up behind a slow host (I7).
+        if self._unused[sector_id] < layout.shards:
+            raise BadArgument(f"sector {sector_id} was not allocated for replication {replication!r}, whose shards each have an id")
+        del self._unused[sector_id]
+        # Acquired here, released by whoever ends the last shard: sealed bytes never pile up behind a slow host (I7).
         slot = object()
         await self._uploads.acquire_on_behalf_of(slot)
-        upload = _Upload(self, slot, sector_id, length, spec, replication)
+        upload = Upload(self._way, sector_id, replication, layout, lambda: self._end_upload(upload, slot))
+        self._under_way[upload] = trio.Event()
         try:
-            preamble = encode_preamble(sector_id, length)
-            shard = await self._seams.threads.run(self._host_io.seal, [preamble, *parts], sector_id)
-            upload.start(shard, self._nursery)
+            shards, plaintexts = await self._seams.threads.run(self._seal, sector_id, layout, parts)
+            upload.start(shards, self._nursery)
         except BaseException:
             upload.finish()
             raise
         await upload.wait_quorum()
         if length <= KEEP_WRITTEN:
-            plain = b"".join([preamble, *parts])
-            root = bytes.fromhex(shard.root)
-            for block in range(0, len(plain), BLOCK):
-                self.cache.put(root, block // BLOCK, plain[block : block + BLOCK])
+            for shard, buffers in list(zip(shards, plaintexts, strict=True))[: layout.needed]:
+                plain, root = b"".join(buffers), bytes.fromhex(shard.root)
+                for block in range(0, len(plain), BLOCK):
+                    self.cache.put(root, block // BLOCK, plain[block : block + BLOCK])
+
+    def _seal(self, sector_id: int, layout: Layout, parts: Sequence[Buffer]) -> tuple[list[SealedShard], list[list[Buffer]]]:
+        """The shards, sealed, and their plaintexts. Blocking. Shard i goes under the sector's id + i (I1)."""
+        plaintexts = layout.plaintexts(sector_id, parts)
+        return [self._host_io.seal(plain, sector_id + number) for number, plain in enumerate(plaintexts)], plaintexts
 
     async def wait_uploads(self) -> None:
         """Until none of the copies that are on their way now is any more. Each has the time limit of HostIO."""
@@ -147,10 +157,7 @@ class SectorManager:
         """Is some shard of its first upload still on its way?"""
         return any(upload.sector_id == sector_id for upload in self._under_way)
 
-    def _begin_upload(self, upload: _Upload) -> None:
-        self._under_way[upload] = trio.Event()
-
-    def _end_upload(self, upload: _Upload, slot: object) -> None:
+    def _end_upload(self, upload: Upload, slot: object) -> None:
         self._uploads.release_on_behalf_of(slot)
         self._under_way.pop(upload).set()
 
@@ -227,117 +234,20 @@ class SectorManager:
         """The manager's own loop: deletes freed sectors on their hosts. Runs until cancelled."""
         await self._deleter.run()
 
-    def _landed(self, sector_id: int, shard: SealedShard, spec: str, length: int, hosts: list[int], full: bool) -> None:
-        """Write or rewrite the record after a copy has become durable. No await: one task at a time sees the record."""
+    def _landed(self, sector_id: int, replication: str, length: int, shards: list[ShardRecord], *, full: bool) -> None:
+        """Write or rewrite the record after a shard has become durable. No await: one task at a time sees the record."""
         batch = Batch()
         raw = self._store.get(SECTOR + u64(sector_id))
         if raw is None:
-            record = SectorRecord(VERSION, spec, length, 0, 0, [])
+            record = SectorRecord(VERSION, replication, length, 0, 0, [])
             self._counted(batch, 1)
             batch.put(FRESH + u64(sector_id), b"")
         else:
             record = self._reader.record(sector_id)
-        record.shards = [ShardRecord(shard.sector_id, shard.plaintext_length, bytes.fromhex(shard.root), sorted(hosts))]
+        record.shards = shards
         batch.put(SECTOR + u64(sector_id), record.encode())
         if full:
             batch.delete(UNDERREPLICATED + u64(sector_id))
         else:
             batch.put(UNDERREPLICATED + u64(sector_id), b"")
         self._store.apply(batch)
-
-
-class _Upload:
-    """One sector on its way to its hosts: as many at a time as there are copies, the next host after a failure."""
-
-    def __init__(self, manager: SectorManager, slot: object, sector_id: int, length: int, spec: Replication, replication: str) -> None:
-        self._manager = manager
-        self._slot = slot
-        self.sector_id = sector_id
-        self._length = length
-        self._spec = spec
-        self._replication = replication
-        self._done: list[int] = []
-        self._errors: list[FusefsError] = []
-        self._running = 0
-        self._decided = trio.Event()
-        self._quorum = False
-        self._finished = False
-        manager._begin_upload(self)
-
-    def start(self, shard: SealedShard, nursery: trio.Nursery) -> None:
-        self._shard = shard
-        self._left = self._manager._placement.candidates(self._spec)
-        self._running = min(self._spec.copies, len(self._left))
-        for contract in [self._left.pop(0) for _ in range(self._running)]:
-            nursery.start_soon(self._copy, contract.contract_id, contract.host_number)
-
-    async def wait_quorum(self) -> None:
-        """Returns at write quorum; raises what kept it from being reached."""
-        await self._decided.wait()
-        if self._quorum:
-            return
-        for error in self._errors:
-            if isinstance(error, Fenced):
-                raise error
-        if any(isinstance(error, NoSpace) for error in self._errors):
-            raise NoSpace(f"sector {self.sector_id}: hosts are full ({'; '.join(map(str, self._errors))}); free space or add a host")
-        raise Unavailable(f"sector {self.sector_id}: too few hosts took it ({'; '.join(map(str, self._errors))})")
-
-    async def _copy(self, contract_id: str, host: int) -> None:
-        try:
-            while True:
-                try:
-                    await self._manager._host_io.write_sealed(contract_id, self._shard)
-                    self._stored(host)
-                    return
-                except FusefsError as error:
-                    self._errors.append(error)
-                    log.warning("sector %d: host %d did not take a copy: %s", self.sector_id, host, error)
-                    if not self._left or isinstance(error, Fenced):
-                        return
-                    following = self._left.pop(0)
-                    contract_id, host = following.contract_id, following.host_number
-        finally:
-            self._running -= 1
-            if not self._running:
-                self.finish()
-
-    def _stored(self, host: int) -> None:
-        self._done.append(host)
-        if len(self._done) < self._spec.write_quorum:
-            return
-        # After quorum the sector may have been freed already, while this copy was on its way: then it goes the way of the others.
-        if self._quorum and self._manager._store.get(SECTOR + u64(self.sector_id)) is None:
-            record = SectorRecord(VERSION, self._replication, self._length, 0, 0, [self._as_record([host])])
-            batch = Batch()
-            self._manager._deleter.enqueue(batch, self.sector_id, record)
-            self._manager._store.apply(batch)
-            return
-        full = len(self._done) >= self._spec.copies
-        self._manager._landed(self.sector_id, self._shard, self._replication, self._length, self._done, full)
-        self._quorum = True
-        self._decided.set()
-
-    def _as_record(self, hosts: list[int]) -> ShardRecord:
-        return ShardRecord(self._shard.sector_id, self._shard.plaintext_length, bytes.fromhex(self._shard.root), hosts)
-
-    def finish(self) -> None:
-        """No copy is on its way any more."""
-        if self._finished:
-            return
-        self._finished = True
-        if not self._quorum and self._done:
-            # Nothing points to these: they are deleted, like a freed sector's.
-            batch = Batch()
-            record = SectorRecord(VERSION, self._replication, self._length, 0, 0, [self._as_record(self._done)])
-            self._manager._deleter.enqueue(batch, self.sector_id, record)
-            try:
-                self._manager._store.apply(batch)
-            except FusefsError as error:
-                log.warning("sector %d: copies that nothing points to stay on their hosts: %s", self.sector_id, error)
-        elif self._quorum and len(self._done) < self._spec.copies:
-            self._manager.notes.append(
-                f"sector {self.sector_id} has {len(self._done)} of {self._spec.copies} copies: {'; '.join(map(str, self._errors))}"
-            )
-        self._decided.set()
-        self._manager._end_upload(self, self._slot)

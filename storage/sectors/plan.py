@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from storage.replication import parse_replication
 from storage.sectors.records import SectorRecord
+from storage.sectors.redundancy import layout_of
 
 #: Host number -> failure domain.
 Domain = Callable[[int], str]
@@ -39,8 +39,7 @@ def make_plan(record: SectorRecord, keeping: Collection[int], domain: Domain, lo
 
     Of too many, those stay that spread over the most failure domains, then those with the least `load` (bytes per host).
     """
-    spec = parse_replication(record.replication)
-    each = 1 if spec.coded else spec.copies
+    each = layout_of(record.replication, record.length).hosts_each
     taken: set[int] = set()
     counted: list[tuple[int, ...]] = []
     missing: list[int] = []
@@ -52,6 +51,12 @@ def make_plan(record: SectorRecord, keeping: Collection[int], domain: Domain, lo
         missing.extend([index] * (each - len(chosen)))
     surplus = [(index, host) for index, shard in enumerate(record.shards) for host in shard.hosts if host not in counted[index]]
     return Plan(tuple(missing), tuple(counted), tuple(surplus))
+
+
+def can_be_read(record: SectorRecord, hosts: Collection[int]) -> bool:
+    """Do these hosts have enough of its shards?"""
+    there = sum(1 for shard in record.shards if any(host in hosts for host in shard.hosts))
+    return there >= layout_of(record.replication, record.length).needed
 
 
 def spread(

@@ -181,8 +181,8 @@ class Reconciler:
         while found := self._store.scan(start, prefix_end(SECTOR), SLICE):
             batch = Batch()
             for key, raw in found:
-                sector_id = read_u64(key, 1)
                 try:
+                    sector_id = read_u64(key, 1)
                     record = decode_sector(raw, sector_id)
                 except Corrupt as error:
                     log.error("%s", error)
@@ -192,8 +192,9 @@ class Reconciler:
                     batch.put(UNDERREPLICATED + u64(sector_id), b"" if missing else MOVING)
             start = found[-1][0] + b"\0"
             looked += len(found)
-            if looked % NOTE_EVERY < SLICE:
-                batch.put(_LOOK, msgspec.msgpack.encode([sorted(keeping), read_u64(found[-1][0], 1) + 1]))
+            last = _sector_of(found[-1][0])
+            if looked % NOTE_EVERY < SLICE and last is not None:
+                batch.put(_LOOK, msgspec.msgpack.encode([sorted(keeping), last + 1]))
             if batch.ops:
                 self._store.apply(batch)
             await trio.lowlevel.checkpoint()
@@ -227,7 +228,9 @@ class Reconciler:
         async with trio.open_nursery() as nursery:
             while found := self._store.scan(start, prefix_end(UNDERREPLICATED), SLICE):
                 for key, _ in found:
-                    sector_id = read_u64(key, 1)
+                    sector_id = _sector_of(key)
+                    if sector_id is None:
+                        continue
                     due = self._later.get(sector_id)
                     if due is not None and due[0] > self._seams.clock.monotonic():
                         continue
@@ -431,10 +434,19 @@ class Reconciler:
         start = SECTOR
         while found := self._store.scan(start, prefix_end(SECTOR), SLICE):
             for key, raw in found:
-                sector_id = read_u64(key, 1)
                 try:
+                    sector_id = read_u64(key, 1)
                     yield sector_id, decode_sector(self._store.get(key) or raw, sector_id)
                 except (Corrupt, NotFound) as error:
                     log.error("%s", error)
             start = found[-1][0] + b"\0"
             await trio.lowlevel.checkpoint()
+
+
+def _sector_of(key: bytes) -> int | None:
+    """The sector a key is about; None if it is damaged."""
+    try:
+        return read_u64(key, 1)
+    except Corrupt as error:
+        log.error("%s", error)
+        return None

@@ -1,4 +1,4 @@
-"""Records of sectors in the metadata store, and the preamble inside every shard's plaintext.
+"""Records of sectors in the metadata store.
 
 Sector record (key `s` + sector id), msgpack array:
 
@@ -10,25 +10,10 @@ Sector record (key `s` + sector id), msgpack array:
 | 3 | data | uint | most bytes that were ever live |
 | 4 | live | uint | bytes that extents point to |
 | 5 | shards | array | one per distinct sealed shard: [shard id, plaintext length, root (32 bytes), [host number, ...]] |
-
-Preamble, 32 bytes, before the sector's (or piece's) bytes inside the sealed plaintext, big-endian:
-
-| bytes | field |
-|---|---|
-| 4 | magic `fsSH` |
-| 2 | version, 1 |
-| 1 | k: data shards (1 for copies) |
-| 1 | m: parity shards (0 for copies) |
-| 2 | shard number, from 0 |
-| 2 | zero |
-| 4 | length of the whole sector |
-| 8 | sector id |
-| 8 | zero |
 """
 
 from __future__ import annotations
 
-import struct
 from typing import Annotated
 
 import msgspec
@@ -36,13 +21,9 @@ import msgspec
 from storage.errors import BadArgument, Corrupt
 from storage.replication import parse_replication
 from storage.sealing import MAX_PLAINTEXT
+from storage.sectors.redundancy import Layout, layout_of
 
 VERSION = 1
-PREAMBLE_SIZE = 32
-
-_PREAMBLE = struct.Struct(">4sHBBHHIQ8s")
-_MAGIC = b"fsSH"
-
 
 _U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 _Number = Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
@@ -91,12 +72,9 @@ def decode_sector(raw: bytes, sector_id: int) -> SectorRecord:
     return record
 
 
-def encode_preamble(sector_id: int, sector_length: int, *, k: int = 1, m: int = 0, number: int = 0) -> bytes:
-    """The 32 bytes that stand before a shard's bytes."""
-    return _PREAMBLE.pack(_MAGIC, VERSION, k, m, number, 0, sector_length, sector_id, bytes(8))
-
-
-def check_preamble(raw: bytes, sector_id: int, sector_length: int, *, k: int = 1, m: int = 0, number: int = 0) -> None:
-    """Corrupt unless `raw` starts with exactly the preamble expected."""
-    if raw[:PREAMBLE_SIZE] != encode_preamble(sector_id, sector_length, k=k, m=m, number=number):
-        raise Corrupt(f"sector {sector_id}: the shard's preamble is not the one expected")
+def layout_for(record: SectorRecord, sector_id: int) -> Layout:
+    """How the sector is laid out; Corrupt unless its shards are as many and as long as that says."""
+    layout = layout_of(record.replication, record.length)
+    if len(record.shards) != layout.shards or any(shard.length != layout.shard_length for shard in record.shards):
+        raise Corrupt(f"metadata of sector {sector_id} is damaged: its shards are not those of {record.replication!r}; run fusefs check")
+    return layout

@@ -8,17 +8,23 @@ from storage.host_io import HostIO
 from storage.hosts.hostdb import HostDB
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import SealedShard
-from storage.sectors.records import SectorRecord
+from storage.seams import Seams
+from storage.sectors.reader import SectorReader
+from storage.sectors.records import SectorRecord, layout_for
 
 
 class Regenerator:
-    """From any host that still has the shard, whether or not it is to keep it."""
+    """From any host that still has the shard, whether or not it is to keep it; else of other shards of the sector."""
 
-    def __init__(self, host_io: HostIO, contractor: Contractor, registry: HostRegistry, hostdb: HostDB) -> None:
+    def __init__(
+        self, host_io: HostIO, contractor: Contractor, registry: HostRegistry, hostdb: HostDB, reader: SectorReader, seams: Seams
+    ) -> None:
         self._host_io = host_io
         self._contractor = contractor
         self._registry = registry
         self._hostdb = hostdb
+        self._reader = reader
+        self._seams = seams
 
     async def shard(self, sector_id: int, record: SectorRecord, index: int) -> SealedShard:
         """Shard `index` of the record. Corrupt: every copy there is fails to verify; Unavailable: hosts that may have one are away."""
@@ -32,6 +38,9 @@ class Regenerator:
                 return await self._host_io.read_sealed(contract.contract_id, shard.root.hex(), shard.shard_id, shard.length)
             except FusefsError as failed:
                 error = failed
+        if layout_for(record, sector_id).needed < len(record.shards):
+            plain = await self._reader.read_shard(sector_id, record, index)
+            return await self._seams.threads.run(self._host_io.seal_again, [plain], shard.shard_id, shard.root.hex())
         away = [self._registry.url(host) for host in shard.hosts if not self._registry.available(host)]
         if away or error is None:
             raise Unavailable(f"sector {sector_id}: no host that has it can be read ({', '.join(away) or 'none is on record'})")

@@ -278,7 +278,7 @@ class Sweeper:
                 self.counts.kept += 1
                 continue
             if self._is_ours(header):
-                if self._store.get(SECTOR + u64(header.sector_id)) is None:
+                if not self._on_record(header.sector_id):
                     orphans[root] = header.sector_id
                 else:
                     named = True
@@ -320,7 +320,18 @@ class Sweeper:
     def _recorded(self, root: str, sector_id: int, number: int) -> bool:
         """Looked at once more, right before: adding a copy of an old sector is the one thing that may have come in between."""
         held = self._store.get(holders_key(check_root(root), number)) is not None
-        return held or self._store.get(SECTOR + u64(sector_id)) is not None
+        return held or self._on_record(sector_id)
+
+    def _on_record(self, shard_id: int) -> bool:
+        """Is there a sector one of whose shards has this id? They have consecutive ids, the sector's own first."""
+        found = self._store.scan(SECTOR, SECTOR + u64(shard_id) + b"\0", 1, reverse=True)
+        if not found or len(found[0][0]) != 9:
+            return bool(found)  # a damaged key: it may be anything
+        sector_id = read_u64(found[0][0], 1)
+        try:
+            return any(shard.shard_id == shard_id for shard in decode_sector(found[0][1], sector_id).shards) or sector_id == shard_id
+        except Corrupt:
+            return True
 
     async def _leave_freed(self, orphans: dict[str, int]) -> bool:
         """Take out what a freed sector names: its time has not come. True if there was any."""

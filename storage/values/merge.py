@@ -165,7 +165,7 @@ class Merger:
         return outputs
 
     async def _write(self, output: _Output, replication: str) -> None:
-        output.sector_id = await self._sectors.allocate_sector()
+        output.sector_id = await self._sectors.allocate_sector(replication)
         self._sectors.partials.held.add(output.sector_id)
         try:
             await self._sectors.write_sector(output.sector_id, [*output.parts, encode_table(output.entries)], replication)

@@ -268,7 +268,7 @@ class Shipper:
         if cargo.length + len(table) > self._sectors.sector_size:
             # Files were renamed to longer paths since they were put together: rather no paths than a sector nobody takes.
             table = encode_table([msgspec.structs.replace(entry, path=b"") for entry in entries])
-        sector_id = await self._sectors.allocate_sector()
+        sector_id = await self._sectors.allocate_sector(cargo.replication)
         # Until every flight has landed, the sector looks emptier than it is; it must not be merged away meanwhile.
         self._sectors.partials.held.add(sector_id)
         # Of an attempt whose record was damaged.

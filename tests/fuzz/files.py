@@ -29,7 +29,7 @@ from storage.metadata.replay import RecoveredTails, replay
 from storage.replication import parse_replication
 from storage.sealing import HEADER_SIZE as SHARD_HEADER
 from storage.sealing import TAG_SIZE, ShardHeader, check_header, open_blocks, open_range, open_shard, seal
-from storage.sectors.records import PREAMBLE_SIZE, check_preamble, encode_preamble
+from storage.sectors.preamble import PREAMBLE_SIZE, check_preamble, encode_preamble
 from storage.values.packing import MAX_TABLE, TableEntry, encode_table, parse_table
 from tests.fuzz.frames import KEYFILE, KEYS, MASTER, PASSPHRASE, SALT, VOLUME_ID, mended_document, mended_segment
 from tests.fuzz.target import Target, check_message, golden, same
