@@ -181,6 +181,16 @@ class HostIO:
         """Blocking, for a thread: the plaintext of a shard whose root was verified. Corrupt."""
         return self._open_whole(bytes(shard.sealed), shard.root, shard.sector_id)
 
+    async def open_part(self, shard: SealedShard, offset: int, length: int) -> bytes:
+        """Plaintext bytes [offset, offset + length), which lie within it, of a shard this process has sealed. Corrupt."""
+        _, _, at, size = block_range(offset, length, shard.plaintext_length)
+        header = self._epochs.header_for(self._volume_id, shard.sector_id, shard.plaintext_length)
+        key = self._epochs.key_for(shard.sector_id, self._keys)
+        raw = memoryview(shard.sealed)[at : at + size]
+        if size <= INLINE:
+            return open_range(key, header, offset, length, raw)
+        return await self._seams.threads.run(open_range, key, header, offset, length, raw)
+
     def _open_whole(self, sealed: bytes, sector_root: str, sector_id: int) -> bytes:
         found = root_of(sealed)
         if found != sector_root:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.checking import Finding, check_volume
 from storage.errors import BadArgument, Corrupt, FusefsError, Unavailable
-from storage.interfaces import Host
+from storage.interfaces import Buffer, Host
 from storage.recovery import recover_volume
 from storage.salvage import salvage_volume
 from storage.sealing import BLOCK
@@ -222,29 +223,74 @@ async def test_damaged_ranges_are_made_of_the_same_columns_of_others(tmp_path: P
             assert await contents(volume, value) == content[value]
 
 
+def watch_fetches(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes read from each host from now on, by URL."""
+    fetched: dict[str, int] = {}
+
+    def watch(host: Host) -> None:
+        get_range, get = host.get_range, host.get
+
+        def count(raw: bytes) -> bytes:
+            fetched[host.url] = fetched.get(host.url, 0) + len(raw)
+            return raw
+
+        async def ranges(name: str, at: int, size: int) -> bytes:
+            return count(await get_range(name, at, size))
+
+        async def whole(name: str, limit: int) -> bytes:
+            return count(await get(name, limit))
+
+        monkeypatch.setattr(host, "get_range", ranges)
+        monkeypatch.setattr(host, "get", whole)
+
+    for number in volume.hosts.numbers():
+        watch(volume.hosts.get(number))
+    return fetched
+
+
 async def test_a_cold_read_of_64_kib_fetches_at_most_three_blocks_from_one_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with a_volume(tmp_path) as (volume, _):
         sector = await volume.sectors.allocate_sector("4+2")
         data = noise(2_000_000) if volume.sectors.sector_size >= 2_000_000 else noise(volume.sectors.sector_size)
         await volume.sectors.write_sector(sector, data, "4+2")
-        fetched: dict[str, int] = {}
-
-        def watch(host: Host) -> None:
-            get_range = host.get_range
-
-            async def counted(name: str, at: int, size: int) -> bytes:
-                raw = await get_range(name, at, size)
-                fetched[host.url] = fetched.get(host.url, 0) + len(raw)
-                return raw
-
-            monkeypatch.setattr(host, "get_range", counted)
-
-        for number in volume.hosts.numbers():
-            watch(volume.hosts.get(number))
+        # Until then some shard may be on no host: the next test.
+        await volume.sectors.wait_uploads()
+        fetched = watch_fetches(volume, monkeypatch)
         for offset in [0, 1, 65_535, len(data) // 4 - 30_000, len(data) - 65_536]:
             fetched.clear()
             assert await volume.sectors.insecure_read_sector_at(sector, offset, BLOCK) == data[offset : offset + BLOCK]
             assert max(fetched.values()) <= 3 * (BLOCK + 16) and len(fetched) <= 2
+
+
+async def test_a_shard_still_on_its_way_is_read_from_memory_and_not_made_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with a_volume(tmp_path) as (volume, _):
+        fetched = watch_fetches(volume, monkeypatch)
+        # Whichever shard a host is to hold: it is not there when the write is done, at five of six.
+        for number in volume.hosts.numbers():
+            slow, held = volume.hosts.get(number), trio.Event()
+
+            def hold(host: Host, until: trio.Event) -> Callable[[str, Buffer], Awaitable[str]]:
+                put = host.put
+
+                async def held_put(name: str, sealed: Buffer) -> str:
+                    await until.wait()
+                    return await put(name, sealed)
+
+                return held_put
+
+            with monkeypatch.context() as patch:
+                patch.setattr(slow, "put", hold(slow, held))
+                sector = await volume.sectors.allocate_sector("4+2")
+                data = noise(volume.sectors.sector_size)
+                await volume.sectors.write_sector(sector, data, "4+2")
+                assert volume.sectors.uploading(sector)
+                assert [shard.hosts for shard in volume.sectors.record(sector).shards].count([]) == 1
+                for offset in range(0, len(data), BLOCK):
+                    assert await volume.sectors.insecure_read_sector_at(sector, offset, BLOCK) == data[offset : offset + BLOCK]
+                assert await volume.sectors.read_sector(sector) == data
+                held.set()
+                await volume.sectors.wait_uploads()
+        assert fetched == {}
 
 
 async def test_the_write_quorum_is_k_plus_one_and_the_rest_follows(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ class SectorManager:
         self.count = read_u64(store.get(_COUNT) or bytes(8))
         #: What went wrong lately and was survived, for `status`.
         self.notes: deque[str] = reader.notes
+        reader.in_flight = self._in_flight
         self._way = Way(host_io, placement, deleter, store, self._landed, self.notes.append)
 
     # ------------------------------------------------------------------------------------------------------------
@@ -156,6 +157,10 @@ class SectorManager:
     def uploading(self, sector_id: int) -> bool:
         """Is some shard of its first upload still on its way?"""
         return any(upload.sector_id == sector_id for upload in self._under_way)
+
+    def _in_flight(self, sector_id: int, number: int) -> SealedShard | None:
+        """For the reader: a shard's sealed bytes while its sector's upload goes on."""
+        return next((upload.sealed(number) for upload in self._under_way if upload.sector_id == sector_id), None)
 
     def _end_upload(self, upload: Upload, slot: object) -> None:
         self._uploads.release_on_behalf_of(slot)

@@ -1,4 +1,4 @@
-"""Reading sectors: cache, best host first, the next one on failure."""
+"""Reading sectors: cache, sealed bytes that are on their way to a host, best host first, the next one on failure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from storage.contractor import Contractor
 from storage.errors import Corrupt, FusefsError, NotFound, Unavailable
 from storage.host_io import HostIO
 from storage.hosts.hostdb import HostDB
-from storage.interfaces import MetadataReader
+from storage.interfaces import MetadataReader, SealedShard
 from storage.metadata.keys import SECTOR, u64
 from storage.sealing import BLOCK
 from storage.seams import Seams
@@ -44,6 +44,9 @@ class SectorReader:
         self._seams = seams
         #: Whole sectors on their way into the cache: others who want a block of one wait for it instead of asking again.
         self._fetching: dict[int, trio.Event] = {}
+        #: The sealed bytes of a shard (sector id, number) that is still on its way to a host, for as long as they are in memory anyhow. At
+        #: write quorum a sector can be read, and some of its shards are nowhere yet: without this, reading one of k+m would touch k hosts.
+        self.in_flight: Callable[[int, int], SealedShard | None] = lambda _sector_id, _number: None
         self.notes: deque[str] = deque(maxlen=50)
 
     def record(self, sector_id: int) -> SectorRecord:
@@ -154,6 +157,9 @@ class SectorReader:
 
     async def _stored_shard(self, sector_id: int, record: SectorRecord, layout: Layout, number: int) -> bytes:
         shard = record.shards[number]
+        sealed = self.in_flight(sector_id, number)
+        if sealed is not None:
+            return await self._host_io.open_part(sealed, 0, shard.length)
 
         async def whole(contract_id: str) -> bytes:
             plain = await self._host_io.read(contract_id, shard.root.hex(), shard.shard_id)
@@ -180,6 +186,9 @@ class SectorReader:
     async def _stored_blocks(self, sector_id: int, record: SectorRecord, number: int, first: int, count: int) -> bytes:
         shard = record.shards[number]
         wanted = min(count * BLOCK, shard.length - first * BLOCK)
+        sealed = self.in_flight(sector_id, number)
+        if sealed is not None:
+            return await self._host_io.open_part(sealed, first * BLOCK, wanted)
 
         async def part(contract_id: str) -> bytes:
             plain = await self._host_io.insecure_read(

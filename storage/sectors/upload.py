@@ -71,6 +71,10 @@ class Upload:
         for shard, contract in [(shard, self._left.pop(0)) for shard in places]:
             nursery.start_soon(self._put, shard, contract.contract_id, contract.host_number)
 
+    def sealed(self, number: int) -> SealedShard | None:
+        """Shard `number`, unless it has not been sealed yet."""
+        return self._shards[number] if self._shards else None
+
     async def wait_quorum(self) -> None:
         """Returns at write quorum; raises what kept it from being reached."""
         await self._decided.wait()
