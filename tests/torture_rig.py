@@ -44,6 +44,8 @@ OPTIONS = "commit_interval=0.4,flush_interval=0.15"
 #: Seconds in which writers write, at most.
 LONGEST = 0.8
 HOSTS = 2
+#: One round in so many lives until shards are being deleted: that takes a merge, two publications and the deleter's turn, seconds more.
+DELETING = 6
 
 
 class Lost(AssertionError):
@@ -119,7 +121,7 @@ class Rounds(ABC):
         self.mountpoint.mkdir()
         self.count = 0
         self.trees = [Tree(f"{seed}/{number}") for number in range(WRITERS)]
-        #: Shards that were on the hosts at one comparison and not at the next: merged ones, and deleted files'.
+        #: Shards that were on the hosts at one look and not at the next: merged ones, and deleted files'.
         self.deleted = 0
         self._shards: set[Path] = set()
         self._started = False
@@ -215,9 +217,15 @@ class Rounds(ABC):
             wrong += [f"w{number}/{line}" for line in tree.compare(root)]
         if wrong:
             raise self._lost(wrong)
+        self._look()
+
+    def _look(self) -> int:
+        """At the shards on the hosts: how many are gone since the last look."""
         shards = {path for host in self.hosts for path in host.glob("volumes/*/sectors/*/*")}
-        self.deleted += len(self._shards - shards)
+        gone = len(self._shards - shards)
+        self.deleted += gone
         self._shards = shards
+        return gone
 
     def _write(self) -> None:
         for number, tree in enumerate(self.trees):
@@ -241,6 +249,20 @@ class Rounds(ABC):
             if time.monotonic() > deadline:
                 raise self._lost(["the writers do not get going: " + (self.base / "writers.log").read_text(errors="replace")[-2000:]])
             time.sleep(0.01)
+
+    def _deleting(self) -> None:
+        """In one round of some: until shards are being deleted, so that what comes then comes in the middle of it."""
+        if self.count % DELETING != 2:
+            return
+        self._look()
+        deadline = time.monotonic() + 30
+        while not self._look():
+            if any(process.poll() is not None for process in self._writers):
+                # Without writers nothing becomes garbage; that one ended is for `_die` to say.
+                return
+            if time.monotonic() > deadline:
+                raise self._lost([f"no shard was deleted in 30 s, of {len(self._shards)}"])
+            time.sleep(0.02)
 
     def _stop_writers(self) -> None:
         for process in self._writers:
@@ -291,6 +313,7 @@ class KillRounds(Rounds):
 
     def _die(self) -> str:
         self._busy()
+        self._deleting()
         time.sleep(self.random.random() ** 2 * LONGEST)
         # Before the kill: afterwards errors are what there is to expect.
         ended = [number for number, process in enumerate(self._writers) if process.poll() is not None]
@@ -467,6 +490,7 @@ class PowerRounds(Rounds):
     def _die(self) -> str:
         self._choose()
         self._busy()
+        self._deleting()
         what = "all dropped" if self._cut_seed is None else "a random part dropped"
         if self.random.random() < 0.5:
             time.sleep(self.random.random() * LONGEST)
