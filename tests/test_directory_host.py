@@ -83,6 +83,52 @@ async def test_a_new_process_flushes_the_names_of_directories_an_earlier_one_may
     assert failpoints.hits.count("host.put.before_parent_sync") == 2
 
 
+async def test_what_a_conditional_put_may_rely_on_is_flushed_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is there is not durable where the flush after its rename failed, or its process died before: a superblock that names it
+    would be. So those directories are flushed first, and while that fails there is no superblock."""
+    root, broken, log = tmp_path / "h", False, list[str]()
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(fd: int) -> None:
+        path = os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), root)
+        if broken and path == "v/metadata":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        log.append(f"fsync {path.split('~tmp/')[0]}")
+        real_fsync(fd)
+
+    def rename(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        log.append(f"rename {target}")
+        real_rename(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    host = await opened(root)
+    await host.put("v/metadata/a", b"1")
+    await host.put("v/shards/00/x", b"1")
+    broken = True
+    with pytest.raises(Unavailable, match="Input/output error"):
+        await host.put("v/metadata/b", b"2")
+    assert "b" in {name.rpartition("/")[2] for name in (await host.level("v/metadata/")).objects}
+    with pytest.raises(Unavailable, match="Input/output error"):
+        await host.put_if("v/superblock", b"names b", None)
+    assert await host.tag("v/superblock") is None
+    broken = False
+    log.clear()
+    await host.put_if("v/superblock", b"names b", None)
+    assert log.index("fsync v/metadata") < log.index("rename superblock")
+    # Once is enough; and what lies deeper is no superblock's business.
+    log.clear()
+    await host.put_if("v/superblock.2", b"names b", None)
+    assert log == ["fsync ", "rename superblock.2", "fsync v"]
+    # Another process cannot know what the one before it flushed.
+    other = await opened(root)
+    assert len((await other.level("v/metadata/")).objects) == 2
+    log.clear()
+    await other.put_if("v/superblock.3", b"names b", None)
+    assert log.index("fsync v/metadata") < log.index("rename superblock.3")
+    assert not any("shards" in entry for entry in log)
+
+
 @pytest.mark.parametrize(
     ("code", "kind", "words"),
     [

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import trio
 
 from storage import create_volume, open_volume
 from storage.keyfile import CHEAP
 from tests.mount_child import PASSPHRASE
-from tests.power_rig import power_in
+from tests.mounting import Mounted, MountFailed, wait_until
+from tests.power_rig import Power, power_in
 from tests.torture_rig import Lost, PowerRounds, temporary
 
 ROUNDS = int(os.environ.get("FUSEFS_TORTURE_ROUNDS", "20"))
@@ -23,6 +27,8 @@ ROUNDS = int(os.environ.get("FUSEFS_TORTURE_ROUNDS", "20"))
 LIMIT = 60 + 15 * ROUNDS
 #: Cuts within which a missing flush must show.
 NOTICED_WITHIN = 8
+#: What the files have that nobody calls fsync for.
+CLOSED, OPEN = bytes(range(256)) * 500, b"a line in a log\n" * 3
 
 
 @pytest.fixture
@@ -53,6 +59,70 @@ def test_a_flush_that_is_taken_out_is_noticed(base: Path, rule: str) -> None:
         # By what is missing, not because the test itself does not work.
         said = str(lost.value)
         assert "bytes of incarnation" in said or "is gone" in said or "is not there" in said or "Corrupt:" in said or "Fenced:" in said
+
+
+def written_and_left_alone(base: Path, power: Power, flush_interval: float, without: Sequence[str] = ()) -> dict[str, bytes]:
+    """Files nobody calls fsync for, one closed and one still open, until the mount has committed by itself; then the power is cut, and
+    what was not flushed is gone. Returns what the next mount has. MountFailed: it cannot be mounted."""
+    volume, mountpoint = power.mountpoint / "volume", base / "mnt"
+    host = power.mountpoint / "host"
+    mountpoint.mkdir()
+    host.mkdir()
+
+    async def make() -> None:
+        await create_volume(volume, PASSPHRASE, hosts=[f"dir:{host}"], replication="1", argon2=CHEAP)
+
+    trio.run(make)
+    power.cut(None)
+    power.end()
+    power.start()
+    mounted = Mounted(base / "run1", volume, mountpoint, f"commit_interval=0.3,flush_interval={flush_interval}", without)
+    opened = -1
+    try:
+        (mountpoint / "closed").write_bytes(CLOSED)
+        opened = os.open(mountpoint / "open", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(opened, OPEN)
+        wait_until(lambda: sum(length for _, length, _ in mounted.writes(mountpoint / "open")) >= len(OPEN), "the dirty page comes", 20)
+        with mounted.control() as control:
+            # The next commit may have been on its way already, the one after it has all that was written before now.
+            enough = control.status().volume.commit + 2
+            for number in range(100_000):
+                if control.status().volume.commit >= enough:
+                    break
+                if number % 20 == 0:
+                    (mountpoint / f"more{number}").touch()
+                time.sleep(0.02)
+            assert control.status().volume.commit >= enough
+        power.cut(None)
+    finally:
+        mounted.kill()
+        if opened >= 0:
+            with suppress(OSError):
+                os.close(opened)
+    power.end()
+    power.start()
+    again = Mounted(base / "run2", volume, mountpoint, "commit_interval=600", ())
+    try:
+        return {name: (mountpoint / name).read_bytes() for name in ("closed", "open") if (mountpoint / name).exists()}
+    finally:
+        again.kill()
+
+
+@pytest.mark.parametrize("flush_interval", [pytest.param(600.0, id="in the journal alone"), pytest.param(0.2, id="in sectors, too")])
+def test_what_is_written_and_left_alone_survives_a_cut_after_the_commit_interval(base: Path, flush_interval: float) -> None:
+    with power_in(base) as power:
+        assert written_and_left_alone(base, power, flush_interval) == {"closed": CLOSED, "open": OPEN}
+
+
+def test_without_the_journals_flush_it_would_not(base: Path) -> None:
+    with power_in(base) as power:
+        try:
+            found = written_and_left_alone(base, power, 600.0, ["journal-fdatasync"])
+        except MountFailed as error:
+            # The journal has less than hosts or the database know of, and that is noticed.
+            assert str(error).startswith(("Corrupt:", "Fenced:"))
+        else:
+            assert found != {"closed": CLOSED, "open": OPEN}
 
 
 async def test_a_volume_is_whole_when_it_is_made(base: Path) -> None:

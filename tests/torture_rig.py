@@ -29,7 +29,7 @@ import trio
 
 from fusefs.control_client import ControlClient
 from fusefs.mounts import mount_at
-from storage import create_volume
+from storage import create_volume, parse_replication
 from storage.keyfile import CHEAP
 from tests.cli_runner import ROOT, environment
 from tests.mount_child import PASSPHRASE
@@ -43,9 +43,9 @@ SECTOR_SIZE = 64 * 1024
 OPTIONS = "commit_interval=0.4,flush_interval=0.15"
 #: Seconds in which writers write, at most.
 LONGEST = 0.8
-HOSTS = 2
 #: One round in so many lives until shards are being deleted: that takes a merge, two publications and the deleter's turn, seconds more.
 DELETING = 6
+COPIES = "2"
 
 
 class Lost(AssertionError):
@@ -113,9 +113,10 @@ class ByCommand:
 class Rounds(ABC):
     """A volume and what is known of it. Use in `with`: whatever happens, all processes are ended, nothing stays mounted."""
 
-    def __init__(self, base: Path, seed: int) -> None:
+    def __init__(self, base: Path, seed: int, replication: str = COPIES) -> None:
         self.base = base
         self.seed = seed
+        self.replication = parse_replication(replication)
         self.random = random.Random(seed)
         self.mountpoint = base / "mnt"
         self.mountpoint.mkdir()
@@ -283,25 +284,25 @@ class Rounds(ABC):
         return Lost("\n".join([f"seed {self.seed}, found in round {self.count}:", *wrong[:30], *([said] if said else [])]))
 
 
-async def _create(volume: Path, hosts: Sequence[Path], copies: int = HOSTS) -> None:
+async def _create(volume: Path, hosts: Sequence[Path], replication: str) -> None:
     await create_volume(
-        volume, PASSPHRASE, hosts=[f"dir:{host}" for host in hosts], replication=str(copies), sector_size=SECTOR_SIZE, argon2=CHEAP
+        volume, PASSPHRASE, hosts=[f"dir:{host}" for host in hosts], replication=replication, sector_size=SECTOR_SIZE, argon2=CHEAP
     )
 
 
 class KillRounds(Rounds):
     """kill -9 of `fusefs mount`, started by the command line. Now and then while it is only starting."""
 
-    def __init__(self, base: Path, seed: int) -> None:
-        super().__init__(base, seed)
-        self._volume = base / "volume"
-        self._make()
+    #: Hosts besides those the replication needs.
+    MORE = 0
 
-    def _make(self) -> None:
-        self.hosts = [self.base / f"host{number}" for number in range(HOSTS)]
+    def __init__(self, base: Path, seed: int, replication: str = COPIES) -> None:
+        super().__init__(base, seed, replication)
+        self._volume = base / "volume"
+        self.hosts = [self.base / f"host{number}" for number in range(self.replication.hosts_needed + self.MORE)]
         for host in self.hosts:
             host.mkdir()
-        trio.run(_create, self._volume, self.hosts)
+        trio.run(_create, self._volume, self.hosts, replication)
 
     def _serve(self) -> Served:
         if self.count > 1 and self.random.random() < 0.2:
@@ -329,20 +330,17 @@ class LostRounds(KillRounds):
     """The machine is lost: the mount is killed, its volume directory and, every other time, a host are gone. Back by `fusefs recover`.
 
     Half of the rounds with `-o fsync=hosts`: what was acknowledged must be there. In the others what was acknowledged when a `fusefs flush`
-    that returned began, or before a publication that another one followed (whose cut is later). Three hosts, two copies: one may go.
+    that returned began, or before a publication that another one followed (whose cut is later). There is one host more than the replication
+    needs: one may go.
     """
 
-    def __init__(self, base: Path, seed: int) -> None:
-        super().__init__(base, seed)
+    MORE = 1
+
+    def __init__(self, base: Path, seed: int, replication: str = COPIES) -> None:
+        super().__init__(base, seed, replication)
         self._at_once = False
         #: Bytes of each journal up to which what is acknowledged must be there; None: all.
         self._covered: list[int] | None = None
-
-    def _make(self) -> None:
-        self.hosts = [self.base / f"host{number}" for number in range(HOSTS + 1)]
-        for host in self.hosts:
-            host.mkdir()
-        trio.run(_create, self._volume, self.hosts, HOSTS)
 
     def _serve(self) -> Served:
         if self.count > 1:
@@ -431,13 +429,13 @@ class LostRounds(KillRounds):
 class PowerRounds(Rounds):
     """Power cuts of what holds the volume and its hosts. `without`: rules of `tests.mount_child` that are taken out."""
 
-    def __init__(self, base: Path, seed: int, without: Sequence[str] = (), only: str = "") -> None:
-        super().__init__(base, seed)
+    def __init__(self, base: Path, seed: int, without: Sequence[str] = (), only: str = "", replication: str = COPIES) -> None:
+        super().__init__(base, seed, replication)
         self._without = without
         self._only = only
         self.power = Power(base)
         self._volume = self.power.mountpoint / "volume"
-        self.hosts = [self.power.mountpoint / f"host{number}" for number in range(HOSTS)]
+        self.hosts = [self.power.mountpoint / f"host{number}" for number in range(self.replication.hosts_needed)]
         self._cut_seed: int | None = None
 
     def __enter__(self) -> Rounds:
@@ -448,7 +446,7 @@ class PowerRounds(Rounds):
             fd = os.open(self.power.mountpoint, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
-            trio.run(_create, self._volume, self.hosts)
+            trio.run(_create, self._volume, self.hosts, str(self.replication))
             # Made is made.
             self.power.cut(None)
         finally:
@@ -532,21 +530,22 @@ def main() -> int:
     parser.add_argument("what", choices=["kill", "power", "lost"])
     parser.add_argument("rounds", type=int)
     parser.add_argument("--seed", type=int, default=None, help="of a run that is to be seen again (times still differ)")
+    parser.add_argument("--replication", default=COPIES, help=f"of the volume, on as many hosts as that takes; default {COPIES}")
     parser.add_argument(
         "--without", action="append", default=[], metavar="RULE", help="power only: a rule of tests/mount_child.py to take out"
     )
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(1 << 32)
-    print(f"{arguments.what}: {arguments.rounds} rounds, --seed {seed}", flush=True)
+    print(f"{arguments.what}: {arguments.rounds} rounds, --replication {arguments.replication} --seed {seed}", flush=True)
     # Ended from outside, too, it takes its mounts away.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with ExitStack() as stack:
         base = stack.enter_context(temporary())
         rounds: Rounds
         if arguments.what == "power":
-            rounds = PowerRounds(base, seed, arguments.without)
+            rounds = PowerRounds(base, seed, arguments.without, replication=arguments.replication)
         else:
-            rounds = (KillRounds if arguments.what == "kill" else LostRounds)(base, seed)
+            rounds = (KillRounds if arguments.what == "kill" else LostRounds)(base, seed, arguments.replication)
         stack.enter_context(rounds)
         try:
             for _ in range(arguments.rounds):

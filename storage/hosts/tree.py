@@ -7,6 +7,10 @@
 A put is: directories made and flushed, temporary file written and fsync'ed, rename, fsync of the directory. A crash between any two leaves
 the old object or the new one, whole. Not promised: anything on a disk that lies about flushes.
 
+What a listing shows may not be durable: a process may have died, or a flush have failed, between rename and fsync. So a conditional put,
+which is what a superblock is put with, first flushes the directory of its object and those directly below, where they were listed, or had a
+flush fail, since this process last flushed them: what was relied on is durable before what relies on it (I4).
+
 Every call walks down from the root with O_NOFOLLOW, so no symbolic link in an object's path leads out of it (the root itself may be
 reached through links), and looks whether the root is still the directory it was: a disk unmounted under us shows an empty one, into
 which nothing must be written.
@@ -61,6 +65,10 @@ class Tree:
         self._identity = identity
         #: Directories ("a/b/") whose names are known to be durable in their parents: flushed once by this process.
         self._durable: set[str] = set()
+        #: Directories that may have names which are not durable, though this process has listed them or made them.
+        self._doubtful: set[str] = set()
+        #: Directories this process has flushed since it last renamed something into them.
+        self._flushed: set[str] = set()
 
     @classmethod
     def open(cls, path: str, url: str, failpoints: Failpoints, now_ns: int, create: bool) -> Tree:
@@ -107,6 +115,7 @@ class Tree:
             except FileNotFoundError:
                 return found, directories
             try:
+                self._doubt(parts, seen=True)
                 with os.scandir(fd) as scan:
                     for entry in scan:
                         if not is_component(entry.name):
@@ -171,17 +180,21 @@ class Tree:
                         os.fsync(fd)
                         self._hit("host.put.before_rename")
                         if conditional:
+                            self._settle(root, parts[:-1])
                             with self._exclusive_lock(root):
                                 if self.tag(parts) != expected:
                                     raise Busy(f"host {self.url}: {name} was changed by somebody else; read it again")
                                 wanted()
-                                self._move(temporary, waiting, parts[-1], directory)
+                                # Flushed under the lock: the next one to compare sees only what is durable.
+                                self._doubt(parts[:-1])
+                                os.rename(temporary, parts[-1], src_dir_fd=waiting, dst_dir_fd=directory)
+                                self._flush(parts[:-1], directory)
                         else:
                             with self._shared_lock(root):
                                 wanted()
+                                self._doubt(parts[:-1])
                                 os.rename(temporary, parts[-1], src_dir_fd=waiting, dst_dir_fd=directory)
-                            self._hit("host.put.before_dirsync")
-                            _sync_directory(directory)
+                            self._flush(parts[:-1], directory)
                         self._hit("host.put.done")
                         return blake3(data).hexdigest() if len(data) <= MAX_HASHED else _stat_tag(fd)
                     except (OSError, FusefsError, Locked, Abandoned):
@@ -196,11 +209,42 @@ class Tree:
             finally:
                 os.close(directory)
 
-    def _move(self, temporary: str, waiting: int, name: str, directory: int) -> None:
-        """Rename and flush under the lock: the next one to compare sees only what is durable."""
-        os.rename(temporary, name, src_dir_fd=waiting, dst_dir_fd=directory)
-        self._hit("host.put.before_dirsync")
-        _sync_directory(directory)
+    def _doubt(self, parts: list[str], *, seen: bool = False) -> None:
+        """Names in that directory may not be durable: it is renamed into, or it was `seen` and never flushed here."""
+        path = "/".join(parts)
+        if not seen:
+            self._flushed.discard(path)
+        elif path in self._flushed:
+            return
+        self._doubtful.add(path)
+
+    def _flush(self, parts: list[str], directory: int) -> None:
+        """Its names are durable when it returns. OSError: they are in doubt, whoever else flushed it meanwhile."""
+        path = "/".join(parts)
+        try:
+            self._hit("host.put.before_dirsync")
+            _sync_directory(directory)
+        except BaseException:
+            self._doubt(parts)
+            raise
+        self._doubtful.discard(path)
+        self._flushed.add(path)
+
+    def _settle(self, root: int, parts: list[str]) -> None:
+        """Flush what is in doubt of the directory and of those directly below."""
+        path = "/".join(parts)
+        for doubtful in sorted(self._doubtful):
+            if doubtful != path and doubtful.rpartition("/")[0] != path:
+                continue
+            try:
+                directory = self._walk(root, doubtful.split("/") if doubtful else [])
+            except FileNotFoundError:
+                self._doubtful.discard(doubtful)
+                continue
+            try:
+                self._flush(doubtful.split("/"), directory)
+            finally:
+                os.close(directory)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Parts
