@@ -112,6 +112,8 @@ class Reconciler:
         self._lock = trio.Lock()
         #: Sectors being mended now.
         self._busy: set[int] = set()
+        #: Sectors that could not be mended in this round.
+        self._unmended = 0
         #: Sector -> (monotonic time of the next attempt, seconds waited last).
         self._later: dict[int, tuple[float, float]] = {}
         #: Sectors whose first upload is still under way: nothing is missing there yet.
@@ -223,6 +225,7 @@ class Reconciler:
         await self._count(keeping)
         if self.status.pending:
             self.status.stage = "making copies"
+        self._unmended = 0
         limit = trio.CapacityLimiter(WORKERS)
         start = UNDERREPLICATED
         async with trio.open_nursery() as nursery:
@@ -241,6 +244,9 @@ class Reconciler:
                     nursery.start_soon(self._mend_one, sector_id, keeping, limit, mark)
                 start = found[-1][0] + b"\0"
                 await trio.lowlevel.checkpoint()
+        if self._unmended:
+            # One line a round, not one a sector: what keeps one from being mended often keeps them all.
+            log.warning("%d sectors stay as they are for now: %s", self._unmended, self.status.trouble)
 
     async def _count(self, keeping: frozenset[int]) -> None:
         """How much there is to do."""
@@ -272,8 +278,8 @@ class Reconciler:
         except Fenced:
             raise
         except FusefsError as error:
-            if self.status.trouble != str(error):
-                log.warning("sector %d stays as it is for now: %s", sector_id, error)
+            log.debug("sector %d stays as it is for now: %s", sector_id, error)
+            self._unmended += 1
             self.status.trouble = str(error)
             waited = self._later.get(sector_id, (0.0, RETRY_FIRST / 2))[1]
             if len(self._later) < MAX_REMEMBERED:
