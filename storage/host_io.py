@@ -6,6 +6,7 @@ that metadata says this sector id has. Blocking work above `INLINE` bytes is one
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -16,10 +17,11 @@ import trio
 
 from storage.contractor import Contractor
 from storage.epochs import Epochs
-from storage.errors import BadArgument, Corrupt, Expired, NoSpace, NotFound, Unavailable
+from storage.errors import BadArgument, Corrupt, Expired, NoSpace, NotFound, NotPermitted, Unavailable
 from storage.hosts.holders import decode_holders, holders_key
 from storage.hosts.hostdb import Direction, HostDB
 from storage.hosts.layout import check_root, shard_name
+from storage.hosts.locked_shards import LockedShards
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, Buffer, Host, MetadataStore, SealedShard
 from storage.keys import Keys
@@ -37,6 +39,8 @@ from storage.sealing import (
     sealed_length,
 )
 from storage.seams import Seams
+
+log = logging.getLogger("fusefs.hosts")
 
 T = TypeVar("T")
 
@@ -80,6 +84,9 @@ class HostIO:
         self._timeout = timeout
         self._slowest = slowest
         self._sealed = _SealedIds()
+        self._locked = LockedShards(seams)
+        #: Hosts whose credentials may not delete: told once.
+        self._undeletable: set[int] = set()
         #: One change at a time per shard and host; an entry lives as long as somebody wants it.
         self._changing: dict[bytes, tuple[trio.Lock, int]] = {}
         #: Per host: puts of shards that are on no record (yet), because they are under way, or their answer never came.
@@ -99,7 +106,7 @@ class HostIO:
             return await host.get(name, MAX_SEALED)
 
         return await self._fetch(
-            number, sector_root, sector_id, fetch, _UNKNOWN_SIZE, lambda sealed: self._open_whole(sealed, sector_root, sector_id)
+            number, sector_root, sector_id, fetch, None, _UNKNOWN_SIZE, lambda sealed: self._open_whole(sealed, sector_root, sector_id)
         )
 
     async def insecure_read(
@@ -122,7 +129,9 @@ class HostIO:
             async def head(host: Host) -> bytes:
                 return await host.get_range(name, 0, HEADER_SIZE)
 
-            header = await self._fetch(number, sector_root, sector_id, head, HEADER_SIZE, lambda raw: self._known_header(raw, sector_id))
+            header = await self._fetch(
+                number, sector_root, sector_id, head, (0, HEADER_SIZE), HEADER_SIZE, lambda raw: self._known_header(raw, sector_id)
+            )
         else:
             header = self._epochs.header_for(self._volume_id, sector_id, plaintext_length)
         clip_only = offset >= header.plaintext_length
@@ -144,7 +153,7 @@ class HostIO:
                 return open_shard(key, header, header.encode() + raw)
             return open_range(key, header, offset, length, raw)
 
-        plain = await self._fetch(number, sector_root, sector_id, blocks, size, verify)
+        plain = await self._fetch(number, sector_root, sector_id, blocks, (at, size), size, verify)
         return b"" if clip_only else plain
 
     async def read_sealed(self, contract_id: str, sector_root: str, sector_id: int, plaintext_length: int) -> SealedShard:
@@ -162,7 +171,7 @@ class HostIO:
                 raise Corrupt(f"sector {sector_id}: what is stored has the root {found[:12]} ({len(sealed)} bytes)")
             return SealedShard(sector_root, sector_id, plaintext_length, sealed)
 
-        return await self._fetch(number, sector_root, sector_id, fetch, size, verify)
+        return await self._fetch(number, sector_root, sector_id, fetch, None, size, verify)
 
     def seal_again(self, data: Sequence[Buffer], sector_id: int, sector_root: str) -> SealedShard:
         """Blocking, for a thread: a shard that was sealed once and is gone, from the same bytes; of whatever epoch it was.
@@ -211,28 +220,44 @@ class HostIO:
         sector_root: str,
         sector_id: int,
         fetch: Callable[[Host], Awaitable[bytes]],
+        part: tuple[int, int] | None,
         size: int,
         verify: Callable[[bytes], T],
     ) -> T:
-        """Fetch and verify; the host's record gets a success only if both went well, with the time of the fetch."""
+        """Fetch and verify; the host's record gets a success only if both went well, with the time of the fetch. `part`: offset and length
+        of what `fetch` fetches of the sealed shard; None: all of it. Where a name is gone or wrong, a locked version is asked for."""
         what = f"sector {sector_id}, root {sector_root[:12]}"
+        name = shard_name(self._volume_id, sector_root)
+
+        async def fetch_or_version(host: Host) -> bytes:
+            known = await self._locked.fetch(host, number, sector_root, name, part or (0, MAX_SEALED))
+            return known if known is not None else await fetch(host)
+
         try:
             started = self._seams.clock.monotonic()
-            raw = await self._call(number, size, fetch)
+            raw = await self._call(number, size, fetch_or_version)
             seconds = self._seams.clock.monotonic() - started
             result = verify(raw) if len(raw) <= INLINE else await self._seams.threads.run(verify, raw)
-        except Corrupt as error:
+        except (Corrupt, NotFound) as error:
+            # Also of a shard that should be there and is gone: as bad as a damaged one.
             self._hostdb.failed(number, error, ("read",))
-            raise Corrupt(f"host {self._registry.url(number)}, {what}: {error}") from error
-        except NotFound as error:
-            # A shard that should be there is gone: as bad as a damaged one.
-            self._hostdb.failed(number, error, ("read",))
-            raise NotFound(f"{what}: {error}") from error
+            raw = await self._find_version(number, sector_root, name, _about(error, f"host {self._registry.url(number)}, {what}", what))
+            raw = raw if part is None else raw[part[0] : part[0] + part[1]]
+            return verify(raw) if len(raw) <= INLINE else await self._seams.threads.run(verify, raw)
         except Unavailable as error:
             self._hostdb.failed(number, error)
             raise Unavailable(f"{what}: {error}") from error
         self._hostdb.succeeded(number, "read", len(raw), seconds)
         return result
+
+    async def _find_version(self, number: int, root: str, name: str, error: Corrupt | NotFound) -> bytes:
+        """The whole sealed shard, from a version that a lock kept; `error` where there is none."""
+
+        async def find(host: Host) -> bytes:
+            holders = decode_holders(self._store.get(holders_key(check_root(root), number)), check_root(root))
+            return await self._locked.find(host, number, root, name, holders, error)
+
+        return await self._call(number, _UNKNOWN_SIZE, find)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Writing
@@ -270,8 +295,11 @@ class HostIO:
         number, root = contract.host_number, check_root(shard.root)
         name, key = shard_name(self._volume_id, shard.root), holders_key(root, number)
 
+        version, locked_ns = "", 0
+
         async def put(host: Host) -> None:
-            await host.put(name, shard.sealed)
+            nonlocal version, locked_ns
+            version, locked_ns = await self._locked.put(host, name, shard, contract.end_ns)
 
         what = f"sector {shard.sector_id}, root {shard.root[:12]}"
         async with self._exclusively(key):
@@ -282,6 +310,7 @@ class HostIO:
             self._seams.failpoints.hit("host_io.write.before_apply")
             holders = decode_holders(self._store.get(key), root)
             holders.write(contract.lineage)
+            holders.stored_version, holders.locked_ns = version, locked_ns
             batch = Batch()
             batch.put(key, holders.encode())
             self._store.apply(batch)
@@ -327,11 +356,25 @@ class HostIO:
             if holders.held(self._contractor.active_claims(number)):
                 return
             self._seams.failpoints.hit("host_io.delete.before_unlink")
-            await self._recorded(number, f"root {sector_root[:12]}", unlink, 0, ("write",))
+            try:
+                await self._recorded(number, f"root {sector_root[:12]}", unlink, 0, ("write",))
+            except NotPermitted as error:
+                self._may_not_delete(number, error)
             if raw is not None:
                 batch = Batch()
                 batch.delete(key)
                 self._store.apply(batch)
+
+    def _may_not_delete(self, number: int, error: NotPermitted) -> None:
+        """Postponed, not failed: the shard is on no record any more, and the host is owed a sweep, by whoever may delete."""
+        self._unsettled[number] += 1
+        if number not in self._undeletable:
+            self._undeletable.add(number)
+            log.warning("%s; what is not needed any more stays there until a process that may delete has the volume", error)
+
+    def undeletable(self) -> list[int]:
+        """Hosts on which these credentials may not delete, as far as was tried."""
+        return sorted(self._undeletable)
 
     def _must_be_active(self, contract_id: str) -> None:
         contract = self._contractor.contract(contract_id)
@@ -389,6 +432,13 @@ class HostIO:
 
     def __repr__(self) -> str:
         return f"<HostIO of volume {self._volume_id.hex()[:8]}, {len(self._changing)} changes under way>"
+
+
+def _about(error: Corrupt | NotFound, damaged: str, gone: str) -> Corrupt | NotFound:
+    """The error with what it is about."""
+    about = Corrupt(f"{damaged}: {error}") if isinstance(error, Corrupt) else NotFound(f"{gone}: {error}")
+    about.__cause__ = error
+    return about
 
 
 class _SealedIds:

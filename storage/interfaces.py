@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from storage.errors import FusefsError
 
@@ -209,7 +209,7 @@ class Host(Protocol):
         ...
 
     async def delete(self, name: str) -> None:
-        """Gone when it returns, durably. What is not there is no error."""
+        """Gone when it returns, durably. What is not there is no error. NotPermitted: these credentials may not delete."""
         ...
 
     def list(self, prefix: str) -> AsyncIterator[tuple[str, int]]:
@@ -225,6 +225,60 @@ class Host(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """One version of an object, on a host that keeps versions."""
+
+    name: str
+    version: str
+    size: int
+    #: When, as the host says; nanoseconds.
+    stored_ns: int
+    #: It is what the name stands for now.
+    latest: bool
+    #: A delete marker: no bytes, the name is gone as of then.
+    marker: bool = False
+
+
+@runtime_checkable
+class LockingHost(Host, Protocol):
+    """A host with versions and locks on them: what is locked stays readable under its version, whoever deletes or overwrites the name.
+
+    `put` and `put_if` lock for a short while by themselves (`hosts.locking.SHORT_LOCK`). `delete` takes away the name; the bytes stay under
+    their version until the lock is over and `purge` comes by. `get` gives what was put under the name first, where names are written once
+    (hosts.layout.write_once), and for names that end in a root what has that root: whatever was done to the name since.
+    """
+
+    async def put_locked(self, name: str, data: Buffer, until_ns: int) -> str:
+        """As `put`, locked until then. Returns the version."""
+        ...
+
+    async def extend(self, name: str, version: str, until_ns: int) -> None:
+        """The version is locked until then at least. NotFound, NotPermitted."""
+        ...
+
+    async def versions(self, name: str) -> Sequence[StoredVersion]:
+        """Oldest first, markers left out; a limited number, however many there are."""
+        ...
+
+    async def get_version(self, name: str, version: str, offset: int, length: int) -> bytes:
+        """As `get_range`, of that version."""
+        ...
+
+    def hidden(self, start: str) -> AsyncIterator[StoredVersion]:
+        """The oldest version of each name that begins with `start`, has versions, and is not shown: somebody deleted it."""
+        ...
+
+    async def folders(self, prefix: str) -> Sequence[str]:
+        """As of `level`, with those in which everything was deleted."""
+        ...
+
+    async def purge(self, name: str) -> bool:
+        """Every version of it that no lock protects any more is gone for good. True if nothing is left. NotPermitted: with these
+        credentials."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +396,8 @@ class SealedShard:
     sector_id: int
     plaintext_length: int
     sealed: Buffer
+    #: Likely to be needed for long: where hosts can lock, it is locked to the end of the contract at once.
+    lasting: bool = False
 
 
 # --------------------------------------------------------------------------------------------------------------------

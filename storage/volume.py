@@ -20,6 +20,7 @@ from storage.files import Files
 from storage.history.publisher import Publisher
 from storage.host_io import HostIO
 from storage.hosts.hostdb import HostDB
+from storage.hosts.locking import SHORT_LOCK
 from storage.hosts.registry import HostRegistry, Opener
 from storage.interfaces import Batch, FlushProgress, FlushReport, MetadataStore, Refusal, TailPiece
 from storage.keyfile import KEY_FILE, load_keyfile, open_slots
@@ -33,6 +34,7 @@ from storage.replication import parse_replication
 from storage.seams import Seams
 from storage.sectors.cache import BlockCache
 from storage.sectors.deleter import Deleter
+from storage.sectors.lock_keeper import LockKeeper
 from storage.sectors.manager import SectorManager
 from storage.sectors.placement import Placement
 from storage.sectors.plan import can_be_read
@@ -57,6 +59,8 @@ ID_RANGE = 1 << 16
 CLOSE_LIMIT = 120.0
 #: Seconds of these for putting the last metadata on the hosts; what they do not get then, they get at the next mount.
 PUBLISH_LIMIT = 60.0
+#: Seconds for locking what the last publication has put on hosts that can lock; the next mount goes on with it.
+LOCK_LIMIT = 60.0
 #: From so many recent failures on (they decay, half of them in a minute) `status` calls a host failing.
 FAILING = 2.0
 #: Refusals kept for `status`.
@@ -113,6 +117,7 @@ class Volume:
         #: None where the volume is open for reading only, as the next.
         self.sweeper: Sweeper | None = None
         self.publisher: Publisher | None = None
+        self.lock_keeper: LockKeeper | None = None
 
     def record_refusal(self, refusal: Refusal) -> None:
         """For the log of refusals that `status` shows."""
@@ -207,6 +212,17 @@ class Volume:
         self.publisher.want()
         self.reconciler.wake()
 
+    def _lock_warnings(self) -> list[str]:
+        keeper = self.lock_keeper
+        troubles = keeper.troubles if keeper is not None else {}
+        return [
+            *(f"host {self.hosts.url(number)}: locks are not extended: {trouble}" for number, trouble in sorted(troubles.items())),
+            *(
+                f"host {self.hosts.url(number)}: these credentials may not delete; what is not needed any more stays there"
+                for number in self.host_io.undeletable()
+            ),
+        ]
+
     async def status(self) -> VolumeStatus:
         """A snapshot, without asking any host anything that could hang."""
         now = self.seams.clock.time_ns()
@@ -266,6 +282,7 @@ class Volume:
                 *self.warnings,
                 *([publisher.trouble] if publisher is not None and publisher.trouble else []),
                 *dict.fromkeys(str(error) for error in shown if error is not None),
+                *self._lock_warnings(),
                 *self.sectors.notes,
             ],
             refusals=[RefusalStatus(r.when_ns, r.program, r.path, r.offset, r.reason) for r in self.refusals],
@@ -372,6 +389,13 @@ async def _publish_last(publisher: Publisher) -> None:
         log.warning("the hosts do not have the newest metadata, they get them at the next mount: %s", error)
 
 
+async def _lock_last(keeper: LockKeeper) -> None:
+    try:
+        await keeper.round()
+    except FusefsError as error:
+        log.warning("what was published last is locked for %d days only: %s", SHORT_LOCK // DAY, error)
+
+
 async def _take_tails(volume: Volume, tails: Mapping[int, Sequence[tuple[int, bytes]]]) -> None:
     """Tails that came from the log on the hosts: into this journal, and into memory."""
     volume.store.apply(Batch(), [TailPiece(value_id, at, (data,)) for value_id, pieces in tails.items() for at, data in pieces])
@@ -400,6 +424,9 @@ async def _close(volume: Volume) -> None:
             if publisher is not None and publisher.dirty and volume.hosts.numbers():
                 with trio.move_on_after(PUBLISH_LIMIT):
                     await _publish_last(publisher)
+            if volume.lock_keeper is not None and volume.lock_keeper.behind():
+                with trio.move_on_after(LOCK_LIMIT):
+                    await _lock_last(volume.lock_keeper)
             await volume.commit()
             # No shard is put anywhere from here on.
             if volume.sweeper is not None and volume.sweeper.settle():
@@ -497,6 +524,16 @@ async def _wire(
         store, volume.config.volume_id_bytes, volume.epochs, volume.hosts, volume.contractor, volume.host_io, publisher, seams
     )
     nursery.start_soon(volume.sweeper.run)
+    volume.lock_keeper = LockKeeper(
+        volume_id=volume.config.volume_id_bytes,
+        store=store,
+        registry=volume.hosts,
+        contractor=volume.contractor,
+        publisher=publisher,
+        epochs=volume.epochs,
+        seams=seams,
+    )
+    nursery.start_soon(volume.lock_keeper.run)
     nursery.start_soon(volume.sectors.run)
     nursery.start_soon(volume.reconciler.run)
     nursery.start_soon(volume.values.run)

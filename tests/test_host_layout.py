@@ -39,6 +39,7 @@ CONTRACT_FILE = ContractFile(
 HOST_RECORD = registry.HostRecord(3, ONE, "dir:/mnt/disk1", "rack1", BASE_NS, HostCapabilities(conditional_put=True, ranges=True))
 CONTRACT_RECORD = Contract(TWO, 3, BASE_NS, BASE_NS + 10**9, ONE)
 HOLDERS = Holders({ONE: {TWO: 7}, TWO: {}})
+LOCKED_HOLDERS = Holders({ONE: {TWO: 7}, TWO: {}}, "3sL4kqtJlcpXroDTDmJ", BASE_NS)
 
 
 def host_statistics() -> bytes:
@@ -62,6 +63,7 @@ def host_statistics() -> bytes:
         ("host_record.bin", lambda: b"".join(registry.encode_record(HOST_RECORD))),
         ("contract_record.bin", lambda: b"".join(encode_contract(CONTRACT_RECORD, 7, ONE))),
         ("holders_record.bin", HOLDERS.encode),
+        ("holders_record-2.bin", LOCKED_HOLDERS.encode),
         ("host_statistics.bin", host_statistics),
     ],
 )
@@ -77,6 +79,7 @@ def test_the_golden_files_are_read_today_as_then() -> None:
     raw = (GOLDEN / "contract_record.bin").read_bytes()
     assert decode_contract(raw[:33], raw[33:]) == (CONTRACT_RECORD, 7, ONE)
     assert decode_holders((GOLDEN / "holders_record.bin").read_bytes(), bytes(32)) == HOLDERS
+    assert decode_holders((GOLDEN / "holders_record-2.bin").read_bytes(), bytes(32)) == LOCKED_HOLDERS
     batch = Batch()
     batch.put(b"q\0\0\0\x03", (GOLDEN / "host_statistics.bin").read_bytes())
     store = MemoryStore()

@@ -31,6 +31,7 @@ from storage.namespace.records import (
     decode_map,
 )
 from storage.sectors.partial import CLASSES
+from storage.sectors.reconcile import MOVING
 from storage.sectors.records import decode_sector
 from storage.values.records import decode_extent, decode_value
 
@@ -77,6 +78,10 @@ def _nothing(_key: bytes, raw: bytes) -> None:
     _shape(raw == b"")
 
 
+def _copies(_key: bytes, raw: bytes) -> None:
+    _shape(raw in (b"", MOVING))
+
+
 def _partial(key: bytes, raw: bytes) -> None:
     _shape(key[1] < CLASSES and raw.isascii())
 
@@ -101,7 +106,7 @@ _KINDS: dict[bytes, tuple[str, _Check, bool]] = {
     keys.SECTOR: ("sector", _sized(9, lambda key, raw: decode_sector(raw, read_u64(key, 1))), True),
     keys.FRESH: ("fresh mark", _sized(9, _nothing), True),
     keys.PARTIAL: ("partial index", _sized(10, _partial), True),
-    keys.UNDERREPLICATED: ("copies index", _sized(9, _nothing), True),
+    keys.UNDERREPLICATED: ("copies index", _sized(9, _copies), True),
     keys.FREED: ("freed sector", _sized(17, lambda key, raw: decode_sector(raw, read_u64(key, 9))), True),
     keys.VALUE: ("value", _sized(9, lambda key, raw: decode_value(raw, read_u64(key, 1))), True),
     keys.EXTENT: ("extent", decode_extent, True),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import trio
 from blake3 import blake3
 
-from storage.errors import Busy, Corrupt, FusefsError, NotFound, Unavailable
+from storage.errors import Busy, Corrupt, FusefsError, NotFound, NotPermitted, Unavailable
 from storage.history.ancestry import Lineage, point_of
 from storage.history.log import Fetch
 from storage.history.objects import MAX_OBJECT, Ref, metadata_prefix, object_name, writer_of
@@ -253,8 +253,7 @@ class HostSide:
         ours = [kept for kept in self.kept if kept.ours]
         for kept in ours[GENERATIONS:]:
             self._hit("history.superblock.before_delete")
-            with _limit(host, 0):
-                await host.delete(superblock_name(self._volume_id, kept.slot))
+            await self._delete(host, superblock_name(self._volume_id, kept.slot))
             self.kept.remove(kept)
         needed = set(busy)
         for kept in self.kept:
@@ -268,9 +267,16 @@ class HostSide:
             if writer is None or not lineage.has_epoch(*writer):
                 continue
             self._hit("history.object.before_delete")
-            with _limit(host, 0):
-                await host.delete(object_name(self._volume_id, name))
+            await self._delete(host, object_name(self._volume_id, name))
             self.present.pop(name, None)
+
+    async def _delete(self, host: Host, name: str) -> None:
+        """Credentials that may not delete are no trouble: the generation counts as gone, since nothing relies on it any more (I3)."""
+        with _limit(host, 0):
+            try:
+                await host.delete(name)
+            except NotPermitted as error:
+                log.info("%s", error)
 
 
 @contextmanager

@@ -9,12 +9,16 @@ import trio
 from storage.errors import Corrupt, NotFound, Unavailable
 from storage.history.superblock import MAX_SUPERBLOCK, Superblock, parse_superblock, superblock_level, superblock_number
 from storage.hosts.layout import VOLUMES, is_id, superblock_name
-from storage.interfaces import Host
+from storage.hosts.locking import locking
+from storage.interfaces import Host, LockingHost
 
 #: Superblocks read of one host at most: it has two, and what a crash or a stale writer left.
 MAX_READ = 8
-#: Seconds a host has for all of it.
+#: On a host that locks what it holds: whole ones, and names tried for these. Hostile credentials may have left others above ours.
+MAX_READ_LOCKED, MAX_TRIED_LOCKED = 64, 512
+#: Seconds a host has for all of it; also for what is hidden.
 TIMEOUT = 20.0
+TIMEOUT_HIDDEN = 120.0
 
 
 async def superblocks_on(host: Host, volume_id: bytes) -> tuple[list[Superblock], list[str]]:
@@ -23,7 +27,7 @@ async def superblocks_on(host: Host, volume_id: bytes) -> tuple[list[Superblock]
     Whole is what parses: that it is not forged only its key shows (`Superblock.open`). Unavailable; BadArgument for one of a newer format,
     which must not be taken for damage.
     """
-    slots = await slots_on(host, volume_id)
+    slots = await slots_on(host, volume_id, hidden=True)
     return [block for block in slots.blocks.values() if block is not None], slots.notes
 
 
@@ -36,18 +40,25 @@ class Slots:
     notes: list[str]
 
 
-async def slots_on(host: Host, volume_id: bytes) -> Slots:
-    """As `superblocks_on`, with where each stands."""
-    with trio.move_on_after(TIMEOUT):
-        return await _slots_on(host, volume_id)
-    raise Unavailable(f"host {host.url} did not give its superblocks within {TIMEOUT:.0f} s")
+async def slots_on(host: Host, volume_id: bytes, *, hidden: bool = False) -> Slots:
+    """As `superblocks_on`, with where each stands. `hidden`: also what was deleted and a lock still keeps."""
+    limit = TIMEOUT_HIDDEN if hidden and locking(host) is not None else TIMEOUT
+    with trio.move_on_after(limit):
+        return await _slots_on(host, volume_id, hidden)
+    raise Unavailable(f"host {host.url} did not give its superblocks within {limit:.0f} s")
 
 
-async def _slots_on(host: Host, volume_id: bytes) -> Slots:
+async def _slots_on(host: Host, volume_id: bytes, hidden: bool) -> Slots:
     level = await host.level(superblock_level(volume_id))
-    numbers = sorted((n for n in map(superblock_number, level.objects) if n is not None), reverse=True)
+    numbers = {n for n in map(superblock_number, level.objects) if n is not None}
+    wanted, tries = MAX_READ, MAX_READ
+    locked = locking(host) if hidden else None
+    if locked is not None:
+        numbers |= await _hidden_numbers(locked, volume_id)
+        wanted, tries = MAX_READ_LOCKED, MAX_TRIED_LOCKED
     found = Slots(max(numbers, default=0), {}, [])
-    for number in numbers[:MAX_READ]:
+    whole: set[bytes] = set()
+    for number in sorted(numbers, reverse=True)[:tries]:
         where = f"host {host.url}: superblock {number}"
         found.blocks[number] = None
         try:
@@ -57,17 +68,35 @@ async def _slots_on(host: Host, volume_id: bytes) -> Slots:
                 raise Corrupt(f"{where} is of volume {block.volume_id.hex()}")
         except (Corrupt, NotFound) as error:
             # NotFound: replaced since the listing.
-            found.notes.append(str(error))
+            if len(found.notes) < MAX_READ:
+                found.notes.append(str(error))
             continue
         found.blocks[number] = block
+        whole.add(block.digest)
+        if len(whole) >= wanted:
+            break
     return found
+
+
+async def _hidden_numbers(host: LockingHost, volume_id: bytes) -> set[int]:
+    prefix = superblock_level(volume_id)
+    numbers: set[int] = set()
+    async for stored in host.hidden(prefix + "superblock."):
+        number = superblock_number(stored.name.removeprefix(prefix))
+        if number is not None:
+            numbers.add(number)
+    return numbers
 
 
 async def volumes_on(host: Host) -> list[bytes]:
     """The ids of the volumes the host holds anything of. Unavailable."""
     with trio.move_on_after(TIMEOUT):
         level = await host.level(f"{VOLUMES}/")
-        return [bytes.fromhex(name) for name in level.folders if is_id(name)]
+        names = set(level.folders)
+        locked = locking(host)
+        if locked is not None:
+            names |= set(await locked.folders(f"{VOLUMES}/"))
+        return [bytes.fromhex(name) for name in sorted(names) if is_id(name)]
     raise Unavailable(f"host {host.url} did not say within {TIMEOUT:.0f} s which volumes it holds")
 
 

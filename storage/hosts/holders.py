@@ -7,8 +7,10 @@ Record under the key `r` + root (32 bytes) + host number u32, a MessagePack arra
 
 | # | field | type | meaning |
 |---|---|---|---|
-| 0 | version | int | 1 |
+| 0 | version | int | 1; 2 where the next two follow |
 | 1 | lineages | array | of [lineage (16 bytes), releases] |
+| 2 | stored version | str | of the object, on a host that locks what it holds |
+| 3 | locked | int | until when, nanoseconds |
 
 A release is [contract id (16 bytes), ordinal of the latest contract of the volume when it happened]. Contracts are numbered in the
 order in which they were concluded; so a renewal has taken over what is released later, and not what was released before.
@@ -26,6 +28,7 @@ from storage.errors import Corrupt
 from storage.metadata.keys import HOLDERS, u32
 
 RECORD_VERSION = 1
+LOCKED_VERSION = 2
 
 _Id = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 
@@ -43,6 +46,13 @@ class _Lineage(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 class _Record(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     version: int
     lineages: list[_Lineage]
+
+
+class _LockedRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    version: int
+    lineages: list[_Lineage]
+    stored_version: Annotated[str, msgspec.Meta(max_length=1024)]
+    locked_ns: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,9 @@ class Holders:
 
     #: lineage -> contract id -> latest ordinal when the root was released through it.
     lineages: dict[str, dict[str, int]] = field(default_factory=dict)
+    #: On a host that locks what it holds: the version that was put, and until when it is locked, nanoseconds. "" and 0 elsewhere.
+    stored_version: str = ""
+    locked_ns: int = 0
 
     def write(self, lineage: str) -> None:
         """The lineage has stored the root (again): whatever was released before is held anew."""
@@ -98,6 +111,8 @@ class Holders:
             _Lineage(bytes.fromhex(lineage), [_Release(bytes.fromhex(contract), ordinal) for contract, ordinal in sorted(releases.items())])
             for lineage, releases in sorted(self.lineages.items())
         ]
+        if self.stored_version:
+            return msgspec.msgpack.encode(_LockedRecord(LOCKED_VERSION, lineages, self.stored_version, self.locked_ns))
         return msgspec.msgpack.encode(_Record(RECORD_VERSION, lineages))
 
 
@@ -105,10 +120,16 @@ def decode_holders(raw: bytes | None, root: bytes) -> Holders:
     """The record, empty for None; Corrupt if it is none."""
     if raw is None:
         return Holders()
+    # 0x94: how MessagePack begins an array of four. Only version 2 has so many fields.
+    locked = raw[:1] == b"\x94"
+    record: _Record | _LockedRecord
     try:
-        record = msgspec.msgpack.decode(raw, type=_Record)
+        record = msgspec.msgpack.decode(raw, type=_LockedRecord) if locked else msgspec.msgpack.decode(raw, type=_Record)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise Corrupt(f"metadata: the holders of root {root.hex()[:12]} are damaged: {error}") from None
-    if record.version != RECORD_VERSION:
-        raise Corrupt(f"metadata: the holders of root {root.hex()[:12]} have version {record.version}, this fusefs reads {RECORD_VERSION}")
-    return Holders({one.lineage.hex(): {release.contract.hex(): release.ordinal for release in one.releases} for one in record.lineages})
+    if record.version != (LOCKED_VERSION if locked else RECORD_VERSION):
+        raise Corrupt(f"metadata: the holders of root {root.hex()[:12]} have version {record.version}, this fusefs reads {LOCKED_VERSION}")
+    holders = Holders({one.lineage.hex(): {release.contract.hex(): release.ordinal for release in one.releases} for one in record.lineages})
+    if isinstance(record, _LockedRecord):
+        holders.stored_version, holders.locked_ns = record.stored_version, record.locked_ns
+    return holders

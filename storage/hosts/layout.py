@@ -53,6 +53,7 @@ MAX_COMPONENT = 200
 _COMPONENT = re.compile(r"[A-Za-z0-9._-]{1,200}\Z", re.ASCII)
 _ID = re.compile(r"[0-9a-f]{32}\Z", re.ASCII)
 _ROOT = re.compile(r"[0-9a-f]{64}\Z", re.ASCII)
+_WRITTEN_ONCE = re.compile(r"volumes/[0-9a-f]{32}/(superblock\.|contracts/|metadata/|sectors/)", re.ASCII)
 
 Id = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -119,6 +120,17 @@ def shard_name(volume_id: bytes, root: str) -> str:
 def superblock_name(volume_id: bytes, number: int) -> str:
     """Object that holds a superblock: the one with the highest number on a host is its latest."""
     return f"{VOLUMES}/{volume_id.hex()}/superblock.{number:020d}"
+
+
+def root_in(name: str) -> str | None:
+    """The root a name ends in (shards, metadata objects), hexadecimal: what stands under it has that BLAKE3. None if it ends in none."""
+    last = name.rsplit("/", 1)[-1].rsplit("-", 1)[-1]
+    return last if _ROOT.match(last) else None
+
+
+def write_once(name: str) -> bool:
+    """Is the name one that is given bytes once, and never others? True of everything fusefs stores, its probes aside."""
+    return name == HOST_FILE or _WRITTEN_ONCE.match(name) is not None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import trio
 
@@ -147,7 +148,10 @@ class SectorManager:
     def _seal(self, sector_id: int, layout: Layout, parts: Sequence[Buffer]) -> tuple[list[SealedShard], list[list[Buffer]]]:
         """The shards, sealed, and their plaintexts. Blocking. Shard i goes under the sector's id + i (I1)."""
         plaintexts = layout.plaintexts(sector_id, parts)
-        return [self._host_io.seal(plain, sector_id + number) for number, plain in enumerate(plaintexts)], plaintexts
+        # What is less than half full is soon merged with others.
+        lasting = 2 * layout.length > self.sector_size
+        sealed = (self._host_io.seal(plain, sector_id + number) for number, plain in enumerate(plaintexts))
+        return [replace(shard, lasting=lasting) for shard in sealed], plaintexts
 
     async def wait_uploads(self) -> None:
         """Until none of the copies that are on their way now is any more. Each has the time limit of HostIO."""

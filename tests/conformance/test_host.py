@@ -11,7 +11,8 @@ import trio
 from storage.errors import BadArgument, Busy, Corrupt, NotFound
 from storage.hosts.directory import DirectoryHost
 from storage.hosts.faults import FaultyHost
-from storage.hosts.memory import MemoryHost
+from storage.hosts.memory import MemoryContent, MemoryHost
+from storage.hosts.memory_lock import Versions, locked_memory_host
 from storage.interfaces import Host
 from storage.seams import Seams
 from tests.fakes import make_seams
@@ -22,12 +23,14 @@ LIMIT = 64 * 1024 * 1024
 Reopen = Callable[[], Awaitable[Host]]
 
 
-@pytest.fixture(params=["memory", "directory", "directory in threads", "faulty memory", "faulty directory"])
+@pytest.fixture(params=["memory", "directory", "directory in threads", "locked memory", "faulty memory", "faulty directory"])
 async def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Reopen:
     """Opens the same host, again and again."""
     kind: str = request.param
     seams = Seams() if "threads" in kind else make_seams()
-    memory = MemoryHost("mem:test")
+    memory: Host = MemoryHost("mem:test")
+    if kind == "locked memory":
+        memory = locked_memory_host("mem:test", Versions(MemoryContent(), seams))
 
     async def opened() -> Host:
         host: Host = memory

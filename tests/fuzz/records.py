@@ -94,7 +94,7 @@ def _holders_seeds() -> list[bytes]:
     made.write(_ID)
     made.write("ff" * 16)
     made.release(Claim(_ID, ((_ID, 1),)), 7)
-    return [golden("holders_record.bin"), made.encode()]
+    return [golden("holders_record.bin"), golden("holders_record-2.bin"), made.encode()]
 
 
 def _host_record(data: bytes) -> None:
