@@ -13,8 +13,9 @@ from storage.host_io import HostIO
 from storage.hosts.faults import Faults, FaultyHost
 from storage.hosts.hostdb import HostDB
 from storage.hosts.memory import MemoryContent, memory_content
+from storage.hosts.opening import open_host
 from storage.hosts.registry import HostRegistry, Opener
-from storage.hosts.urls import HostURL, open_host
+from storage.hosts.urls import HostURL
 from storage.interfaces import Batch, Host
 from storage.keys import Keys
 from storage.seams import Seams

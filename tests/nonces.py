@@ -21,7 +21,8 @@ from pathlib import Path
 
 from storage.errors import Corrupt
 from storage.hosts.faults import FaultyHost
-from storage.hosts.urls import HostURL, open_host
+from storage.hosts.opening import open_host
+from storage.hosts.urls import HostURL
 from storage.interfaces import Buffer, Host
 from storage.metadata.records import HEADER_SIZE as SEGMENT_HEADER
 from storage.metadata.records import TAG, decode_body, decode_segment_header, digest, read_record

@@ -314,7 +314,7 @@ async def test_a_change_that_hangs_can_be_given_up_and_does_not_happen_behind_th
         await host.delete("a")
     release.set()
     with trio.fail_after(10):
-        while host._slots.borrowed_tokens:
+        while host._slots.at_work:
             await trio.sleep(0.01)
         assert await host.get("a", LIMIT) == b"1"
         assert temporaries(tmp_path / "h") == []

@@ -38,9 +38,10 @@ from storage.hosts.faults import Faults, FaultyHost, shards_only
 from storage.hosts.hostdb import HostDB
 from storage.hosts.layout import HOST_FILE
 from storage.hosts.memory import forget_memory_hosts, memory_content
+from storage.hosts.opening import open_host
 from storage.hosts.registry import Opener
 from storage.hosts.tree import Tree
-from storage.hosts.urls import HostURL, open_host
+from storage.hosts.urls import HostURL
 from storage.interfaces import Batch, Buffer, Host
 from storage.metadata import journal as journal_module
 from storage.metadata.records import HEADER_SIZE

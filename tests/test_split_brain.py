@@ -17,7 +17,8 @@ import trio
 
 from storage.errors import BadArgument, Fenced, FusefsError, Unavailable
 from storage.hosts.faults import Faults, FaultyHost
-from storage.hosts.urls import HostURL, open_host
+from storage.hosts.opening import open_host
+from storage.hosts.urls import HostURL
 from storage.interfaces import Host
 from storage.read_only import ReadOnlySource, open_read_only
 from storage.recovery import recover_volume

@@ -28,7 +28,8 @@ import trio
 from storage.errors import BadArgument, Corrupt, Exists, FusefsError, NotFound, Unavailable
 from storage.hosts.identity import claim_identity, probe, read_identity
 from storage.hosts.layout import Id, Nanoseconds, is_id
-from storage.hosts.urls import MAX_URL, HostURL, open_host, parse_url
+from storage.hosts.opening import open_host
+from storage.hosts.urls import MAX_URL, HostURL, parse_url
 from storage.interfaces import Batch, Host, HostCapabilities, MetadataStore
 from storage.metadata.keys import HOST, prefix_end, read_u32, u32
 from storage.seams import Seams

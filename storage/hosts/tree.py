@@ -29,6 +29,7 @@ from blake3 import blake3
 
 from storage.errors import BadArgument, Busy, Corrupt, FusefsError, NoSpace, NotFound, Unavailable
 from storage.hosts.layout import is_component
+from storage.hosts.slots import Abandoned
 from storage.interfaces import Buffer, HostSpace
 from storage.seams import Failpoints
 
@@ -49,10 +50,6 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 
 class Locked(Exception):
     """Another process is in the middle of a change; ask again shortly. Does not leave the directory host."""
-
-
-class Abandoned(Exception):
-    """The caller has given up meanwhile; nothing was changed. Nobody is there to hear it."""
 
 
 class Tree:

@@ -1,11 +1,24 @@
-"""Host URLs, and opening what they name.
+"""Host URLs: what they name, and their one canonical form. `opening` opens it.
 
 | URL | host |
 |---|---|
 | `dir:/mnt/disk1` | a directory; a relative path is resolved against the working directory when it is given |
+| `s3://bucket/prefix` | a bucket of anything that speaks S3 |
+| `gs://bucket/prefix` | a bucket of Google Cloud Storage |
+| `az://container/prefix` | a container of Azure Blob Storage |
 | `mem:name` | in the memory of this process, for tests |
 
-`#domain=rack1` at the end names the failure domain. Characters outside `A-Z a-z 0-9 / . _ - ~ + , = @ :` are percent-encoded.
+| parameter | of | meaning |
+|---|---|---|
+| `endpoint=URL` | s3, gs, az | where the service answers, `http://` or `https://`; without it the provider's own |
+| `region=NAME` | s3 | the bucket's region, which signatures need |
+| `profile=NAME` | s3 | which of the credentials in `~/.aws` |
+| `credentials=FILE` | s3, gs, az | a file with the credentials (`storage.hosts.credentials`) |
+| `account=NAME` | az | the storage account |
+
+Parameters stand after a "?", with "&" between them. A URL is stored in the volume's files and shown: secrets have no place in it, and are
+refused without being repeated. `#domain=rack1` at the end names the failure domain. Characters outside
+`A-Z a-z 0-9 / . _ - ~ + , = @ :` are percent-encoded.
 """
 
 from __future__ import annotations
@@ -14,22 +27,28 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from storage.errors import BadArgument
-from storage.hosts.directory import DirectoryHost
-from storage.hosts.memory import MemoryHost, memory_content
-from storage.interfaces import Host
-from storage.seams import Seams
+from storage.hosts.layout import is_component
 
-SCHEMES = ("dir", "mem")
-#: Known by name so that the answer says what is the matter.
-LATER_SCHEMES = ("s3", "gs", "az")
+SCHEMES = ("dir", "s3", "gs", "az", "mem")
+#: Parameters by scheme; those of the schemes that have any are object stores.
+PARAMETERS = {
+    "s3": ("credentials", "endpoint", "profile", "region"),
+    "gs": ("credentials", "endpoint"),
+    "az": ("account", "credentials", "endpoint"),
+}
 MAX_URL = 4096
+#: Characters of a prefix: below it, names of objects have up to 512, and services allow 1024.
+MAX_PREFIX = 256
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)\Z", re.ASCII | re.DOTALL)
 _DOMAIN = re.compile(r"[A-Za-z0-9._-]{1,64}\Z", re.ASCII)
 _MEMORY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z", re.ASCII)
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}\Z", re.ASCII)
+_WORD = re.compile(r"[A-Za-z0-9._@+-]{1,128}\Z", re.ASCII)
+_SECRET = re.compile(r"key|secret|passw|token|signature|sas|sig\Z", re.ASCII | re.IGNORECASE)
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})", re.ASCII)
 _SAFE = "/._-~+,=@:"
 
@@ -39,15 +58,34 @@ class HostURL:
     """A parsed host URL. `str()` is its canonical form; parsing that gives an equal value."""
 
     scheme: str
-    #: `dir`: absolute, normalized path, as the operating system's functions take it. `mem`: the name.
+    #: `dir`: absolute, normalized path, as the operating system's functions take it. `mem`: the name. Object stores: "bucket" or
+    #: "bucket/prefix".
     path: str
     #: Failure domain, "" if none is named.
     domain: str = ""
+    #: (name, value), by name.
+    parameters: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def bucket(self) -> str:
+        """Of an object store."""
+        return self.path.partition("/")[0]
+
+    @property
+    def prefix(self) -> str:
+        """Of an object store: without slashes around it; "" if none is named."""
+        return self.path.partition("/")[2]
+
+    def parameter(self, name: str) -> str | None:
+        """Its value, None if it is not given."""
+        return dict(self.parameters).get(name)
 
     @property
     def base(self) -> str:
         """Without the fragment: what the host registry records and messages show."""
-        return f"{self.scheme}:{quote(os.fsencode(self.path), safe=_SAFE)}"
+        slashes = "//" if self.scheme in PARAMETERS else ""
+        query = "&".join(f"{name}={quote(os.fsencode(value), safe=_SAFE)}" for name, value in self.parameters)
+        return f"{self.scheme}:{slashes}{quote(os.fsencode(self.path), safe=_SAFE)}{'?' if query else ''}{query}"
 
     def __str__(self) -> str:
         return f"{self.base}#domain={self.domain}" if self.domain else self.base
@@ -61,11 +99,11 @@ def parse_url(text: str, directory: Path | None = None) -> HostURL:
     if match is None:
         raise BadArgument(f"host {text!r} is no URL; for a directory write dir:{text or '/path'}")
     scheme, rest = match[1].lower(), match[2]
-    if scheme in LATER_SCHEMES:
-        raise BadArgument(f"host URL {text!r}: {scheme}: hosts are not supported by this version; known are {_known()}")
     if scheme not in SCHEMES:
         raise BadArgument(f"host URL {text!r}: unknown scheme {scheme!r}; known are {_known()}")
     rest, _, fragment = rest.partition("#")
+    if scheme in PARAMETERS:
+        return _object_store(scheme, rest, fragment, directory)
     if "?" in rest:
         raise BadArgument(f"host URL {text!r}: {scheme}: hosts take no parameters; a '?' in a path is written %3F")
     domain = _domain(text, fragment)
@@ -79,6 +117,89 @@ def parse_url(text: str, directory: Path | None = None) -> HostURL:
 
 def _known() -> str:
     return ", ".join(f"{scheme}:" for scheme in SCHEMES)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Object stores. Messages never repeat what could be a secret: only the scheme, the bucket and names of parameters.
+
+
+def _object_store(scheme: str, rest: str, fragment: str, directory: Path | None) -> HostURL:
+    place, _, query = rest.partition("?")
+    if "@" in place:
+        raise _secret(scheme, "what stands before '@'")
+    if not place.startswith("//"):
+        raise BadArgument(f"host URL {scheme}:...: write {scheme}://bucket/prefix")
+    shown = f"{scheme}:{place[:100]}"
+    path = _unquote(shown, place[2:]).removesuffix("/")
+    bucket, _, prefix = path.partition("/")
+    if _BUCKET.match(bucket) is None:
+        raise BadArgument(f"host URL {shown!r}: {bucket!r} is no name of a bucket: 2 to 63 letters, digits, '.', '_' or '-'")
+    if len(prefix) > MAX_PREFIX or (prefix and not all(is_component(part) for part in prefix.split("/"))):
+        raise BadArgument(
+            f"host URL {shown!r}: a prefix has up to {MAX_PREFIX} characters: letters, digits, '.', '_' and '-', in parts joined by '/'"
+        )
+    return HostURL(scheme, path, _domain(shown, fragment), tuple(sorted(_parameters(scheme, shown, query, directory).items())))
+
+
+def _parameters(scheme: str, shown: str, query: str, directory: Path | None) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for part in filter(None, query.split("&")):
+        name, _, quoted = part.partition("=")
+        if name not in PARAMETERS[scheme]:
+            if _SECRET.search(name):
+                raise _secret(scheme, f"the parameter {name[:40]!r}")
+            known = ", ".join(PARAMETERS[scheme])
+            raise BadArgument(f"host URL {shown!r}: unknown parameter {name[:40]!r}; known are {known}; a '&' in a value is written %26")
+        if name in found:
+            raise BadArgument(f"host URL {shown!r}: {name} is given twice")
+        value = _unquote(f"{shown}?{name}=...", quoted)
+        if not value:
+            raise BadArgument(f"host URL {shown!r}: {name} is empty")
+        found[name] = _PARSERS[name](scheme, shown, value, directory)
+    return found
+
+
+def _endpoint(scheme: str, shown: str, value: str, _directory: Path | None) -> str:
+    try:
+        parts = urlsplit(value)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise BadArgument(f"host URL {shown!r}: the endpoint is no URL: {error}") from None
+    if "@" in parts.netloc:
+        raise _secret(scheme, "what stands before '@' in the endpoint")
+    if parts.scheme not in ("http", "https") or not host:
+        raise BadArgument(f"host URL {shown!r}: the endpoint begins with http:// or https:// and a name, as in https://s3.example.org:8333")
+    if parts.query or parts.fragment or not (value.isascii() and value.isprintable()) or re.search(r"[\s\\]", value):
+        raise BadArgument(f"host URL {shown!r}: an endpoint is http(s)://name:port, perhaps with a path, and nothing more")
+    netloc = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{netloc}{'' if port is None else f':{port}'}{parts.path.rstrip('/')}"
+
+
+def _word(_scheme: str, shown: str, value: str, _directory: Path | None) -> str:
+    if _WORD.match(value) is None:
+        raise BadArgument(
+            f"host URL {shown!r}: profile, region and account are names: up to 128 letters, digits, '.', '_', '-', '@' or '+'"
+        )
+    return value
+
+
+def _file(_scheme: str, shown: str, value: str, directory: Path | None) -> str:
+    return _absolute(shown, os.path.expanduser(value), directory)
+
+
+_PARSERS = {"endpoint": _endpoint, "region": _word, "profile": _word, "account": _word, "credentials": _file}
+
+
+def _secret(scheme: str, what: str) -> BadArgument:
+    places = "?profile=NAME, ?credentials=FILE" if scheme == "s3" else "?credentials=FILE"
+    return BadArgument(
+        f"host URL {scheme}://...: {what} looks like a secret, and a URL is stored and shown; "
+        f"name the place where credentials are instead ({places}), or set the usual environment variables"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Parts
 
 
 def _unquote(text: str, quoted: str) -> str:
@@ -115,10 +236,3 @@ def _domain(text: str, fragment: str) -> str:
     if _DOMAIN.match(value) is None:
         raise BadArgument(f"host URL {text!r}: a failure domain is 1 to 64 letters, digits, '.', '_' or '-'")
     return value
-
-
-async def open_host(url: HostURL, seams: Seams, *, create: bool = False) -> Host:
-    """The host behind a URL. `create`: a missing directory is made, with its parents. Unavailable if it is not there or cannot be used."""
-    if url.scheme == "mem":
-        return MemoryHost(url.base, memory_content(url.path))
-    return await DirectoryHost.open(url.path, seams, url=url.base, create=create)

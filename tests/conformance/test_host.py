@@ -13,6 +13,8 @@ from storage.hosts.directory import DirectoryHost
 from storage.hosts.faults import FaultyHost
 from storage.hosts.memory import MemoryContent, MemoryHost
 from storage.hosts.memory_lock import Versions, locked_memory_host
+from storage.hosts.opening import open_host
+from storage.hosts.urls import parse_url
 from storage.interfaces import Host
 from storage.seams import Seams
 from tests.fakes import make_seams
@@ -23,19 +25,27 @@ LIMIT = 64 * 1024 * 1024
 Reopen = Callable[[], Awaitable[Host]]
 
 
-@pytest.fixture(params=["memory", "directory", "directory in threads", "locked memory", "faulty memory", "faulty directory"])
+ENGINES = ["seaweedfs", "moto"]
+KINDS = ["memory", "directory", "directory in threads", "locked memory", "faulty memory", "faulty directory"]
+
+
+@pytest.fixture(params=[*KINDS, *ENGINES, *(f"faulty {engine}" for engine in ENGINES)])
 async def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Reopen:
     """Opens the same host, again and again."""
     kind: str = request.param
-    seams = Seams() if "threads" in kind else make_seams()
+    last = kind.split()[-1]
+    seams = Seams() if "threads" in kind or last in ENGINES else make_seams()
     memory: Host = MemoryHost("mem:test")
     if kind == "locked memory":
         memory = locked_memory_host("mem:test", Versions(MemoryContent(), seams))
+    url = request.getfixturevalue(last).url() if last in ENGINES else ""
 
     async def opened() -> Host:
         host: Host = memory
         if "directory" in kind:
             host = await DirectoryHost.open(str(tmp_path / "host"), seams, create=True)
+        elif url:
+            host = await open_host(parse_url(url), seams)
         return FaultyHost(host, seams) if "faulty" in kind else host
 
     return opened

@@ -1,0 +1,54 @@
+"""What obstore cannot do on S3: boto3, with the same credentials. Blocks, so it is for threads, and bounded like obstore's client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from storage.errors import Unavailable
+from storage.hosts.clients import CONNECT_SECONDS, DEFAULT_REGION, SILENCE_SECONDS, endpoint_of
+from storage.hosts.credentials import s3_session
+from storage.hosts.urls import HostURL
+
+
+def s3_client(url: HostURL) -> Any:
+    """A boto3 client for the service of an s3 URL; bucket and prefix are `url.bucket` and `url.prefix`. Unavailable: no credentials."""
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    session = s3_session(url)
+    endpoint = endpoint_of(url, session)
+    config = Config(
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=SILENCE_SECONDS,
+        retries={"total_max_attempts": 2, "mode": "standard"},
+        s3={"addressing_style": "path"} if endpoint is not None else {},
+        # Not every service knows the checksums that newer clients send unasked.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    try:
+        return session.client("s3", region_name=session.region_name or DEFAULT_REGION, endpoint_url=endpoint, config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise Unavailable(f"host {url.base} cannot be used: {error}") from error
+
+
+def features(url: HostURL) -> tuple[bool, bool]:
+    """(does the bucket keep versions, has it Object Lock), as far as it tells. Unavailable where it does not answer at all."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = s3_client(url)
+    try:
+        try:
+            versions = client.get_bucket_versioning(Bucket=url.bucket).get("Status") == "Enabled"
+        except ClientError:
+            # Not known to the service, or not for us to know: then it is not relied on. What is really wrong, other calls will say.
+            return False, False
+        try:
+            lock = client.get_object_lock_configuration(Bucket=url.bucket).get("ObjectLockConfiguration", {})
+        except ClientError:
+            return versions, False
+        return versions, versions and lock.get("ObjectLockEnabled") == "Enabled"
+    except BotoCoreError as error:
+        raise Unavailable(f"host {url.base} cannot be reached: {error}; check the endpoint, and the network") from error
+    finally:
+        client.close()

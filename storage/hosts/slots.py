@@ -1,0 +1,117 @@
+"""Slots: how many threads may work for one host at a time, and what becomes of those whose callers have given up.
+
+A call in a slot can be given up by cancelling it; the slot is free again when the *thread* ends. So one host that hangs never holds more
+than its own threads.
+
+Whoever gives up a change does not know whether it happens. It does not, if it hung before its thread began (or before the step that
+counts, where the call asks `Slot.wanted` there), and it is the only change of that object while it hangs: others are refused with
+Unavailable until its thread has ended. So a deletion that was given up never takes away what was put afterwards.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from storage.errors import Unavailable
+from storage.seams import Threads
+
+T = TypeVar("T")
+
+
+class Abandoned(Exception):
+    """The caller has given up meanwhile; nothing was changed. Nobody is there to hear it."""
+
+
+class Slots:
+    """The slots of one host. Belongs to the event loop."""
+
+    def __init__(self, url: str, count: int, threads: Threads, remedy: str) -> None:
+        """`remedy`: what a person can do about a change that hangs, for messages."""
+        self._url, self._threads, self._remedy = url, threads, remedy
+        self._limiter = trio.CapacityLimiter(count)
+        #: Objects with a change whose caller has given up and whose thread has not ended.
+        self._hanging: list[str] = []
+
+    @property
+    def at_work(self) -> int:
+        """Threads that have not ended, given up or not."""
+        return int(self._limiter.borrowed_tokens)
+
+    async def read(self, fn: Callable[..., T], *args: object) -> T:
+        """Run in a slot what changes nothing."""
+        return await self.run(Slot(self._limiter), fn, *args)
+
+    def changing(self, name: str) -> Slot:
+        """For a change of that object, with `run`. Unavailable while an earlier one hangs."""
+        if name in self._hanging:
+            raise Unavailable(f"host {self._url}: an earlier change of {name} hangs; {self._remedy}")
+        return Slot(self._limiter, name, self._hanging)
+
+    async def run(self, slot: Slot, fn: Callable[..., T], *args: object) -> T:
+        """Run in a thread, in that slot."""
+        await self._limiter.acquire_on_behalf_of(slot)
+        try:
+            return await self._threads.run_abandonable(slot.work, fn, *args)
+        except BaseException:
+            slot.give_up()
+            raise
+
+
+class Slot:
+    """One borrowed slot. Given back exactly once: by the thread when it ends, or by the caller if the thread never began."""
+
+    def __init__(self, slots: trio.CapacityLimiter, name: str = "", hanging: list[str] | None = None) -> None:
+        """`name` is in `hanging`, which belongs to the event loop, from when the caller gives up until the thread ends."""
+        self._slots = slots
+        self._name = name
+        self._hanging = hanging
+        self._loop = trio.lowlevel.current_trio_token()
+        #: Guards the decision who gives back.
+        self._lock = threading.Lock()
+        self._begun = False
+        self._ended = False
+        self._given_up = False
+
+    def work(self, fn: Callable[..., T], *args: object) -> T:
+        with self._lock:
+            if self._given_up:
+                raise Abandoned
+            self._begun = True
+        try:
+            return fn(*args)
+        finally:
+            with self._lock:
+                self._ended = True
+            try:
+                self._loop.run_sync_soon(self._give_back)
+            except trio.RunFinishedError:
+                # The program ended while the call hung; the slots ended with it.
+                pass
+
+    def wanted(self) -> None:
+        """Abandoned once the caller has given up."""
+        with self._lock:
+            if self._given_up:
+                raise Abandoned
+
+    def give_up(self) -> None:
+        """In the event loop, after the call failed or was cancelled."""
+        with self._lock:
+            if self._given_up or self._ended:
+                return
+            self._given_up = True
+            begun = self._begun
+        if not begun:
+            self._slots.release_on_behalf_of(self)
+        elif self._hanging is not None:
+            self._hanging.append(self._name)
+
+    def _give_back(self) -> None:
+        """In the event loop, after the thread has ended."""
+        self._slots.release_on_behalf_of(self)
+        if self._hanging is not None and self._given_up:
+            self._hanging.remove(self._name)

@@ -1,0 +1,5 @@
+"""Real servers for the host conformance suite."""
+
+from tests.engines.fixtures import moto, seaweedfs
+
+__all__ = ["moto", "seaweedfs"]
