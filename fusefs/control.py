@@ -14,6 +14,7 @@ import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import trio
 
@@ -30,6 +31,7 @@ from fusefs.control_protocol import (
     Drain,
     Flush,
     FlushedAnswer,
+    GetReplication,
     GetStatus,
     HostAnswer,
     Mark,
@@ -38,6 +40,9 @@ from fusefs.control_protocol import (
     Renew,
     Repair,
     RepairedAnswer,
+    Replicate,
+    ReplicationAnswer,
+    RewrittenAnswer,
     StatusAnswer,
     Stop,
     Worm,
@@ -45,10 +50,12 @@ from fusefs.control_protocol import (
     encode,
     error_answer,
 )
-from storage import FlushProgress, FlushReport, RepairStatus
+from storage import FlushProgress, FlushReport, RepairStatus, RewriteStatus
 from storage.errors import BadArgument, Busy, FusefsError, NotPermitted, Unavailable
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_CONNECTIONS = 32
 DAY = 86400.0
@@ -214,6 +221,10 @@ class ControlServer:
                 return HostAnswer(number=await state.volume.add_host(request.url, days))
             case Repair():
                 return RepairedAnswer(repair=await self._repair(stream))
+            case GetReplication():
+                return ReplicationAnswer(replication=await state.volume.namespace.stored(request.ino))
+            case Replicate():
+                return RewrittenAnswer(rewrite=await self._replicate(stream, request))
             case Stop():
                 await state.unmount()
                 return DoneAnswer()
@@ -238,11 +249,29 @@ class ControlServer:
             return outcome
 
     async def _repair(self, stream: trio.SocketStream) -> RepairStatus:
-        outcome: RepairStatus | FusefsError
+        volume = self._state.volume
+        return await self._shown(stream, volume.repair, volume.repair_progress)
+
+    async def _replicate(self, stream: trio.SocketStream, request: Replicate) -> RewriteStatus:
+        volume = self._state.volume
+
+        async def work() -> RewriteStatus:
+            await volume.set_replication(request.ino, request.spec, now=request.now)
+            return await volume.rewrite() if request.now and request.wait else volume.rewrite_status()
+
+        def progress() -> tuple[int, int]:
+            now = volume.rewrite_status()
+            return now.bytes, now.bytes + now.pending_bytes
+
+        return await self._shown(stream, work, progress)
+
+    async def _shown(self, stream: trio.SocketStream, work: Callable[[], Awaitable[T]], progress: Callable[[], tuple[int, int]]) -> T:
+        """Do it, and send lines of progress meanwhile."""
+        outcome: T | FusefsError
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._show, stream, self._state.volume.repair_progress)
+            nursery.start_soon(self._show, stream, progress)
             try:
-                outcome = await self._state.volume.repair()
+                outcome = await work()
             except FusefsError as error:
                 outcome = error  # raised outside of the nursery, which would wrap it
             nursery.cancel_scope.cancel()

@@ -22,6 +22,7 @@ from fusefs.control_protocol import (
     ErrorAnswer,
     Flush,
     FlushedAnswer,
+    GetReplication,
     GetStatus,
     HostAnswer,
     Mark,
@@ -30,7 +31,10 @@ from fusefs.control_protocol import (
     Renew,
     Repair,
     RepairedAnswer,
+    Replicate,
+    ReplicationAnswer,
     Request,
+    RewrittenAnswer,
     StatusAnswer,
     Stop,
     Worm,
@@ -39,7 +43,7 @@ from fusefs.control_protocol import (
     error_of,
 )
 from fusefs.dead_mounts import is_dying, peer_pid
-from storage import ContractStatus, FlushReport, HostStatus, RepairStatus
+from storage import ContractStatus, FlushReport, HostStatus, RepairStatus, ReplicationStatus, RewriteStatus
 from storage.errors import BadArgument, FusefsError, NotFound, NotPermitted, Unavailable
 
 #: Seconds between two looks whether the process still lives.
@@ -170,6 +174,22 @@ class ControlClient:
             raise _unexpected(answer)
         return answer.repair
 
+    def replication(self, ino: int) -> ReplicationStatus:
+        """Of a directory or file on the mount, and how what is below it is stored."""
+        answer = self._ask(GetReplication(ino=ino))
+        if not isinstance(answer, ReplicationAnswer):
+            raise _unexpected(answer)
+        return answer.replication
+
+    def replicate(
+        self, ino: int, spec: str, *, now: bool = False, wait: bool = False, progress: ShowProgress | None = None
+    ) -> RewriteStatus:
+        """Set it for what is created below; `now`: also for what is there; `wait`: until that has been moved."""
+        answer = self._ask(Replicate(ino=ino, spec=spec, now=now, wait=wait), progress)
+        if not isinstance(answer, RewrittenAnswer):
+            raise _unexpected(answer)
+        return answer.rewrite
+
     def renew(self, contract_id: str, seconds: float) -> str:
         """The new contract's id."""
         return self._contract(Renew(contract_id=contract_id, seconds=seconds))
@@ -194,10 +214,10 @@ class ControlClient:
     def _ask(self, request: Request, progress: ShowProgress | None = None) -> AnyAnswer:
         """EOFError, ConnectionError: the process ended. Unavailable: it does not answer within `ANSWER_SECONDS`.
 
-        What takes as long as hosts take (flush, drain, repair) has no such limit: it is waited for as long as the process lives, and
-        whoever waits sees the progress.
+        What takes as long as hosts take (flush, drain, repair) or files are many (replication) has no such limit: it is waited for
+        as long as the process lives, and whoever waits sees the progress.
         """
-        limit = None if isinstance(request, Flush | Drain | Repair) else time.monotonic() + ANSWER_SECONDS
+        limit = None if isinstance(request, Flush | Drain | Repair | GetReplication | Replicate) else time.monotonic() + ANSWER_SECONDS
         try:
             self._connection.sendall(encode(request))
         except BrokenPipeError:

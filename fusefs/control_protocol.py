@@ -3,8 +3,8 @@
 | line          | fields                                                                                          |
 |---------------|-------------------------------------------------------------------------------------------------|
 | request       | {"version": 1, "type": NAME, ...}; one per line, at most MAX_REQUEST bytes with its newline       |
-| progress      | {"type": "progress", "done": bytes, "total": bytes}; any number before the answer to flush, drain, repair |
-| answer        | {"type": one of status, flushed, contract, host, repaired, done}, with its fields                 |
+| progress      | {"type": "progress", "done": bytes, "total": bytes}; any number before an answer that takes long  |
+| answer        | {"type": status, flushed, contract, host, repaired, replication, rewritten or done}, with its fields |
 | error         | {"type": "error", "kind": name of a class in storage.errors, "message": one line}                 |
 
 Requests are answered in order. After an unreadable request the connection is closed behind the error.
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from storage import RepairStatus, VolumeStatus, errors
+from storage import RepairStatus, ReplicationStatus, RewriteStatus, VolumeStatus, errors
 from storage.errors import BadArgument, FusefsError
 
 VERSION = 1
@@ -87,11 +87,26 @@ class Repair(Request, frozen=True, tag="repair"):
     """Bring every sector to its replication now: -> progress..., RepairedAnswer"""
 
 
+class GetReplication(Request, frozen=True, tag="replication", kw_only=True):
+    """What holds for a directory or file, and how what is below is stored: -> ReplicationAnswer"""
+
+    ino: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+
+
+class Replicate(Request, frozen=True, tag="replicate", kw_only=True):
+    """Set it; "" inherits. `now`: for what is there as well; `wait`: until that is moved. -> progress..., RewrittenAnswer"""
+
+    ino: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+    spec: Annotated[str, Meta(max_length=15)]
+    now: bool = False
+    wait: bool = False
+
+
 class Stop(Request, frozen=True, tag="stop"):
     """Unmount, as SIGTERM does: -> DoneAnswer once the kernel has unmounted."""
 
 
-AnyRequest = GetStatus | Flush | Drain | Worm | Conclude | Renew | Mark | AddHost | Repair | Stop
+AnyRequest = GetStatus | Flush | Drain | Worm | Conclude | Renew | Mark | AddHost | Repair | GetReplication | Replicate | Stop
 
 
 class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,6 +152,14 @@ class RepairedAnswer(Answer, frozen=True, tag="repaired", kw_only=True):
     repair: RepairStatus
 
 
+class ReplicationAnswer(Answer, frozen=True, tag="replication", kw_only=True):
+    replication: ReplicationStatus
+
+
+class RewrittenAnswer(Answer, frozen=True, tag="rewritten", kw_only=True):
+    rewrite: RewriteStatus
+
+
 class DoneAnswer(Answer, frozen=True, tag="done"):
     pass
 
@@ -146,7 +169,18 @@ class ErrorAnswer(Answer, frozen=True, tag="error", kw_only=True):
     message: str
 
 
-AnyAnswer = Progress | StatusAnswer | FlushedAnswer | ContractAnswer | HostAnswer | RepairedAnswer | DoneAnswer | ErrorAnswer
+AnyAnswer = (
+    Progress
+    | StatusAnswer
+    | FlushedAnswer
+    | ContractAnswer
+    | HostAnswer
+    | RepairedAnswer
+    | ReplicationAnswer
+    | RewrittenAnswer
+    | DoneAnswer
+    | ErrorAnswer
+)
 
 _requests: msgspec.json.Decoder[AnyRequest] = msgspec.json.Decoder(AnyRequest)
 _answers: msgspec.json.Decoder[AnyAnswer] = msgspec.json.Decoder(AnyAnswer)

@@ -70,6 +70,9 @@ if TYPE_CHECKING:
     from storage.status import HostStatus as HostStatus
     from storage.status import RefusalStatus as RefusalStatus
     from storage.status import RepairStatus as RepairStatus
+    from storage.status import ReplicationStatus as ReplicationStatus
+    from storage.status import RewriteStatus as RewriteStatus
+    from storage.status import StoredAs as StoredAs
     from storage.status import VolumeStatus as VolumeStatus
     from storage.volume import Volume as Volume
     from storage.volume import VolumeOptions as VolumeOptions
@@ -100,7 +103,16 @@ _HOMES = {
     "storage.replication": ("Replication", "parse_replication"),
     "storage.salvage": ("SalvageReport", "salvage_volume"),
     "storage.seams": ("Seams",),
-    "storage.status": ("ContractStatus", "HostStatus", "RefusalStatus", "RepairStatus", "VolumeStatus"),
+    "storage.status": (
+        "ContractStatus",
+        "HostStatus",
+        "RefusalStatus",
+        "RepairStatus",
+        "ReplicationStatus",
+        "RewriteStatus",
+        "StoredAs",
+        "VolumeStatus",
+    ),
     "storage.volume": ("Volume", "VolumeOptions", "open_volume"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from storage.errors import FusefsError
+from storage.status import ReplicationStatus
 
 Buffer = bytes | bytearray | memoryview
 
@@ -465,6 +466,15 @@ class Values(Protocol):
 
     def replication_of(self, value_id: int) -> str: ...
 
+    def set_replication(self, batch: Batch, value_id: int, replication: str) -> None:
+        """Once the batch is applied, bytes appended are stored that way, and those there are being moved, in the background, also after a
+        restart. No await between this and applying the batch; at most once per value and batch."""
+        ...
+
+    async def stored_as(self, value_id: int) -> dict[str, int]:
+        """Replication -> bytes that are in sectors of it. Empty where there is no such value."""
+        ...
+
     def check_room(self) -> None:
         """NoSpace from a commit that found no room on the local disk until one that did: what cannot be made durable is refused (I7)."""
         ...
@@ -655,6 +665,18 @@ class Namespace(Protocol):
 
     # Attributes only fusefs knows.
     def replication_of(self, ino: int) -> str: ...
+    def set_replication(self, ino: int, spec: str) -> None:
+        """What is created below the directory later is stored as `spec`; "" inherits."""
+        ...
+
+    async def give_replication(self, ino: int, spec: str) -> None:
+        """Also what is there: every file below the directory, or the file. It is moved in the background (`Values.set_replication`)."""
+        ...
+
+    async def stored(self, ino: int) -> ReplicationStatus:
+        """What holds for a directory or file, who says so, and how it and what is below it is stored."""
+        ...
+
     def set_worm(self, ino: int) -> None:
         """From now on nothing below this directory can be removed, replaced or renamed. Cannot be undone."""
         ...

@@ -53,6 +53,37 @@ class RepairStatus(msgspec.Struct, frozen=True):
     trouble: str = ""
 
 
+class RewriteStatus(msgspec.Struct, frozen=True):
+    """Files that were given another replication: what is still in sectors of the old one, and what was moved since the volume was opened.
+    directories: whose files are still to be told. trouble: why some are not moved yet, or ""."""
+
+    files: int = 0
+    pending_bytes: int = 0
+    bytes: int = 0
+    directories: int = 0
+    trouble: str = ""
+
+
+class StoredAs(msgspec.Struct, frozen=True):
+    """Files of one replication: how many, their bytes, and how many of these are still in sectors of another."""
+
+    replication: str
+    files: int
+    bytes: int
+    misplaced: int
+
+
+class ReplicationStatus(msgspec.Struct, frozen=True):
+    """What holds for a directory or a file, and for what is below. own: "" where a directory inherits it; source: the directory that
+    says so, from the root; "" for the volume, and for a file, which has its own. below: itself included, by replication."""
+
+    path: str
+    replication: str
+    own: str
+    source: str
+    below: list[StoredAs]
+
+
 class VolumeStatus(msgspec.Struct, frozen=True):
     """Everything `fusefs status` shows."""
 
@@ -93,3 +124,4 @@ class VolumeStatus(msgspec.Struct, frozen=True):
     #: Another machine has gone on with the volume; `read_only_reason` says which.
     fenced: bool = False
     repair: RepairStatus = RepairStatus()
+    rewrite: RewriteStatus = RewriteStatus()

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import trio
 
 from storage.config import VolumeConfig, load_config
@@ -44,7 +45,7 @@ from storage.sectors.records import decode_sector
 from storage.sectors.regenerate import Regenerator
 from storage.sectors.sweep import RECOVERED_KEY, Sweeper
 from storage.standing import AWAY_GRACE, Standing
-from storage.status import ContractStatus, HostStatus, RefusalStatus, RepairStatus, VolumeStatus
+from storage.status import ContractStatus, HostStatus, RefusalStatus, RepairStatus, RewriteStatus, VolumeStatus
 from storage.values.records import decode_value, tail_needed
 from storage.values.values import Values
 
@@ -77,7 +78,7 @@ class VolumeOptions:
     flush_interval: float = 30.0
     #: Every so often what was appended is made durable without anybody asking; None: the caller does it.
     commit_interval: float | None = 5.0
-    #: Bytes per second that making shards again may send; None: no limit.
+    #: Bytes per second that making shards again, and moving files to another replication, may send each; None: no limit.
     repair_rate: float | None = None
     #: Seconds a host may be away before its shards are made again on others.
     away_grace: float = AWAY_GRACE
@@ -223,6 +224,36 @@ class Volume:
             ),
         ]
 
+    async def set_replication(self, ino: int, spec: str, *, now: bool = False) -> None:
+        """What is created below the directory later is stored as `spec`; "" inherits. `now`: also what is below it, or a file's content.
+
+        Durable when it returns; what is stored already is moved in the background (`rewrite` waits for it). BadArgument, and nothing was
+        changed: no such replication, too few hosts for it.
+        """
+        if self.publisher is None:
+            raise NotPermitted(f"{self.path} is open for reading only")
+        if now:
+            await self.namespace.give_replication(ino, spec)
+        else:
+            # A walk that is on its way would take it off again.
+            await self.namespace.hand_down()
+            self.namespace.set_replication(ino, spec)
+        await self.store.commit()
+
+    async def rewrite(self) -> RewriteStatus:
+        """What was given another replication is in sectors of it when it returns; what could not be moved, and why. Fenced, NoSpace,
+        Unavailable: it is tried again in the background."""
+        if self.publisher is None:
+            raise NotPermitted(f"{self.path} is open for reading only")
+        await self.namespace.hand_down()
+        await self.values.rewriter.make_over()
+        await self.store.commit()
+        return self.rewrite_status()
+
+    def rewrite_status(self) -> RewriteStatus:
+        """What there is to move to another replication, and what was moved since the volume was opened."""
+        return msgspec.structs.replace(self.values.rewriter.status(), directories=self.namespace.handing_down())
+
     async def status(self) -> VolumeStatus:
         """A snapshot, without asking any host anything that could hang."""
         now = self.seams.clock.time_ns()
@@ -298,6 +329,7 @@ class Volume:
             ],
             fenced=fenced,
             repair=self._repair_status(),
+            rewrite=self.rewrite_status(),
         )
 
 
@@ -540,6 +572,7 @@ async def _wire(
     nursery.start_soon(volume.files.run)
     nursery.start_soon(volume.hosts.retry)
     nursery.start_soon(_reap, volume)
+    nursery.start_soon(_hand_down, volume)
     if options.commit_interval is not None:
         nursery.start_soon(_commit_loop, volume, options.commit_interval)
 
@@ -593,6 +626,7 @@ def make_layers(
         tail_budget=options.tail_budget,
         flush_interval=options.flush_interval,
         default_replication=config.replication,
+        rewrite_rate=options.repair_rate,
     )
     volume.namespace = Namespace(
         store, volume.values, seams, default_replication=config.replication, check_replication=lambda spec: _check_hosts(volume, spec)
@@ -609,9 +643,18 @@ def _state(state: str, failures: float) -> str:
 def _check_hosts(volume: Volume, spec: str) -> None:
     """BadArgument if the volume has too few hosts for the replication."""
     replication = parse_replication(spec)
-    have = len(volume.hosts.numbers())
+    given_up = volume.standing.lost() | volume.standing.leaving().keys()
+    have = len(set(volume.hosts.numbers()) - given_up)
     if replication.hosts_needed > have:
-        raise BadArgument(f"replication {spec} needs {replication.hosts_needed} hosts, this volume has {have}")
+        besides = ", besides those that are lost or being left" if given_up else ""
+        raise BadArgument(f"replication {spec} needs {replication.hosts_needed} hosts, this volume has {have}{besides}")
+
+
+async def _hand_down(volume: Volume) -> None:
+    try:
+        await volume.namespace.hand_down()
+    except FusefsError as error:
+        log.error("files below a directory that was given another replication keep theirs until the next mount: %s", error)
 
 
 async def _reap(volume: Volume) -> None:

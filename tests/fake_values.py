@@ -77,6 +77,13 @@ class FakeValues:
         self._check(value_id)
         return (self._store.get(VALUE + u64(value_id)) or b"").decode()
 
+    def set_replication(self, batch: Batch, value_id: int, replication: str) -> None:
+        self._check(value_id)
+        batch.put(VALUE + u64(value_id), replication.encode())
+
+    async def stored_as(self, value_id: int) -> dict[str, int]:
+        return {self.replication_of(value_id): self.size_of(value_id)}
+
     async def reserve(self, value_id: int, length: int) -> None:
         if self.hold is not None:
             await self.hold.wait()

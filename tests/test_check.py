@@ -373,6 +373,13 @@ def _sealed(by: int) -> Damage:
     return damage
 
 
+def _replication(store: Store) -> None:
+    value_id = store.value_of("logs/deep/large")
+    record = decode_value(store.get(value_key(value_id)), value_id)
+    record.replication = "3"
+    store[value_key(value_id)] = record.encode()
+
+
 def _owner(store: Store) -> None:
     value_id = store.value_of("logs/deep/large")
     record = decode_value(store.get(value_key(value_id)), value_id)
@@ -445,6 +452,7 @@ MENDED: dict[str, tuple[Damage, str]] = {
     "value garbled": (garble(lambda s: value_key(s.value_of("logs/small1"))), "undecodable"),
     "value's owner wrong": (_owner, "value-owner"),
     "sealed too small": (_sealed(-500), "sealed"),
+    "other replication and no mark": (_replication, "misplaced"),
     "marked as garbage": (_put(lambda s: GARBAGE + u64(s.value_of("holey"))), "garbage-in-use"),
     "extent lost": (lose(lambda s: s.extents_of("logs/deep/large")[1].key), "bad-extent"),
     "last extent lost": (lose(lambda s: s.extents_of("logs/deep/large")[-1].key), "bad-extent"),

@@ -69,6 +69,8 @@ def test_the_script_comes_by_every_failpoint_there_is(base: Path) -> None:
 #: Failpoints no ordinary script comes by, each with the test that does.
 NEEDS_MORE = {
     "host_io.replace.before_delete",  # tests/conformance/test_host_io.py
+    "handing_down.before_apply",  # tests/test_replication_change.py
+    "rewrite.before_unmark",  # tests/test_replication_change.py
 }
 
 

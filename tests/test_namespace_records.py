@@ -16,17 +16,21 @@ from storage.namespace.records import (
     MAX_OFFSET,
     CountsRecord,
     Dirent,
+    HandingDownRecord,
     InodeRecord,
     MapRecord,
     cookie_key,
     decode_counts,
     decode_dirent,
+    decode_handing_down,
     decode_inode,
     decode_map,
     encode_counts,
     encode_dirent,
+    encode_handing_down,
     encode_inode,
     encode_map,
+    handing_down_key,
     inode_key,
     map_key,
     name_key,
@@ -73,6 +77,8 @@ def samples() -> dict[str, bytes]:
         "directory entry": encode_dirent(Dirent(ino=70000, type=stat.S_IFREG, cookie=3)),
         "map entry": encode_map(MapRecord(length=1 << 33, value_offset=9)),
         "counts": encode_counts(CountsRecord(inodes=3, files=1, bytes=4999)),
+        "handing down": encode_handing_down(HandingDownRecord(replication="4+2", after=77)),
+        "key: handing down": handing_down_key(258),
         "key: inode": inode_key(258),
         "key: name": name_key(1, b"name"),
         "key: cookie": cookie_key(1, 3),
@@ -89,6 +95,7 @@ def test_formats_are_as_in_the_golden_file() -> None:
     assert decode_inode(1, bytes.fromhex(golden["inode: mapped file"])) == inode()
     assert decode_dirent(1, bytes.fromhex(golden["directory entry"])) == Dirent(ino=70000, type=stat.S_IFREG, cookie=3)
     assert decode_map(1, 0, bytes.fromhex(golden["map entry"])) == MapRecord(length=1 << 33, value_offset=9)
+    assert decode_handing_down(1, bytes.fromhex(golden["handing down"])) == HandingDownRecord(replication="4+2", after=77)
     assert decode_counts(bytes.fromhex(golden["counts"])) == CountsRecord(inodes=3, files=1, bytes=4999)
 
 
@@ -101,6 +108,7 @@ decoders: list[Callable[[bytes], object]] = [
     lambda raw: decode_dirent(1, raw),
     lambda raw: decode_map(1, 5, raw),
     decode_counts,
+    lambda raw: decode_handing_down(1, raw),
 ]
 
 

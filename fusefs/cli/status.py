@@ -133,6 +133,7 @@ def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, st
         ("stored", f"{_count(now.files, 'file')}, {human_bytes(now.bytes)}, in {_count(now.sectors, 'sector')}, {copies}"),
         ("pending", pending),
         *([("repair", _repair(now))] if now.repair.pending and not now.view else []),
+        *([("moving", _rewrite(now))] if (now.rewrite.files or now.rewrite.directories) and not now.view else []),
         *([("metadata", _published(now))] if not now.view else []),
         ("cache", f"{human_bytes(now.cache_bytes)} of {human_bytes(now.cache_limit)}{hits}"),
         ("journal", f"{now.journal_fill * 100:.0f} % full"),
@@ -147,6 +148,13 @@ def _repair(now: VolumeStatus) -> str:
     done = f", {human_bytes(now.repair.bytes)} sent" if now.repair.bytes else ""
     rest = f", {human_bytes(now.repair.pending_bytes)} to send" if now.repair.pending_bytes else ""
     return f"{_count(now.repair.pending, 'sector')} to be made good{rest}{done}"
+
+
+def _rewrite(now: VolumeStatus) -> str:
+    """What changes its replication."""
+    done = f", {human_bytes(now.rewrite.bytes)} moved" if now.rewrite.bytes else ""
+    trouble = f": {now.rewrite.trouble}" if now.rewrite.trouble else ""
+    return f"{_count(now.rewrite.files, 'file')}, {human_bytes(now.rewrite.pending_bytes)}, to another replication{done}{trouble}"
 
 
 def _published(now: VolumeStatus) -> str:

@@ -14,7 +14,8 @@ from storage.checking.patient import Patient, attempt
 from storage.checking.rescue import Rescue
 from storage.checking.scanning import pages
 from storage.interfaces import Batch, TailPiece
-from storage.metadata.keys import EXTENT, GARBAGE, INODE, VALUE, read_u64, u64
+from storage.metadata.keys import EXTENT, GARBAGE, INODE, MISPLACED, VALUE, read_u64, u64
+from storage.replication import parse_replication
 from storage.values.records import VERSION, Extent, ValueRecord, decode_extent, value_key
 
 
@@ -156,6 +157,8 @@ class _Walk:
     at: int = 0
     gap: int = -1
     behind: list[Extent] = field(default_factory=list)
+    #: Replication -> bytes in sectors of it.
+    stored: dict[str, int] = field(default_factory=dict)
     bad: list[tuple[bytes, str]] = field(default_factory=list)
 
 
@@ -165,6 +168,10 @@ def _walk(patient: Patient, page: list[tuple[bytes, bytes]], walk: _Walk) -> Non
         if extent is None:
             continue
         why = _wrong(patient, extent, walk)
+        sector = patient.sector(extent.sector_id)
+        if sector is not None:
+            spec = str(parse_replication(sector.replication))
+            walk.stored[spec] = walk.stored.get(spec, 0) + extent.length
         if why:
             walk.bad.append((key, why))
         elif walk.gap < 0 and extent.offset == walk.at:
@@ -196,6 +203,12 @@ async def _check_value(patient: Patient, rescue: Rescue, value_id: int) -> None:
     walk = _Walk()
     async for page in pages(patient.store, EXTENT + u64(value_id)):
         _walk(patient, page, walk)
+    misplaced = sum(walk.stored.values()) - walk.stored.get(str(parse_replication(record.replication)), 0)
+    if misplaced and patient.store.get(MISPLACED + u64(value_id)) is None:
+        batch = Batch()
+        batch.put(MISPLACED + u64(value_id), u64(misplaced))
+        what = f"{misplaced} bytes of it are in sectors of another replication than {record.replication}, and nothing says so"
+        await patient.found("misplaced", patient.file_of(value_id), what, batch)
     if walk.at == record.sealed and not walk.behind and not walk.bad:
         return
     where = patient.file_of(value_id)

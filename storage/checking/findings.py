@@ -46,6 +46,7 @@ KINDS: Final[dict[str, tuple[str, str]]] = {
     "value-owner": ("sector tables name the wrong file", _REPAIR),
     "unowned-value": ("its bytes take space and belong to no file", _REPAIR),
     "garbage-in-use": ("the content of a file in use would be deleted", _REPAIR),
+    "misplaced": ("they stay stored that way", _REPAIR),
     "sealed": ("the file seems shorter than it is", _REPAIR),
     "gap": ("the file is readable up to there only", _REPAIR),
     "bad-extent": ("bytes of the file cannot be read", _REPAIR),

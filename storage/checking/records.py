@@ -27,6 +27,7 @@ from storage.namespace.records import (
     ORPHAN_MAP,
     decode_counts,
     decode_dirent,
+    decode_handing_down,
     decode_inode,
     decode_map,
 )
@@ -111,6 +112,8 @@ _KINDS: dict[bytes, tuple[str, _Check, bool]] = {
     keys.VALUE: ("value", _sized(9, lambda key, raw: decode_value(raw, read_u64(key, 1))), True),
     keys.EXTENT: ("extent", decode_extent, True),
     keys.GARBAGE: ("freed value", _sized(9, _nothing), True),
+    keys.MISPLACED: ("mark of misplaced bytes", _sized(9, lambda _key, raw: _shape(len(raw) == 8)), True),
+    keys.HANDING_DOWN: ("mark of a directory", _sized(9, lambda key, raw: decode_handing_down(read_u64(key, 1), raw)), True),
     keys.INODE: ("inode", _sized(9, lambda key, raw: decode_inode(read_u64(key, 1), raw)), True),
     keys.NAME: ("name", _name, True),
     keys.COOKIE: ("place in a directory", _place, True),

@@ -16,12 +16,14 @@
 | `v` | value id u64 | value record | values |
 | `x` | value id u64, offset u64 | extent | values |
 | `g` | value id u64 | freed value whose extents are still to be walked | values |
+| `y` | value id u64 | some of its bytes are in sectors of another replication than its own: how many, u64 | values |
 | `i` | inode u64 | inode record | namespace |
 | `n` | parent inode u64, name | directory entry | namespace |
 | `l` | parent inode u64, cookie u64 | name of that entry | namespace |
 | `o` | inode or map u64 | orphan: no name, still pinned; or the rest of a dropped file map | namespace |
 | `m` | map u64 (taken from the inode numbers), file offset u64 | file map entry | namespace |
 | `t` | inode u64, name | extended attribute | namespace |
+| `j` | directory inode u64 | what is below it is being given a replication | namespace |
 | `d` | host number u32 | the host is lost: when somebody said so, nanoseconds u64 | history |
 | `b` | host number u32 | the host is being left: since when, nanoseconds u64 | standing |
 | `w` | ASCII name | settings of the volume that can change | volume |
@@ -49,12 +51,14 @@ FREED = b"z"
 VALUE = b"v"
 EXTENT = b"x"
 GARBAGE = b"g"
+MISPLACED = b"y"
 INODE = b"i"
 NAME = b"n"
 COOKIE = b"l"
 ORPHAN = b"o"
 MAP = b"m"
 XATTR = b"t"
+HANDING_DOWN = b"j"
 LOST = b"d"
 LEAVING = b"b"
 SETTING = b"w"

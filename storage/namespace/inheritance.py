@@ -68,11 +68,21 @@ class Inheritance:
 
     # ---- replication
 
+    @property
+    def default(self) -> str:
+        """The volume's."""
+        return self._default
+
     def replication_below(self, directory: int) -> str:
         """What a new file in `directory` gets: of the nearest directory that says, else the volume's."""
+        source = self.replication_source(directory)
+        return self._default if source is None else self._inodes.directory(source).rec.replication
+
+    def replication_source(self, directory: int) -> int | None:
+        """The nearest directory that says; None where that is the volume."""
         for inode in self._directories.ancestors(directory):
             if inode.rec.replication:
-                return inode.rec.replication
+                return inode.ino
             if inode.ino == ROOT:
                 break
-        return self._default
+        return None

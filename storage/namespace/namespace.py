@@ -14,6 +14,7 @@ from storage.metadata.keys import COUNTER, u64
 from storage.namespace.content import Content
 from storage.namespace.directories import Directories, check_name, show
 from storage.namespace.filemap import FileMap
+from storage.namespace.handing_down import HandingDown
 from storage.namespace.inheritance import Inheritance
 from storage.namespace.inodes import CACHE_LIMIT, Change, Inode, InodeTable
 from storage.namespace.lifetime import Lifetime
@@ -33,9 +34,11 @@ from storage.namespace.records import (
     inode_key,
 )
 from storage.namespace.rename import Renamer
+from storage.namespace.stored import Survey
 from storage.namespace.xattrs import Xattrs
 from storage.replication import parse_replication
 from storage.seams import Seams
+from storage.status import ReplicationStatus
 
 INODE_COUNTER = b"inode"
 COOKIE_COUNTER = b"cookie"
@@ -71,6 +74,7 @@ class Namespace:
         self._inheritance = Inheritance(store, self._inodes, self._directories, default_replication)
         self._filemap = FileMap(store, self._inodes)
         self._xattrs = Xattrs(store, self._inodes)
+        self._handing_down = HandingDown(store, self._inodes, self._directories, values, seams.failpoints)
         self._lifetime = Lifetime(store, self._inodes, values, self._filemap, self._xattrs)
         self._renamer = Renamer(self._inodes, self._directories, self._inheritance, self._lifetime, values)
         self._content = Content(store, values, self._inodes, self._filemap, self._directories, self._inheritance, self._numbers)
@@ -320,13 +324,69 @@ class Namespace:
         return self._inheritance.replication_below(ino) if rec.is_dir else ""
 
     def set_replication(self, ino: int, spec: str) -> None:
-        """New files below this directory get `spec`; "" inherits again. Files that exist keep theirs."""
-        inode = self._inodes.directory(ino)
+        """New files below this directory get `spec`; "" inherits again. Files that exist keep theirs. BadArgument: see below."""
+        inode = self._inodes.get(ino)
+        if not inode.rec.is_dir:
+            raise BadArgument(f"{self._directories.describe(ino)} is no directory: what is there already changes by --now alone")
         change = Change(self._inodes)
         rec = change.edit(inode)
         rec.replication = self._checked(spec)
         rec.ctime = self._inodes.now()
         change.apply()
+
+    async def give_replication(self, ino: int, spec: str) -> None:
+        """As `set_replication`, and everything that is below the directory, or the file `ino`, has `spec` when it returns, or what it
+        inherits where that is "". Directories below have none of their own any more.
+
+        What is stored already is moved in the background (`Values.set_replication`). A crash does not stop it from the next commit on.
+        BadArgument, and nothing was changed: no such replication, too few hosts, neither a directory nor a file.
+        """
+        spec = self._checked(spec)
+        # Two at a time could each undo a part of the other.
+        await self.hand_down()
+        # No await from here on.
+        inode = self._inodes.get(ino)
+        if not (inode.rec.is_dir or inode.rec.is_regular):
+            raise BadArgument(f"{self._directories.describe(ino)}: only directories and regular files have a replication")
+        self._inodes.check_writable()
+        change = Change(self._inodes)
+        if inode.rec.is_dir:
+            rec = change.edit(inode)
+            rec.replication = spec
+            rec.ctime = self._inodes.now()
+            self._handing_down.begin(change, ino, spec or self._inherited(inode))
+        else:
+            self._values.set_replication(change.batch, inode.rec.value, spec or self._inherited(inode))
+        change.apply()
+        await self.hand_down()
+
+    async def hand_down(self) -> None:
+        """At open, go on with what a crash left of `give_replication`. Fenced."""
+        await self._handing_down.finish()
+
+    def handing_down(self) -> int:
+        """Directories whose files `give_replication` has yet to come to."""
+        return self._handing_down.pending()
+
+    async def stored(self, ino: int) -> ReplicationStatus:
+        """What holds for the inode, who says so, and how what is below it is stored. BadArgument: neither a directory nor a file."""
+        rec = self._inodes.get(ino).rec
+        if not (rec.is_dir or rec.is_regular):
+            raise BadArgument(f"{self._directories.describe(ino)}: only directories and regular files have a replication")
+        source = self._inheritance.replication_source(ino) if rec.is_dir else None
+        return ReplicationStatus(
+            path=self._directories.describe(ino),
+            replication=self.replication_of(ino),
+            own=rec.replication if rec.is_dir else self.replication_of(ino),
+            source=self._directories.describe(source) if source is not None else "",
+            below=await Survey(self._inodes, self._directories, self._values).below(ino),
+        )
+
+    def _inherited(self, inode: Inode) -> str:
+        """What it has without a replication of its own. A file whose name is not known gets the volume's."""
+        if inode.ino == ROOT or (not inode.rec.is_dir and not inode.rec.parent):
+            return self._inheritance.default
+        return self._inheritance.replication_below(inode.rec.parent)
 
     def set_worm(self, ino: int) -> None:
         self._inheritance.set_worm(ino)

@@ -27,6 +27,7 @@ Its place, `l` + parent u64 + cookie u64: the name itself, no codec.
 Map entry, `m` + map u64 + file offset u64: length u63 (not 0), offset in value u63.
 Orphan, `o` + number u64: one byte, `i` for an inode without a name, `m` for what is left of a map.
 Counts, `w` + "namespace.counts": inodes u63, regular files u63, bytes u63 (sum of `counted`).
+Handing down, `j` + directory inode u64: replication str, cookie u63 of the last entry done.
 Worm, `w` + "namespace.worm": b"1" once the volume has a worm directory.
 """
 
@@ -37,8 +38,9 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from storage.errors import Corrupt
-from storage.metadata.keys import COOKIE, INODE, MAP, NAME, ORPHAN, SETTING, XATTR, u64
+from storage.errors import BadArgument, Corrupt
+from storage.metadata.keys import COOKIE, HANDING_DOWN, INODE, MAP, NAME, ORPHAN, SETTING, XATTR, u64
+from storage.replication import parse_replication
 
 VERSION = 1
 _VERSION_BYTE = bytes([VERSION])
@@ -121,6 +123,13 @@ class MapRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=
     value_offset: U63
 
 
+class HandingDownRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False, frozen=True):
+    """What is below a directory is being given a replication, as far as `after`."""
+
+    replication: Annotated[str, msgspec.Meta(min_length=1, max_length=15)]
+    after: U63
+
+
 class CountsRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False, frozen=True):
     """Totals of the volume."""
 
@@ -133,6 +142,7 @@ _encode = msgspec.msgpack.Encoder().encode
 _inode_decoder = msgspec.msgpack.Decoder(InodeRecord)
 _dirent_decoder = msgspec.msgpack.Decoder(Dirent)
 _map_decoder = msgspec.msgpack.Decoder(MapRecord)
+_handing_down_decoder = msgspec.msgpack.Decoder(HandingDownRecord)
 _counts_decoder = msgspec.msgpack.Decoder(CountsRecord)
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -187,6 +197,20 @@ def decode_map(map_id: int, offset: int, raw: bytes) -> MapRecord:
     return record
 
 
+def encode_handing_down(record: HandingDownRecord) -> bytes:
+    return _VERSION_BYTE + _encode(record)
+
+
+def decode_handing_down(ino: int, raw: bytes) -> HandingDownRecord:
+    """Corrupt if `raw` is no such record."""
+    record = _decode(_handing_down_decoder, raw, f"the mark of directory inode {ino}")
+    try:
+        parse_replication(record.replication)
+    except BadArgument as error:
+        raise Corrupt(f"the mark of directory inode {ino}: {error}; check the volume's metadata") from error
+    return record
+
+
 def encode_counts(record: CountsRecord) -> bytes:
     return _VERSION_BYTE + _encode(record)
 
@@ -210,6 +234,10 @@ def cookie_key(parent: int, cookie: int) -> bytes:
 
 def map_key(map_id: int, offset: int) -> bytes:
     return MAP + u64(map_id) + u64(offset)
+
+
+def handing_down_key(ino: int) -> bytes:
+    return HANDING_DOWN + u64(ino)
 
 
 def orphan_key(number: int) -> bytes:

@@ -1,12 +1,14 @@
 """Merging: partly filled sectors are copied together into fuller ones, each value's bytes side by side.
 
 What a sector holds says its own table; what of it is live, the extents. So merging needs no index from sectors to values. A value freed
-meanwhile is left out, or becomes garbage in the new sector like anywhere else.
+meanwhile is left out, or becomes garbage in the new sector like anywhere else. What is copied goes into sectors of its value's
+replication, which may be another than that of the sector it comes from: `move` copies that alone (values.rewrite).
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -14,10 +16,12 @@ import trio
 from storage.errors import Fenced, FusefsError, NotFound
 from storage.interfaces import Batch, Buffer, MetadataStore
 from storage.metadata.keys import EXTENT, u64
+from storage.replication import parse_replication
+from storage.seams import Seams
 from storage.sectors.manager import SectorManager
 from storage.sectors.partial import Partial
 from storage.values.packing import ENTRY_BYTES, TABLE_BYTES, TableEntry, encode_table, parse_table
-from storage.values.records import Extent, decode_value, value_key
+from storage.values.records import Extent, ValueRecord, decode_value, value_key
 from storage.values.shipping import Shipper
 
 log = logging.getLogger("fusefs.values")
@@ -35,11 +39,16 @@ class _Piece:
     extent: Extent
     data: memoryview
 
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.extent.value_id, self.extent.offset
+
 
 @dataclass(slots=True)
 class _Output:
     """A sector being put together: (extent it will hold, the old extents it replaces)."""
 
+    replication: str
     parts: list[Buffer]
     entries: list[TableEntry]
     replaced: list[Extent]
@@ -49,12 +58,16 @@ class _Output:
 
 
 class Merger:
-    """One loop; one merge at a time, so at most about two sectors of plaintext in memory for each of its two sides (I7)."""
+    """One merge or move at a time, so at most about two sectors of plaintext in memory for each of its two sides (I7)."""
 
-    def __init__(self, store: MetadataStore, sectors: SectorManager, shipper: Shipper) -> None:
+    def __init__(self, store: MetadataStore, sectors: SectorManager, shipper: Shipper, seams: Seams) -> None:
         self._store = store
         self._sectors = sectors
         self._shipper = shipper
+        self._hit = seams.failpoints.hit
+        self._lock = trio.Lock()
+        #: In the batch that points extents elsewhere: value id -> bytes that came out of sectors of another replication.
+        self.on_moved: Callable[[Batch, dict[int, int]], None] = lambda _batch, _moved: None
         self._wake = trio.Event()
         self._wake.set()
         #: When sectors were last set aside.
@@ -70,34 +83,66 @@ class Merger:
             self._wake = trio.Event()
             if trio.current_time() >= self._set_aside_at + SET_ASIDE_SECONDS:
                 self._sectors.partials.set_aside.clear()
-            while (group := self._sectors.partials.due()) is not None:
-                try:
-                    await self.merge(group)
-                except Fenced:
-                    return
-                except FusefsError as error:
-                    # Nothing is lost by it: the old sectors stand until the new one does.
-                    log.warning("merging sectors is postponed: %s", error)
-                    if self._sectors.partials.set_aside.isdisjoint(partial.sector_id for partial in group):
-                        await trio.sleep(RETRY_SECONDS)
+            try:
+                while await self._merge_due():
+                    pass
+            except Fenced:
+                return
+
+    async def _merge_due(self) -> bool:
+        """Merge one group; False if none is due. Waits after a failure, unless that has set a sector aside."""
+        async with self._lock:
+            group = self._sectors.partials.due()
+            if group is None:
+                return False
+            try:
+                await self.merge(group)
+                return True
+            except Fenced:
+                raise
+            except FusefsError as error:
+                # Nothing is lost by it: the old sectors stand until the new one does.
+                log.warning("merging sectors is postponed: %s", error)
+                wait = self._sectors.partials.set_aside.isdisjoint(partial.sector_id for partial in group)
+        if wait:
+            await trio.sleep(RETRY_SECONDS)
+        return True
 
     async def merge(self, group: list[Partial]) -> None:
         """Copy what is live in the group into new sectors, point the extents there, delete the old ones."""
+        await self._copy([partial.sector_id for partial in group], None)
+
+    async def move(self, extents: Sequence[Extent]) -> None:
+        """Copy these extents, and whatever else in their sectors belongs to values of another replication, into sectors of their values'.
+
+        At most about a sector's worth in all. Sectors that cannot be read are set aside, and the others' are moved all the same: then
+        it raises what was wrong with the first.
+        """
+        async with self._lock:
+            # Some may be held by the shipper: what has landed from these can be copied too, but nobody else lets go of them.
+            await self._copy(sorted({extent.sector_id for extent in extents}), extents)
+
+    async def _copy(self, sources: list[int], only: Sequence[Extent] | None) -> None:
+        """All that is live in the sources; or `only` what is misplaced, these extents in any case."""
         held = self._sectors.partials.held
-        sources = [partial.sector_id for partial in group]
-        held.update(sources)
+        ours = [sector_id for sector_id in sources if sector_id not in held]
+        held.update(ours)
         try:
-            pieces = await self._live_pieces(sources)
+            pieces, failure = await self._live_pieces(sources, only)
             for output in self._pack(pieces):
-                await self._write(output, group[0].replication)
+                self._hit("merge.before_write")
+                await self._write(output)
+                self._hit("merge.before_switch")
                 try:
                     self._switch(output)
                 finally:
                     held.discard(output.sector_id)
         finally:
-            held.difference_update(sources)
+            held.difference_update(ours)
             # Also after a failure: what was emptied meanwhile nobody else deletes while it is held.
-            self._delete_empty(sources)
+            self._delete_empty(ours)
+        if failure is not None:
+            raise failure
 
     def _delete_empty(self, sources: list[int]) -> None:
         batch = Batch()
@@ -111,45 +156,68 @@ class Merger:
         if batch.ops:
             self._store.apply(batch)
 
-    async def _live_pieces(self, sources: list[int]) -> list[_Piece]:
-        """In order of (value, offset)."""
-        pieces: list[_Piece] = []
+    async def _live_pieces(self, sources: list[int], only: Sequence[Extent] | None) -> tuple[list[_Piece], FusefsError | None]:
+        """In order of (value, offset); and, with `only`, what was wrong with a sector that is left out."""
+        pieces: dict[bytes, _Piece] = {}
+        failure: FusefsError | None = None
         for sector_id in sources:
+            wanted = [extent for extent in only or () if extent.sector_id == sector_id]
             try:
                 data = memoryview(await self._sectors.read_sector(sector_id))
-                entries = parse_table(data)
-            except FusefsError:
+                # Merges of k sectors leave extents as long as their table entries, so an entry is either one extent, or dead.
+                found = [Extent(entry.value_id, entry.offset, sector_id, entry.position, entry.length) for entry in parse_table(data)]
+            except FusefsError as error:
                 # One damaged sector must not keep all others from being merged, or their number would grow without bound (I7).
                 self._sectors.partials.set_aside.add(sector_id)
                 self._set_aside_at = trio.current_time()
-                raise
-            for entry in entries:
-                # Merges of k sectors leave extents as long as their table entries, so an entry is either one extent, or dead.
-                extent = Extent(entry.value_id, entry.offset, sector_id, entry.position, entry.length)
-                if self._is_live(extent):
-                    pieces.append(_Piece(extent, data[entry.position : entry.position + entry.length]))
-        pieces.sort(key=lambda piece: (piece.extent.value_id, piece.extent.offset))
-        return pieces
+                if only is None:
+                    raise
+                failure = failure or error
+                continue
+            if only is not None:
+                found = [*wanted, *self._misplaced(sector_id, found)]
+            for extent in found:
+                if extent.key not in pieces and self._is_live(extent):
+                    piece = data[extent.position : extent.position + extent.length]
+                    # Of many sectors a little each: not all of them stay in memory for it.
+                    pieces[extent.key] = _Piece(extent, piece if only is None else memoryview(bytes(piece)))
+        return sorted(pieces.values(), key=lambda piece: piece.order), failure
+
+    def _misplaced(self, sector_id: int, extents: Collection[Extent]) -> list[Extent]:
+        """Those whose value has another replication than the sector."""
+        try:
+            spec = parse_replication(self._sectors.record(sector_id).replication)
+        except NotFound:
+            # Deleted while it was read.
+            return []
+        return [e for e in extents if (value := self._value(e)) is not None and parse_replication(value.replication) != spec]
+
+    def _value(self, extent: Extent) -> ValueRecord | None:
+        raw = self._store.get(value_key(extent.value_id))
+        return None if raw is None else decode_value(raw, extent.value_id)
 
     def _is_live(self, extent: Extent) -> bool:
         return self._store.get(extent.key) == extent.encode() and self._store.get(value_key(extent.value_id)) is not None
 
     def _pack(self, pieces: list[_Piece]) -> list[_Output]:
-        """Next fit in order; what adjoins in a value becomes one entry. A piece is never cut: so every old extent moves to one place."""
+        """Next fit in order, for each replication; what adjoins in a value becomes one entry. A piece is never cut: so every old extent
+        moves to one place."""
         limit = self._sectors.sector_size - TABLE_BYTES
         outputs: list[_Output] = []
+        current: dict[str, _Output] = {}
         commit = self._store.applied_sequence
         for piece in pieces:
             extent = piece.extent
-            if not self._is_live(extent):
+            value = self._value(extent)
+            if value is None or not self._is_live(extent):
                 # Freed while the other sectors were read.
                 continue
-            owner = decode_value(self._store.get(value_key(extent.value_id)) or b"", extent.value_id).owner
-            path = self._shipper.name_of(owner)
-            output = outputs[-1] if outputs else None
+            path = self._shipper.name_of(value.owner)
+            spec = str(parse_replication(value.replication))
+            output = current.get(spec)
             cost = extent.length + ENTRY_BYTES + len(path)
             if output is None or output.length + output.table_bytes + cost > limit:
-                output = _Output([], [], [])
+                output = current[spec] = _Output(spec, [], [], [])
                 outputs.append(output)
             last = output.entries[-1] if output.entries else None
             if last is not None and last.value_id == extent.value_id and last.offset + last.length == extent.offset:
@@ -164,11 +232,12 @@ class Merger:
             output.length += extent.length
         return outputs
 
-    async def _write(self, output: _Output, replication: str) -> None:
-        output.sector_id = await self._sectors.allocate_sector(replication)
+    async def _write(self, output: _Output) -> None:
+        # I1: new content, so a new id, and new ones for its shards.
+        output.sector_id = await self._sectors.allocate_sector(output.replication)
         self._sectors.partials.held.add(output.sector_id)
         try:
-            await self._sectors.write_sector(output.sector_id, [*output.parts, encode_table(output.entries)], replication)
+            await self._sectors.write_sector(output.sector_id, [*output.parts, encode_table(output.entries)], output.replication)
         except BaseException:
             self._sectors.partials.held.discard(output.sector_id)
             raise
@@ -177,12 +246,16 @@ class Merger:
         """Point the extents to the new sector (I2: it is durable). No await: what is live is looked at and changed in one step."""
         batch = Batch()
         deltas: dict[int, int] = {}
+        moved: dict[int, int] = {}
         live = 0
+        spec = parse_replication(output.replication)
         alive = {extent.key for extent in output.replaced if self._is_live(extent)}
         for extent in output.replaced:
             if extent.key in alive:
                 batch.delete(extent.key)
                 deltas[extent.sector_id] = deltas.get(extent.sector_id, 0) - extent.length
+                if parse_replication(self._sectors.record(extent.sector_id).replication) != spec:
+                    moved[extent.value_id] = moved.get(extent.value_id, 0) + extent.length
         for entry in output.entries:
             if EXTENT + u64(entry.value_id) + u64(entry.offset) not in alive:
                 # The value was freed meanwhile; a value is freed whole, so none of the entry's extents is live.
@@ -197,4 +270,6 @@ class Merger:
                 self._sectors.delete_now(batch, sector_id)
         if not live:
             self._sectors.delete_now(batch, output.sector_id)
+        if moved:
+            self.on_moved(batch, moved)
         self._store.apply(batch)

@@ -82,6 +82,8 @@ class Shipper:
         #: Sequence of a commit that has every landing so far; of one that has the tails that were last written to the journal once more.
         self._landed_in = self._relogged_in = 0
         self.path_of: Callable[[int], bytes | None] = lambda _owner: None
+        #: In a landing's batch: (batch, value id, bytes that came down in a sector of another replication than the value has by now).
+        self.on_misplaced: Callable[[Batch, int, int], None] = lambda _batch, _value, _length: None
         #: Told after each landing, for merging.
         self.on_landed: Callable[[], None] = lambda: None
 
@@ -250,6 +252,11 @@ class Shipper:
             self._wake_waiters()
 
     async def _write(self, cargo: Cargo) -> None:
+        wanted = {flight.tail.replication for flight in cargo.flights if flight.state is not FlightState.DROPPED}
+        if len(wanted) == 1:
+            # Changed since they were put together, maybe because there are too few hosts for what it was.
+            cargo.replication = wanted.pop()
+        replication = cargo.replication
         commit = self._store.applied_sequence
         entries = [
             TableEntry(
@@ -268,14 +275,14 @@ class Shipper:
         if cargo.length + len(table) > self._sectors.sector_size:
             # Files were renamed to longer paths since they were put together: rather no paths than a sector nobody takes.
             table = encode_table([msgspec.structs.replace(entry, path=b"") for entry in entries])
-        sector_id = await self._sectors.allocate_sector(cargo.replication)
+        sector_id = await self._sectors.allocate_sector(replication)
         # Until every flight has landed, the sector looks emptier than it is; it must not be merged away meanwhile.
         self._sectors.partials.held.add(sector_id)
         # Of an attempt whose record was damaged.
         self._sectors.partials.held.discard(cargo.sector_id)
         cargo.sector_id = sector_id
         try:
-            await self._sectors.write_sector(sector_id, [*parts, table], cargo.replication)
+            await self._sectors.write_sector(sector_id, [*parts, table], replication)
         except BaseException:
             self._sectors.partials.held.discard(sector_id)
             raise
@@ -331,6 +338,7 @@ class Shipper:
             if flight.state is FlightState.DROPPED:
                 continue
             landed = False
+            misplaced = 0
             while tail.flights and tail.flights[0].state is FlightState.WAITING:
                 first = tail.flights[0]
                 # Before `sealed` moves: no byte of it needs the journal any more.
@@ -344,10 +352,14 @@ class Shipper:
                 first.state = FlightState.LANDED
                 settled.add(first.cargo)
                 released += first.length
+                if first.cargo.replication != tail.replication:
+                    misplaced += first.length
                 tail.sealed = first.end
                 landed = True
             if landed:
                 batch.put(value_key(tail.value_id), ValueRecord(VERSION, tail.owner, tail.replication, tail.sealed).encode())
+                if misplaced:
+                    self.on_misplaced(batch, tail.value_id, misplaced)
                 if tail.empty:
                     # The invariant of `_tails`: nothing outside of extents, nothing here.
                     self._tails.pop(tail.value_id, None)
@@ -371,6 +383,13 @@ class Shipper:
                 self._sectors.delete_now(batch, cargo.sector_id)
         if batch.ops:
             self._store.apply(batch)
+
+    async def wait_misplaced(self) -> None:
+        """Until what is on its way in sectors of another replication than its value has by now has landed, or was refused."""
+        for cargo in list(self._cargos):
+            if any(flight.tail.replication != cargo.replication for flight in cargo.flights):
+                # Bounded by the time limits of HostIO.
+                await cargo.done.wait()
 
     # ------------------------------------------------------------------------------------------------------------
     # Flush

@@ -19,6 +19,7 @@ from storage.sectors.manager import SectorManager
 from storage.values.merge import Merger
 from storage.values.reclaim import Reclaimer
 from storage.values.records import VERSION, Extent, ValueRecord, decode_value, extents_between, value_key
+from storage.values.rewrite import Rewriter
 from storage.values.shipping import Shipper
 from storage.values.tail import Tail
 
@@ -59,7 +60,9 @@ class Values:
         tail_budget: int,
         flush_interval: float,
         default_replication: str,
+        rewrite_rate: float | None = None,
     ) -> None:
+        """`rewrite_rate`: bytes per second that changing the replication of what is stored may send; None: no limit."""
         self._store = store
         self._sectors = sectors
         self._counter = counter
@@ -77,7 +80,8 @@ class Values:
             default_replication=default_replication,
         )
         self._reclaimer = Reclaimer(store, sectors)
-        self._merger = Merger(store, sectors, self.shipper)
+        self._merger = Merger(store, sectors, self.shipper, seams)
+        self.rewriter = Rewriter(store, sectors, self._merger, self.shipper, seams, rewrite_rate)
         self.shipper.on_landed = self._merger.wake
         self._reclaimer.on_freed = self._merger.wake
         self._streams: dict[int, int] = {}
@@ -102,10 +106,25 @@ class Values:
         batch.put(value_key(value_id), ValueRecord(VERSION, owner, replication, 0).encode())
         return value_id
 
+    def set_replication(self, batch: Batch, value_id: int, replication: str) -> None:
+        spec = parse_replication(replication)
+        record = self._record(value_id)
+        if parse_replication(record.replication) == spec:
+            return
+        record.replication = str(spec)
+        batch.put(value_key(value_id), record.encode())
+        tail = self._tails.get(value_id)
+        if tail is not None:
+            # What is put together from now on. What is on its way is marked when it lands.
+            tail.replication = record.replication
+        if record.sealed:
+            self.rewriter.mark(batch, value_id, record.sealed)
+
     def free(self, batch: Batch, value_id: int) -> None:
         # No await between here and the caller's apply: nobody appends to a value that is half freed.
         batch.delete(value_key(value_id))
         batch.put(GARBAGE + u64(value_id), b"")
+        self.rewriter.forget(batch, value_id)
         tail = self._tails.pop(value_id, None)
         if tail is not None:
             self.shipper.drop(tail)
@@ -151,6 +170,9 @@ class Values:
     def replication_of(self, value_id: int) -> str:
         tail = self._tails.get(value_id)
         return self._record(value_id).replication if tail is None else tail.replication
+
+    async def stored_as(self, value_id: int) -> dict[str, int]:
+        return await self.rewriter.stored_as(value_id)
 
     # ------------------------------------------------------------------------------------------------------------
     # Appending
@@ -426,9 +448,10 @@ class Values:
         return report
 
     async def run(self) -> None:
-        """The loops: gather, merge, reclaim. Until cancelled."""
+        """The loops: gather, merge, reclaim, rewrite. Until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.shipper.run)
             nursery.start_soon(self._grow_loop)
             nursery.start_soon(self._reclaimer.run)
             nursery.start_soon(self._merger.run)
+            nursery.start_soon(self.rewriter.run)
