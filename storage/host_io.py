@@ -96,17 +96,18 @@ class HostIO:
     # ----------------------------------------------------------------------------------------------------------------
     # Reading
 
-    async def read(self, contract_id: str, sector_root: str, sector_id: int) -> bytes:
-        """The shard's plaintext; root, header and every block verified."""
+    async def read(self, contract_id: str, sector_root: str, sector_id: int, plaintext_length: int | None = None) -> bytes:
+        """The shard's plaintext; root, header and every block verified. `plaintext_length`, if known, is for timing it."""
         number = self._contractor.contract(contract_id).host_number
         check_root(sector_root)
         name = shard_name(self._volume_id, sector_root)
+        size = _UNKNOWN_SIZE if plaintext_length is None else sealed_length(plaintext_length)
 
         async def fetch(host: Host) -> bytes:
             return await host.get(name, MAX_SEALED)
 
         return await self._fetch(
-            number, sector_root, sector_id, fetch, None, _UNKNOWN_SIZE, lambda sealed: self._open_whole(sealed, sector_root, sector_id)
+            number, sector_root, sector_id, fetch, None, size, lambda sealed: self._open_whole(sealed, sector_root, sector_id)
         )
 
     async def insecure_read(
@@ -233,11 +234,16 @@ class HostIO:
             known = await self._locked.fetch(host, number, sector_root, name, part or (0, MAX_SEALED))
             return known if known is not None else await fetch(host)
 
+        started = self._seams.clock.monotonic()
         try:
-            started = self._seams.clock.monotonic()
             raw = await self._call(number, size, fetch_or_version)
             seconds = self._seams.clock.monotonic() - started
             result = verify(raw) if len(raw) <= INLINE else await self._seams.threads.run(verify, raw)
+        except trio.Cancelled:
+            # Another was quicker, or nobody wants it any more: it would have taken longer than this.
+            if self._hostdb.gave_up(number, size, self._seams.clock.monotonic() - started):
+                self._registry.suspect(number)
+            raise
         except (Corrupt, NotFound) as error:
             # Also of a shard that should be there and is gone: as bad as a damaged one.
             self._hostdb.failed(number, error, ("read",))
@@ -393,7 +399,7 @@ class HostIO:
         """A change on a host, recorded in the HostDB; errors say `what` it was about."""
         started = self._seams.clock.monotonic()
         try:
-            await self._call(number, size, call)
+            await self._call(number, size, call, sent=size)
         except NoSpace as error:
             self._hostdb.failed(number, error, directions)
             raise NoSpace(f"{what}: {error}") from error
@@ -403,17 +409,25 @@ class HostIO:
         for direction in directions:
             self._hostdb.succeeded(number, direction, size, self._seams.clock.monotonic() - started)
 
-    async def _call(self, number: int, size: int, call: Callable[[Host], Awaitable[T]]) -> T:
-        """Unavailable if the host takes longer than `size` bytes may take. An Unavailable host is looked at again by the registry."""
+    async def _call(self, number: int, size: int, call: Callable[[Host], Awaitable[T]], sent: int = 0) -> T:
+        """Unavailable if the host takes longer than `size` bytes may take. An Unavailable host is looked at again by the registry.
+
+        `sent`: bytes of an object that go to the host; how many come from it is seen.
+        """
         host = self._registry.get(number)
         limit = self._timeout + size / self._slowest
+        received = 0
         try:
             with trio.move_on_after(limit):
-                return await call(host)
+                answer = await call(host)
+                received = len(answer) if isinstance(answer, bytes) else 0
+                return answer
             raise Unavailable(f"host {host.url} did not answer within {limit:.0f} s")
         except Unavailable:
             self._registry.suspect(number)
             raise
+        finally:
+            self._hostdb.requested(number, sent, received)
 
     @asynccontextmanager
     async def _exclusively(self, key: bytes) -> AsyncIterator[None]:

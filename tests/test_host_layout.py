@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from storage.contractor import decode_contract, encode_contract
 from storage.errors import BadArgument, Corrupt
 from storage.hosts import hostdb, layout, registry
+from storage.hosts.days import DAY_NS, Day
 from storage.hosts.holders import Holders, decode_holders
 from storage.hosts.layout import ContractFile
 from storage.interfaces import Batch, Contract, HostCapabilities
@@ -47,6 +48,11 @@ def host_statistics() -> bytes:
     db.succeeded(3, "read", 100, 0.25)
     db.succeeded(3, "write", 4_000_000, 2.0)
     db.failed(3, Corrupt("bad root"))
+    for _ in range(30):
+        db.succeeded(3, "read", 4_000_000, 1.0)
+    db.requested(3, 0, 100)
+    db.requested(3, 4_000_000, 0)
+    db.hedged(3)
     batch = Batch()
     db.save(batch)
     [(key, value)] = batch.ops
@@ -64,7 +70,7 @@ def host_statistics() -> bytes:
         ("contract_record.bin", lambda: b"".join(encode_contract(CONTRACT_RECORD, 7, ONE))),
         ("holders_record.bin", HOLDERS.encode),
         ("holders_record-2.bin", LOCKED_HOLDERS.encode),
-        ("host_statistics.bin", host_statistics),
+        ("host_statistics-2.bin", host_statistics),
     ],
 )
 def test_the_golden_files_are_written_today_as_then(file: str, make: Callable[[], bytes]) -> None:
@@ -80,12 +86,24 @@ def test_the_golden_files_are_read_today_as_then() -> None:
     assert decode_contract(raw[:33], raw[33:]) == (CONTRACT_RECORD, 7, ONE)
     assert decode_holders((GOLDEN / "holders_record.bin").read_bytes(), bytes(32)) == HOLDERS
     assert decode_holders((GOLDEN / "holders_record-2.bin").read_bytes(), bytes(32)) == LOCKED_HOLDERS
+    stats = statistics_in("host_statistics-2.bin")
+    assert (stats.latency, stats.reads, stats.writes, stats.failed, stats.last_error) == (0.25, 31, 1, 1, "bad root")
+    assert (stats.hedged, stats.overtaken, stats.days) == (1, 0, [Day(BASE_NS // DAY_NS, 2, 4_000_000, 100)])
+    assert stats.median is not None and 0.25 <= stats.median < 0.25 * 1.2
+
+
+def test_what_version_1_knew_of_a_host_is_still_read() -> None:
+    stats = statistics_in("host_statistics.bin")
+    assert (stats.latency, stats.reads, stats.writes, stats.failed, stats.last_error) == (0.25, 1, 1, 1, "bad root")
+    assert (stats.hedged, stats.days, stats.p95) == (0, [], None)
+
+
+def statistics_in(golden: str) -> hostdb.HostStatistics:
     batch = Batch()
-    batch.put(b"q\0\0\0\x03", (GOLDEN / "host_statistics.bin").read_bytes())
+    batch.put(b"q\0\0\0\x03", (GOLDEN / golden).read_bytes())
     store = MemoryStore()
     store.apply(batch)
-    stats = hostdb.HostDB(store, make_seams(clock=ManualClock())).stats(3)
-    assert (stats.latency, stats.reads, stats.writes, stats.failed, stats.last_error) == (0.25, 1, 1, 1, "bad root")
+    return hostdb.HostDB(store, make_seams(clock=ManualClock())).stats(3)
 
 
 def test_names_are_as_the_design_lays_them_out() -> None:

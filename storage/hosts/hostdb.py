@@ -1,19 +1,26 @@
 """HostDB: what hosts have been like, and in which order to ask them.
 
 Per host and direction: a moving average of the latency and of the throughput of *successes only*, and a failure score that grows by 1
-with each failure and halves every `HALF_LIFE` seconds. A host that fails fast is not a fast host: failures touch no average.
+with each failure and halves every `HALF_LIFE` seconds. A host that fails fast is not a fast host: failures touch no average. For reads
+also how the times are distributed: `slow_after` says when a read is slower than nearly all before it were, `stalled_after` when it hangs.
+A read that was given up because another host was quicker is no failure and no success: it counts as having taken at least that long, where
+that makes the host look worse, and else not at all. One given up because it hung counts against the host's rank as a failure does.
 
 Record under the key `q` + host number u32, a MessagePack array; lost or damaged ones cost nothing but experience:
 
 | # | field | type | meaning |
 |---|---|---|---|
-| 0 | version | int | 1 |
+| 0 | version | int | 2; 1 ends with field 11 |
 | 1, 2 | read latency, throughput | float or nil | seconds; bytes per second |
 | 3, 4 | write latency, throughput | float or nil | the same |
 | 5, 6 | reads, writes | int | successes ever |
 | 7 | failed | int | failures ever |
 | 8, 9 | bytes read, written | int | ever |
 | 10, 11 | last error, its time | str, int | "", 0 if there was none; nanoseconds |
+| 12 | latencies | array | of reads up to `SMALL`, seconds: hosts/histogram.py |
+| 13 | transfers | array | of larger reads, seconds per MiB: the same |
+| 14 | days | array | requests and bytes per day: hosts/days.py |
+| 15, 16 | hedged, overtaken | int | reads for which another host was asked because this one was slow; those that the other won |
 """
 
 from __future__ import annotations
@@ -26,13 +33,16 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from storage.hosts.days import Day, DayRecords, Days
+from storage.hosts.histogram import Histogram, Weights
 from storage.interfaces import Batch, MetadataReader
 from storage.metadata.keys import HOST_STATS, prefix_end, read_u32, u32
 from storage.seams import Seams
 
 log = logging.getLogger("fusefs.hosts")
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
+_READABLE = (1, 2)
 #: Seconds in which a failure counts half.
 HALF_LIFE = 60.0
 #: Weight of the newest sample in an average.
@@ -52,6 +62,19 @@ EXPLORE = 16
 #: A host with less free space comes after those with more.
 LITTLE_SPACE = 64 * 1024 * 1024
 MAX_ERROR = 500
+#: From so many samples on their distribution is believed.
+ENOUGH = 20
+#: The share of reads that are not called slow.
+USUAL = 0.95
+#: Seconds after which a small read hangs where too little is known of the host, and at least; larger ones have their bytes' time besides.
+STALL = 2.0
+#: Bytes per second for that.
+SLOWEST = 1024 * 1024
+#: A host known to be slow hangs when it takes so many times its slow time.
+PATIENCE = 4.0
+#: Reads that hung count up to so many, so that a hundred at once are not a hundred minutes of distrust.
+MAX_STALLS = 4.0
+_MIB = 1024 * 1024
 
 Direction = Literal["read", "write"]
 
@@ -71,6 +94,14 @@ class HostStatistics:
     bytes_written: int
     last_error: str
     last_error_ns: int
+    #: Of small reads, seconds: half of them, and 95 of 100, were not slower. None before the first.
+    median: float | None
+    p95: float | None
+    write_throughput: float | None
+    hedged: int
+    overtaken: int
+    #: Oldest first.
+    days: list[Day]
 
 
 _Average = Annotated[float, msgspec.Meta(gt=0, le=1e18)] | None
@@ -90,6 +121,11 @@ class _Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     bytes_written: _Count
     last_error: Annotated[str, msgspec.Meta(max_length=MAX_ERROR)]
     last_error_ns: _Count
+    latencies: Weights = []
+    transfers: Weights = []
+    days: DayRecords = []
+    hedged: _Count = 0
+    overtaken: _Count = 0
 
 
 @dataclass(slots=True)
@@ -105,9 +141,22 @@ class _Speed:
     failed_at: float = 0.0
     #: Monotonic time of the last success; None in this process so far.
     succeeded_at: float | None = None
+    #: Reads only.
+    latencies: Histogram = field(default_factory=Histogram)
+    transfers: Histogram = field(default_factory=Histogram)
+    #: As `score` and `failed_at`, of reads that hung.
+    stalls: float = 0.0
+    stalled_at: float = 0.0
 
     def failures(self, now: float) -> float:
         return self.score * math.exp2(-max(0.0, now - self.failed_at) / HALF_LIFE)
+
+    def trouble(self, now: float) -> float:
+        """Failures, and reads that hung."""
+        return self.failures(now) + self._stalls(now)
+
+    def _stalls(self, now: float) -> float:
+        return self.stalls * math.exp2(-max(0.0, now - self.stalled_at) / HALF_LIFE)
 
     def seconds_for(self, size: int) -> float | None:
         """Expected time for that many bytes; None if nothing is known."""
@@ -119,12 +168,45 @@ class _Speed:
         seconds = max(seconds, 1e-6)
         if size <= SMALL:
             self.latency = _mix(self.latency, seconds)
+            self.latencies.add(seconds)
         else:
-            # What is not latency; but never less than a quarter, where the latency known is of worse days.
-            self.throughput = _mix(self.throughput, size / max(seconds - (self.latency or 0.0), seconds / 4))
+            transfer = self._transfer(seconds)
+            self.throughput = _mix(self.throughput, size / transfer)
+            self.transfers.add(transfer * _MIB / size)
         self.count += 1
         self.size += size
         self.succeeded_at = now
+
+    def _transfer(self, seconds: float) -> float:
+        """What is not latency; but never less than a quarter, where the latency known is of worse days."""
+        return max(seconds - (self.latency or 0.0), seconds / 4)
+
+    def slow_after(self, size: int, share: float) -> float | None:
+        """Seconds that `share` of the reads of that size do not exceed; None where too little is known."""
+        small = self.latencies.quantile(share) if self.latencies.samples >= ENOUGH else None
+        if size <= SMALL:
+            return small
+        each = self.transfers.quantile(share) if self.transfers.samples >= ENOUGH else None
+        return None if each is None else (small or 0.0) + each * size / _MIB
+
+    def give_up(self, size: int, seconds: float, now: float) -> bool:
+        """It would have taken longer than `seconds`. What is known only ever gets worse by it. True if it hung."""
+        # Somewhat less, for whoever waited that long by another clock, or for a few bytes less.
+        stalled = seconds >= 0.9 * stalled_after(size, self.slow_after(size, USUAL))
+        if size <= SMALL:
+            # Of an unknown host a lower bound says nothing, unless it hung.
+            if seconds > self.latency if self.latency is not None else stalled:
+                self.latency = _mix(self.latency, seconds)
+            _add_slow(self.latencies, seconds)
+        else:
+            transfer = self._transfer(seconds)
+            if size / transfer < self.throughput if self.throughput is not None else stalled:
+                self.throughput = _mix(self.throughput, size / transfer)
+            _add_slow(self.transfers, transfer * _MIB / size)
+        if stalled:
+            self.stalls = min(MAX_STALLS, self._stalls(now) + 1)
+            self.stalled_at = now
+        return stalled
 
     def fail(self, now: float) -> None:
         self.score = min(MAX_FAILURES, self.failures(now) + 1)
@@ -138,7 +220,25 @@ class _Experience:
     failed: int = 0
     last_error: str = ""
     last_error_ns: int = 0
+    days: Days = field(default_factory=Days)
+    hedged: int = 0
+    overtaken: int = 0
+    #: Something was learned since it was saved; counting alone is no reason to save, or saving would be one to publish, and so on.
     dirty: bool = False
+    counted: bool = False
+
+
+def stalled_after(size: int, usual: float | None) -> float:
+    """Seconds after which a read of so many bytes hangs, `usual` being what is slow for the host, if that is known."""
+    least = STALL + size / SLOWEST
+    return least if usual is None else max(least, PATIENCE * usual)
+
+
+def _add_slow(known: Histogram, sample: float) -> None:
+    """A lower bound: of those among the usual ones nobody knows where they belong, of those above them that they belong above."""
+    usual = known.quantile(USUAL)
+    if usual is not None and sample > usual:
+        known.add(sample)
 
 
 def _mix(old: float | None, sample: float) -> float:
@@ -157,7 +257,7 @@ class HostDB:
             except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
                 log.warning("what was known of a host's speed is damaged and forgotten: %s", error)
                 continue
-            if len(key) == 5 and record.version == RECORD_VERSION:
+            if len(key) == 5 and record.version in _READABLE:
                 self._hosts[read_u32(key, 1)] = _experience(record)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -180,8 +280,42 @@ class HostDB:
         host.last_error_ns = self._seams.clock.time_ns()
         host.dirty = True
 
+    def gave_up(self, number: int, size: int, seconds: float) -> bool:
+        """A read of `size` bytes was given up after `seconds`. No failure, and never an improvement. True if it hung."""
+        host, now = self._host(number), self._seams.clock.monotonic()
+        host.dirty = True
+        return host.read.give_up(size, seconds, now)
+
+    def hedged(self, number: int) -> None:
+        """The host was slow, and another was asked as well."""
+        self._host(number).hedged += 1
+
+    def overtaken(self, number: int) -> None:
+        """And the other was quicker."""
+        self._host(number).overtaken += 1
+
+    def requested(self, number: int, sent: int, received: int) -> None:
+        """A request went to the host, whatever came of it; bytes. For people: nothing is ranked by it."""
+        host = self._host(number)
+        host.days.add(self._seams.clock.time_ns(), sent, received)
+        host.counted = True
+
     # ----------------------------------------------------------------------------------------------------------------
     # Telling
+
+    def slow_after(self, number: int, size: int, share: float = USUAL) -> float | None:
+        """Seconds that `share` of the host's reads of that size do not exceed; None while it is unknown."""
+        host = self._hosts.get(number)
+        return None if host is None else host.read.slow_after(size, share)
+
+    def stalled_after(self, number: int, size: int) -> float:
+        """Seconds after which a read of that size is taken to hang: never soon, and late where the host is known to be slow."""
+        return stalled_after(size, self.slow_after(number, size))
+
+    def troubled(self, number: int) -> bool:
+        """Has it failed, or hung, lately, so that it is asked last?"""
+        host = self._hosts.get(number)
+        return host is not None and host.read.trouble(self._seams.clock.monotonic()) >= FAILING
 
     def stats(self, number: int) -> HostStatistics:
         """What is known; all zero for a host nobody has used."""
@@ -203,27 +337,40 @@ class HostDB:
             bytes_written=write.size,
             last_error=host.last_error,
             last_error_ns=host.last_error_ns,
+            median=read.latencies.quantile(0.5),
+            p95=read.latencies.quantile(USUAL),
+            write_throughput=write.throughput,
+            hedged=host.hedged,
+            overtaken=host.overtaken,
+            days=host.days.records(),
         )
 
     def rank(self, numbers: Iterable[int]) -> list[int]:
-        """Best first for reading: by expected time, those failing lately last. Now and then a host little is known of comes first."""
+        """Best first for reading: by expected time; those nobody has read from for a while by what was expected of them then; those never
+        read from; those failing lately last. Now and then a host little is known of comes first."""
         now = self._seams.clock.monotonic()
         known: list[tuple[float, int]] = []
+        stale: list[tuple[float, int]] = []
         unknown: list[tuple[int, int]] = []
         failing: list[tuple[float, int]] = []
         for number in dict.fromkeys(numbers):
             speed = self._hosts.get(number, _Experience()).read
-            score, expected = speed.failures(now), speed.seconds_for(TYPICAL_READ)
+            score, expected = speed.trouble(now), speed.seconds_for(TYPICAL_READ)
             if score >= FAILING:
                 failing.append((score, number))
-            elif expected is None or speed.succeeded_at is None or now - speed.succeeded_at > STALE:
+            elif expected is None:
                 unknown.append((speed.count, number))
+            elif speed.succeeded_at is None or now - speed.succeeded_at > STALE:
+                stale.append((expected, number))
             else:
                 known.append((expected * (1 + score), number))
-        best, others, last = ([number for _, number in sorted(group)] for group in (known, unknown, failing))
+        best, before, never, last = ([number for _, number in sorted(group)] for group in (known, stale, unknown, failing))
+        if not best:
+            best, before = before, []
+        others = never + before
         if best and others and self._seams.random.token_bytes(1)[0] < EXPLORE:
             return [others[0], *best, *others[1:], *last]
-        return [*best, *others, *last]
+        return [*best, *before, *never, *last]
 
     def rank_for_write(self, numbers: Iterable[int], space: Mapping[int, int]) -> list[int]:
         """Best first for a new shard: at random, weighted by free bytes and speed; then those nearly full; last those failing lately.
@@ -250,12 +397,12 @@ class HostDB:
             ranked.append((1 if space.get(number, LITTLE_SPACE) < LITTLE_SPACE else 0, -math.log(chance) / weight, number))
         return [number for _, _, number in sorted(ranked)]
 
-    def save(self, batch: Batch) -> None:
-        """Put what has changed since the last call into `batch`."""
+    def save(self, batch: Batch, *, counts: bool = True) -> None:
+        """Put what has changed since the last call into `batch`. Not `counts`: hosts of which there is more than numbers of requests."""
         for number, host in self._hosts.items():
-            if host.dirty:
+            if host.dirty or (counts and host.counted):
                 batch.put(HOST_STATS + u32(number), msgspec.msgpack.encode(_as_record(host)))
-                host.dirty = False
+                host.dirty = host.counted = False
 
     def _host(self, number: int) -> _Experience:
         return self._hosts.setdefault(number, _Experience())
@@ -266,13 +413,23 @@ class HostDB:
 
 
 def _experience(record: _Record) -> _Experience:
-    # Averages of an earlier process rank nothing (`succeeded_at`) until a success of this one confirms them.
+    # Averages of an earlier process rank below those that a success of this one has confirmed (`succeeded_at`).
     return _Experience(
-        _Speed(record.read_latency, record.read_throughput, record.reads, record.bytes_read),
+        _Speed(
+            record.read_latency,
+            record.read_throughput,
+            record.reads,
+            record.bytes_read,
+            latencies=Histogram(record.latencies),
+            transfers=Histogram(record.transfers),
+        ),
         _Speed(record.write_latency, record.write_throughput, record.writes, record.bytes_written),
         record.failed,
         record.last_error,
         record.last_error_ns,
+        Days(record.days),
+        record.hedged,
+        record.overtaken,
     )
 
 
@@ -290,4 +447,9 @@ def _as_record(host: _Experience) -> _Record:
         bytes_written=host.write.size,
         last_error=host.last_error,
         last_error_ns=host.last_error_ns,
+        latencies=host.read.latencies.weights(),
+        transfers=host.read.transfers.weights(),
+        days=host.days.records(),
+        hedged=host.hedged,
+        overtaken=host.overtaken,
     )

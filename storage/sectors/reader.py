@@ -1,10 +1,12 @@
-"""Reading sectors: cache, sealed bytes that are on their way to a host, best host first, the next one on failure."""
+"""Reading sectors: cache, sealed bytes that are on their way to a host, best host first, the next one when
+one fails or is slow (hedging), or, of `k+m`, the shard made of others."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import trio
@@ -15,16 +17,15 @@ from storage.host_io import HostIO
 from storage.hosts.hostdb import HostDB
 from storage.interfaces import MetadataReader, SealedShard
 from storage.metadata.keys import SECTOR, u64
-from storage.sealing import BLOCK
+from storage.sealing import BLOCK, TAG_SIZE
 from storage.seams import Seams
 from storage.sectors.cache import BlockCache
+from storage.sectors.hedging import Attempt, Hedging
 from storage.sectors.preamble import PREAMBLE_SIZE
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector, layout_for
 from storage.sectors.redundancy import Layout, Part
 
 log = logging.getLogger("fusefs.sectors")
-
-_Read = Callable[[str], Awaitable[bytes]]
 
 #: Sectors being prefetched at once.
 PREFETCHES = 4
@@ -42,6 +43,7 @@ class SectorReader:
         self._hostdb = hostdb
         self._cache = cache
         self._seams = seams
+        self.hedging = Hedging(hostdb, seams)
         #: Whole sectors on their way into the cache: others who want a block of one wait for it instead of asking again.
         self._fetching: dict[int, trio.Event] = {}
         #: The sealed bytes of a shard (sector id, number) that is still on its way to a host, for as long as they are in memory anyhow. At
@@ -148,49 +150,21 @@ class SectorReader:
     async def read_shard(self, sector_id: int, record: SectorRecord, number: int) -> bytes:
         """A whole shard's plaintext: as stored, its root verified, or made of others. Corrupt, Unavailable."""
         layout = layout_for(record, sector_id)
-        try:
-            return await self._stored_shard(sector_id, record, layout, number)
-        except (Corrupt, Unavailable) as error:
-            return await self._rebuild(
-                sector_id, record, layout, number, 0, lambda other: self._stored_shard(sector_id, record, layout, other), error
-            )
 
-    async def _stored_shard(self, sector_id: int, record: SectorRecord, layout: Layout, number: int) -> bytes:
-        shard = record.shards[number]
-        sealed = self.in_flight(sector_id, number)
-        if sealed is not None:
-            return await self._host_io.open_part(sealed, 0, shard.length)
-
-        async def whole(contract_id: str) -> bytes:
-            plain = await self._host_io.read(contract_id, shard.root.hex(), shard.shard_id)
-            layout.check(sector_id, number, plain)
+        async def whole(other: int, contract_id: str) -> bytes:
+            shard = record.shards[other]
+            plain = await self._host_io.read(contract_id, shard.root.hex(), shard.shard_id, plaintext_length=shard.length)
+            layout.check(sector_id, other, plain)
             return plain
 
-        return await self._from_best_host(sector_id, shard, whole)
+        return await self._good(_Wanted(sector_id, record, layout, 0, record.shards[number].length, whole), number)
 
     async def _fetch(self, sector_id: int, record: SectorRecord, layout: Layout, number: int, first: int, count: int) -> bytes:
         """Blocks of a shard's plaintext, from a host that has it, or the same blocks of others made into them."""
-        try:
-            return await self._stored_blocks(sector_id, record, number, first, count)
-        except (Corrupt, Unavailable) as error:
-            return await self._rebuild(
-                sector_id,
-                record,
-                layout,
-                number,
-                first * BLOCK,
-                lambda other: self._stored_blocks(sector_id, record, other, first, count),
-                error,
-            )
+        wanted = min(count * BLOCK, record.shards[number].length - first * BLOCK)
 
-    async def _stored_blocks(self, sector_id: int, record: SectorRecord, number: int, first: int, count: int) -> bytes:
-        shard = record.shards[number]
-        wanted = min(count * BLOCK, shard.length - first * BLOCK)
-        sealed = self.in_flight(sector_id, number)
-        if sealed is not None:
-            return await self._host_io.open_part(sealed, first * BLOCK, wanted)
-
-        async def part(contract_id: str) -> bytes:
+        async def blocks(other: int, contract_id: str) -> bytes:
+            shard = record.shards[other]
             plain = await self._host_io.insecure_read(
                 contract_id, shard.root.hex(), shard.shard_id, first * BLOCK, wanted, plaintext_length=shard.length
             )
@@ -198,71 +172,113 @@ class SectorReader:
                 raise Corrupt(f"sector {sector_id}: {len(plain)} bytes where {wanted} should be")
             return plain
 
-        return await self._from_best_host(sector_id, shard, part)
+        return await self._good(_Wanted(sector_id, record, layout, first * BLOCK, wanted, blocks), number)
 
-    async def _rebuild(
-        self,
-        sector_id: int,
-        record: SectorRecord,
-        layout: Layout,
-        number: int,
-        first: int,
-        read: Callable[[int], Awaitable[bytes]],
-        error: FusefsError,
-    ) -> bytes:
-        """Bytes of a shard from `first` on that cannot be read, from what `read` reads of as many others as it takes; else `error`."""
-        left = self._best_first(record, number)
-        if len(left) < layout.needed:
-            raise error
-        found: dict[int, bytes] = {}
-        errors: list[FusefsError] = [error]
+    async def _good(self, wanted: _Wanted, number: int) -> bytes:
+        """Of shard `number`: from memory while it is on its way to a host, from the host that is best, or made of others; another way is
+        tried when one fails or is slow."""
+        sealed = self.in_flight(wanted.sector_id, number)
+        if sealed is not None:
+            return await self._host_io.open_part(sealed, wanted.first, wanted.length)
+        stored, errors = self._stored(wanted, number)
+        others = self._best_first(wanted, number)
+        attempts = stored
+        if len(others) >= wanted.layout.needed:
+            rebuild = Attempt(partial(self._rebuild, wanted, number, others), wanted.size, cost=wanted.layout.needed)
+            # Where the hosts that have it fail or hang, it comes last again only when they have been well for a while.
+            troubled = all(self._hostdb.troubled(attempt.host) for attempt in stored if attempt.host is not None)
+            attempts = [rebuild, *stored] if troubled else [*stored, rebuild]
+        outcome = await self.hedging.first_good(attempts)
+        for found in outcome.found.values():
+            return found
+        errors += outcome.errors
+        raise self._no_good(wanted, errors)
 
-        async def one() -> None:
-            while left:
-                other = left.pop(0)
-                try:
-                    found[other] = await read(other)
-                except FusefsError as failed:
-                    errors.append(failed)
-                    continue
-                return
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(layout.needed):
-                nursery.start_soon(one)
-        if len(found) < layout.needed:
-            kind = Corrupt if all(isinstance(each, Corrupt) for each in errors) else Unavailable
-            said = "; ".join(dict.fromkeys(map(str, errors)))
-            raise kind(f"sector {sector_id}: {len(found)} of its shards can be read, {layout.needed} are needed ({said})")
-        return await self._seams.threads.run(layout.rebuild, sector_id, number, first, found)
-
-    def _best_first(self, record: SectorRecord, number: int) -> list[int]:
-        """The other shards, those on the best hosts first."""
-        of_host = {host: other for other, shard in enumerate(record.shards) if other != number for host in shard.hosts}
-        return list(dict.fromkeys(of_host[host] for host in self._hostdb.rank(of_host)))
-
-    async def _from_best_host(self, sector_id: int, shard: ShardRecord, read: _Read) -> bytes:
-        """The first good answer. Corrupt if some copy was there and none verified, else Unavailable; both name every host and reason."""
-        reasons: list[str] = []
-        corrupt = False
+    def _stored(self, wanted: _Wanted, number: int) -> tuple[list[Attempt], list[FusefsError]]:
+        """Ways to read a shard as it is stored, best first; and why some hosts cannot be asked."""
+        shard = wanted.record.shards[number]
+        attempts: list[Attempt] = []
+        errors: list[FusefsError] = []
         for host in self._hostdb.rank(shard.hosts):
             contract = self._contractor.contract_for(host)
             if contract is None:
-                reasons.append(f"host {host} has no contract")
-                continue
+                errors.append(Unavailable(f"host {host} has no contract"))
+            else:
+                attempts.append(Attempt(partial(self._ask, wanted, number, host, contract.contract_id), wanted.size, host))
+        return attempts, errors
+
+    async def _ask(self, wanted: _Wanted, number: int, host: int, contract_id: str) -> bytes:
+        try:
+            return await wanted.read(number, contract_id)
+        except FusefsError as error:
+            note = f"sector {wanted.sector_id}: copy on host {host} could not be used: {error}"
+            log.warning("%s", note)
+            if note not in self.notes:
+                self.notes.append(note)
+            kind = NotFound if isinstance(error, NotFound) else Corrupt if isinstance(error, Corrupt) else Unavailable
+            raise kind(f"host {host}: {error}") from error
+
+    def _no_good(self, wanted: _Wanted, errors: Sequence[FusefsError]) -> FusefsError:
+        """Corrupt if some copy was there and none verified, else Unavailable; names every host and reason."""
+        said = "; ".join(dict.fromkeys(map(str, errors))) or "no host holds one"
+        if wanted.layout.spec.coded:
+            kind = Corrupt if errors and all(isinstance(error, Corrupt | NotFound) for error in errors) else Unavailable
+            return kind(f"sector {wanted.sector_id}: too few of its shards can be read ({said})")
+        kind = Corrupt if any(isinstance(error, Corrupt | NotFound) for error in errors) else Unavailable
+        return kind(f"sector {wanted.sector_id}: no copy can be read ({said})")
+
+    async def _rebuild(self, wanted: _Wanted, number: int, others: list[int]) -> bytes:
+        """The same columns of as many `others` as it takes, made into those of shard `number`."""
+        attempts = []
+        for other in others:
+            hosts = wanted.record.shards[other].hosts
+            attempts.append(Attempt(partial(self._column, wanted, other), wanted.size, self._hostdb.rank(hosts)[0] if hosts else None))
+        needed = wanted.layout.needed
+        outcome = await self.hedging.first_good(attempts, needed, earns=False)
+        if len(outcome.found) < needed:
+            kind = Corrupt if all(isinstance(error, Corrupt) for error in outcome.errors) else Unavailable
+            said = "; ".join(dict.fromkeys(map(str, outcome.errors)))
+            raise kind(f"{len(outcome.found)} other shards can be read, {needed} are needed ({said})")
+        found = {others[at]: plain for at, plain in outcome.found.items()}
+        return await self._seams.threads.run(wanted.layout.rebuild, wanted.sector_id, number, wanted.first, found)
+
+    async def _column(self, wanted: _Wanted, number: int) -> bytes:
+        """Of one of the shards that another is made of, from whichever host has it."""
+        sealed = self.in_flight(wanted.sector_id, number)
+        if sealed is not None:
+            return await self._host_io.open_part(sealed, wanted.first, wanted.length)
+        stored, errors = self._stored(wanted, number)
+        for attempt in stored:
             try:
-                result = await read(contract.contract_id)
+                return await attempt.run()
             except FusefsError as error:
-                corrupt = corrupt or isinstance(error, Corrupt | NotFound)
-                reasons.append(f"host {host}: {error}")
-                note = f"sector {sector_id}: copy on host {host} could not be used: {error}"
-                log.warning("%s", note)
-                if note not in self.notes:
-                    self.notes.append(note)
-                continue
-            return result
-        kind = Corrupt if corrupt else Unavailable
-        raise kind(f"sector {sector_id}: no copy can be read ({'; '.join(reasons) or 'no host holds one'})")
+                errors.append(error)
+        kind = Corrupt if any(isinstance(error, Corrupt | NotFound) for error in errors) else Unavailable
+        raise kind(f"shard {number}: {'; '.join(map(str, errors)) or 'no host holds it'}")
+
+    def _best_first(self, wanted: _Wanted, number: int) -> list[int]:
+        """The other shards that are somewhere: those in memory first, then those on the best hosts."""
+        others = [other for other in range(len(wanted.record.shards)) if other != number]
+        at_hand = [other for other in others if self.in_flight(wanted.sector_id, other) is not None]
+        of_host = {host: other for other in others for host in wanted.record.shards[other].hosts}
+        return list(dict.fromkeys([*at_hand, *(of_host[host] for host in self._hostdb.rank(of_host))]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Plaintext bytes [first, first + length) of shards of a sector, and how to read those of one shard under a contract."""
+
+    sector_id: int
+    record: SectorRecord
+    layout: Layout
+    first: int
+    length: int
+    read: Callable[[int, str], Awaitable[bytes]]
+
+    @property
+    def size(self) -> int:
+        """Bytes a host sends for it, as HostIO times them."""
+        return self.length + TAG_SIZE * -(-self.length // BLOCK)
 
 
 async def _together(reads: Sequence[Callable[[], Awaitable[bytes]]]) -> list[bytes]:

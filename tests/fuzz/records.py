@@ -172,7 +172,7 @@ _KEYED: tuple[tuple[bytes, Any], ...] = (
     (b"e", lambda key: decode_epoch(key, encode_epoch(Epoch(7, SALT, 9, _NOW))[1])),
     (b"x", lambda key: decode_extent(key, Extent(1, 2, 3, 4, 5).encode())),
     (b"p", lambda key: PartialIndex(MemoryStore({key: b"2", SECTOR + key[2:]: _SECTOR}), 65536).load()),
-    (b"q", lambda key: HostDB(MemoryStore({key: golden("host_statistics.bin")}), _SEAMS)),
+    (b"q", lambda key: HostDB(MemoryStore({key: golden("host_statistics-2.bin")}), _SEAMS)),
 )
 
 
@@ -205,7 +205,7 @@ TARGETS = (
     Target("host_record", _host_record, _host_record_seeds, shape="msgpack"),
     Target("contract_record", _contract_record, _contract_record_seeds, shape="msgpack"),
     Target("epoch_record", _epoch_record, lambda: [golden("epoch_record.bin"), encode_epoch(Epoch(7, SALT, 9, _NOW))[1]], shape="msgpack"),
-    Target("statistics", _statistics, lambda: [golden("host_statistics.bin")], shape="msgpack"),
+    Target("statistics", _statistics, lambda: [golden("host_statistics.bin"), golden("host_statistics-2.bin")], shape="msgpack"),
     Target("inode", _inode, _inode_seeds),
     Target(
         "dirent", _dirent, lambda: [_golden_namespace()["directory entry"], encode_dirent(Dirent(ino=5, type=stat.S_IFDIR, cookie=2**40))]
