@@ -329,3 +329,45 @@ def test_a_host_on_the_same_disk_is_full_with_it_and_deleting_makes_room(small: 
     for name, data in written.items():
         assert (mounted.path / name).read_bytes() == data
     mounted.kill()
+
+
+def test_a_volume_that_fills_its_own_disk_can_be_mounted_again_and_emptied(small: Small) -> None:
+    """Nobody else's files are there to be removed: what is in the journal fills the disk to the last byte, host and all."""
+    shutil.rmtree(small.volume)
+    (small.disk / "host").mkdir()
+    volume = small.mounting.volume(str(small.disk / "both"), hosts=[f"dir:{small.disk / 'host'}"], replication="1")
+    mounted = small.mounting.mount("commit_interval=0.5,flush_interval=0.5,nowriteback", volume=volume)
+    written: dict[str, bytes] = {}
+    with pytest.raises(OSError, match="No space"):
+        for number in range(100):
+            data = os.urandom(MB)
+            with open(mounted.path / f"f{number}", "wb", buffering=0) as file:
+                assert file.write(data) == MB
+                os.fsync(file.fileno())
+            written[f"f{number}"] = data
+    assert len(written) > 5
+    # Whatever it says of its full host.
+    fusefs("umount", mounted.path, expect=6)
+    mounted.wait()
+    small.fill()
+    again = small.mounting.mount("commit_interval=0.5,flush_interval=0.5,nowriteback", volume=volume)
+    assert all((again.path / name).read_bytes() == data for name, data in written.items())
+    for name in list(written)[1:]:
+        (again.path / name).unlink()
+        del written[name]
+
+    def room() -> bool:
+        try:
+            with open(again.path / "new", "wb", buffering=0) as out:
+                out.write(bytes(MB))
+                os.fsync(out.fileno())
+        except OSError:
+            # What each attempt leaves has to go, too.
+            time.sleep(1)
+            return False
+        return True
+
+    small.empty()
+    wait_until(room, "room for new files", 60)
+    assert (again.path / "f0").read_bytes() == written["f0"]
+    again.kill()

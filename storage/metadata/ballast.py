@@ -8,7 +8,6 @@ Without it a full disk could stay full for ever: what frees room (deletions, seg
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from storage.durable import fsync_dir
@@ -48,8 +47,10 @@ class Ballast:
         return True
 
     def drop(self) -> bool:
-        """Give its room back. True if that was any."""
-        had, self.aboard = self.aboard, False
-        with suppress(OSError):
+        """Give its room back. True if that was any, be it what an earlier process took."""
+        self.aboard = False
+        try:
             os.unlink(self._path)
-        return had
+        except OSError:
+            return False
+        return True

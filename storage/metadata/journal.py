@@ -39,6 +39,8 @@ MAX_CHUNK = 1024 * 1024
 MIN_SEGMENT = 4096
 #: Segments under the limit that only urgent commits may use.
 RESERVED = 2
+#: What an epoch's first segment is at least, where the disk has no room for a whole one.
+SMALLEST = 64 * 1024
 #: Prepared segments kept in hand.
 _AHEAD = 1
 #: Upper bounds of what stands beside the bytes themselves: an operation is counted by the memtable; a tail entry with its tag; a record.
@@ -101,6 +103,8 @@ class Journal:
         #: The segment being written; None: the next commit begins a new one.
         self._current: Segment | None = None
         self._writer: _Writer | None = None
+        #: Bytes of the epoch's first segment.
+        self._first = segment_size
         # The journal thread's own while a commit is being written.
         self._chain = chain
         self._nonce = 0
@@ -125,6 +129,20 @@ class Journal:
         self._writer = _Writer(epoch, salt, AESGCM(key))
         self._nonce = 0
         self._current = None
+        self._first = self.segment_size
+
+    @property
+    def beginning(self) -> bool:
+        """The epoch has no segment yet."""
+        return self._current is None
+
+    def begin_smaller(self) -> bool:
+        """The disk has no room for the epoch's first segment: be content with half of it. False: it is as small as can be. What comes
+        after it finds whole segments, or no room."""
+        if self._first // 2 < min(SMALLEST, self.segment_size):
+            return False
+        self._first = self._first // 16 * 8
+        return True
 
     @property
     def ready(self) -> bool:
@@ -154,6 +172,8 @@ class Journal:
         tails = self.weight(tail_bytes, tail_count)
         if self._current is not None and tails + ops_bytes + _RECORD <= self._current.size - self._current.used:
             return []
+        if self.beginning and not tail_count and HEADER_SIZE + ops_bytes + _RECORD <= self._first:
+            return [self._first]
         if ops_bytes + self._waste <= self.segment_size - HEADER_SIZE:
             return [self.segment_size] * self._count(tails + ops_bytes + _RECORD)
         return [self.segment_size] * self._count(tails) + [-(-(HEADER_SIZE + ops_bytes + self._waste) // 4096) * 4096]
@@ -189,7 +209,7 @@ class Journal:
 
     def admits(self, sizes: list[int], urgent: bool) -> bool:
         """May a commit that begins segments of these sizes be written now?"""
-        if self._current is None and sizes == [self.segment_size]:
+        if self.beginning and len(sizes) == 1 and sizes[0] <= self.segment_size:
             # The epoch's first: without it a volume whose journal is full could never be opened again, nor its journal emptied.
             return True
         if urgent and not sizes:

@@ -349,7 +349,7 @@ class Store:
                         await journal.prepare(sizes, self._writer)
                     except NoSpace:
                         # What has landed in sectors since it was handed over needs no journal; and what only hosts want makes way.
-                        if not self._drop_tails() and not await self._clear_out():
+                        if not self._drop_tails() and not await self._clear_out() and not await self._begin_small():
                             raise
                     continue
                 if self._drop_tails():
@@ -430,6 +430,11 @@ class Store:
             if self._journal.recycled > before:
                 return True
         return False
+
+    async def _begin_small(self) -> bool:
+        """The disk has no room for the epoch's first segment. Without one a volume that fills its own disk could never be opened again, nor
+        anything in it removed: so the ballast goes, then a smaller one will do. True if there is something to try."""
+        return self._journal.beginning and (await self._takeover.give_up_ballast() or self._journal.begin_smaller())
 
     def _drop_tails(self) -> bool:
         """Forget pending tails that what is applied has made superfluous (their extents are in this commit); True if there were any.

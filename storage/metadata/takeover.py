@@ -230,6 +230,10 @@ class Takeover:
                 raise
             await self._worker.run(fn, *args)
 
+    async def give_up_ballast(self) -> bool:
+        """Something else needs the room more. True if there was any."""
+        return await self._worker.run(self._ballast.drop)
+
     async def _take_ballast(self) -> None:
         """Have it again, looked at now and then."""
         now = self._seams.clock.monotonic()
