@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from storage import Contractor, FlushProgress, FlushReport, Namespace, Refusal, RepairStatus, RewriteStatus, Seams, VolumeStatus
+from storage import (
+    Contractor,
+    FlushProgress,
+    FlushReport,
+    Namespace,
+    Refusal,
+    RenewalStatus,
+    RepairStatus,
+    RewriteStatus,
+    Seams,
+    VolumeStatus,
+)
 
 
 class Accepting(Protocol):
@@ -33,6 +44,7 @@ class Backing(Protocol):
     async def mark_host(self, host: str, *, lost: bool) -> None: ...
     async def leave_host(self, host: str, *, leave: bool) -> None: ...
     async def add_host(self, url: str, contract_days: float | None = None) -> int: ...
+    async def renew_contracts(self) -> list[RenewalStatus]: ...
     async def repair(self) -> RepairStatus: ...
     def repair_progress(self) -> tuple[int, int]: ...
     async def set_replication(self, ino: int, spec: str, *, now: bool = False) -> None: ...

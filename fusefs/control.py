@@ -38,6 +38,8 @@ from fusefs.control_protocol import (
     MountStatus,
     Progress,
     Renew,
+    RenewAll,
+    RenewedAnswer,
     Repair,
     RepairedAnswer,
     Replicate,
@@ -210,6 +212,8 @@ class ControlServer:
                 return ContractAnswer(contract_id=await state.volume.contractor.conclude_contract(request.host, request.seconds))
             case Renew():
                 return ContractAnswer(contract_id=await state.volume.contractor.renew_contract(request.contract_id, request.seconds))
+            case RenewAll():
+                return RenewedAnswer(hosts=await state.volume.renew_contracts())
             case Mark():
                 if request.state == "leave":
                     await state.volume.leave_host(request.host, leave=True)

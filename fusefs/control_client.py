@@ -29,6 +29,8 @@ from fusefs.control_protocol import (
     MountStatus,
     Progress,
     Renew,
+    RenewAll,
+    RenewedAnswer,
     Repair,
     RepairedAnswer,
     Replicate,
@@ -43,7 +45,7 @@ from fusefs.control_protocol import (
     error_of,
 )
 from fusefs.dead_mounts import is_dying, peer_pid
-from storage import ContractStatus, FlushReport, HostStatus, RepairStatus, ReplicationStatus, RewriteStatus
+from storage import ContractStatus, FlushReport, HostStatus, RenewalStatus, RepairStatus, ReplicationStatus, RewriteStatus
 from storage.errors import BadArgument, FusefsError, NotFound, NotPermitted, Unavailable
 
 #: Seconds between two looks whether the process still lives.
@@ -193,6 +195,13 @@ class ControlClient:
     def renew(self, contract_id: str, seconds: float) -> str:
         """The new contract's id."""
         return self._contract(Renew(contract_id=contract_id, seconds=seconds))
+
+    def renew_all(self) -> list[RenewalStatus]:
+        """Every contract that is due is renewed; what became of each host's."""
+        answer = self._ask(RenewAll())
+        if not isinstance(answer, RenewedAnswer):
+            raise _unexpected(answer)
+        return answer.hosts
 
     def stop(self) -> None:
         """Unmount, as SIGTERM does. Busy where a program uses the mount."""

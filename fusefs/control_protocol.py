@@ -4,7 +4,7 @@
 |---------------|-------------------------------------------------------------------------------------------------|
 | request       | {"version": 1, "type": NAME, ...}; one per line, at most MAX_REQUEST bytes with its newline       |
 | progress      | {"type": "progress", "done": bytes, "total": bytes}; any number before an answer that takes long  |
-| answer        | {"type": status, flushed, contract, host, repaired, replication, rewritten or done}, with its fields |
+| answer        | {"type": status, flushed, contract, renewed, host, repaired, replication, rewritten or done}, with its fields |
 | error         | {"type": "error", "kind": name of a class in storage.errors, "message": one line}                 |
 
 Requests are answered in order. After an unreadable request the connection is closed behind the error.
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from storage import RepairStatus, ReplicationStatus, RewriteStatus, VolumeStatus, errors
+from storage import RenewalStatus, RepairStatus, ReplicationStatus, RewriteStatus, VolumeStatus, errors
 from storage.errors import BadArgument, FusefsError
 
 VERSION = 1
@@ -69,6 +69,10 @@ class Renew(Request, frozen=True, tag="renew", kw_only=True):
     seconds: Duration
 
 
+class RenewAll(Request, frozen=True, tag="renew_all"):
+    """Renew every contract that is due: -> RenewedAnswer"""
+
+
 class Mark(Request, frozen=True, tag="mark", kw_only=True):
     """A host is lost for good, is being left, or is back after all: -> DoneAnswer"""
 
@@ -106,7 +110,7 @@ class Stop(Request, frozen=True, tag="stop"):
     """Unmount, as SIGTERM does: -> DoneAnswer once the kernel has unmounted."""
 
 
-AnyRequest = GetStatus | Flush | Drain | Worm | Conclude | Renew | Mark | AddHost | Repair | GetReplication | Replicate | Stop
+AnyRequest = GetStatus | Flush | Drain | Worm | Conclude | Renew | RenewAll | Mark | AddHost | Repair | GetReplication | Replicate | Stop
 
 
 class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,6 +148,10 @@ class ContractAnswer(Answer, frozen=True, tag="contract", kw_only=True):
     contract_id: str
 
 
+class RenewedAnswer(Answer, frozen=True, tag="renewed", kw_only=True):
+    hosts: list[RenewalStatus]
+
+
 class HostAnswer(Answer, frozen=True, tag="host", kw_only=True):
     number: int
 
@@ -174,6 +182,7 @@ AnyAnswer = (
     | StatusAnswer
     | FlushedAnswer
     | ContractAnswer
+    | RenewedAnswer
     | HostAnswer
     | RepairedAnswer
     | ReplicationAnswer

@@ -136,6 +136,8 @@ async def _serve(
     volume_options = VolumeOptions(commit_interval=None, purpose=f"mounted on {mountpoint}", **settings)  # type: ignore[arg-type]
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with open_volume(volume_path, passphrase=passphrase, wait_lock=LOCK_SECONDS, options=volume_options) as volume:
+            for warning in volume.renewal.warnings():
+                note(f"warning: {warning}")
             await _serve_open(volume, volume_path, mountpoint, options, ready, control, signals)
     log.info("%s: closed", volume_path)
 

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from storage.status import ContractStatus as ContractStatus
     from storage.status import HostStatus as HostStatus
     from storage.status import RefusalStatus as RefusalStatus
+    from storage.status import RenewalStatus as RenewalStatus
     from storage.status import RepairStatus as RepairStatus
     from storage.status import ReplicationStatus as ReplicationStatus
     from storage.status import RewriteStatus as RewriteStatus
@@ -107,6 +108,7 @@ _HOMES = {
         "ContractStatus",
         "HostStatus",
         "RefusalStatus",
+        "RenewalStatus",
         "RepairStatus",
         "ReplicationStatus",
         "RewriteStatus",

@@ -12,19 +12,25 @@ Record under the key `k` + contract id (32 ASCII digits), a MessagePack array:
 | 6 | renewed from | str or nil | contract id |
 
 A crash between the two leaves a contract on the host that nobody here knows of: it holds nothing, and ends.
+
+A host's owner may prune it (`storage/pruning.py`) at the very moment a contract is written down: the pruner puts its mark and then looks
+for contracts, the contract is put and then the mark looked for. So at least one of the two sees the other, and steps back.
+
+`on_change` is told the host of each new contract, once it is durable. What depends on until when a host is to keep things asks
+`in_force()[host].end_ns` then: the reconciler (is the host keeping?), the renewal loop, and whatever extends a retention on the host.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Annotated, TypeVar
 
 import msgspec
 import trio
 
 from storage.documents import MAX_DOCUMENT
-from storage.errors import BadArgument, Corrupt, Fenced, NotFound, Unavailable
+from storage.errors import BadArgument, Busy, Corrupt, Fenced, NotFound, Unavailable
 from storage.hosts.holders import Claim
 from storage.hosts.layout import (
     CONTRACT_FORMAT,
@@ -36,6 +42,7 @@ from storage.hosts.layout import (
     decode_contract_file,
     encode_json,
     is_id,
+    pruning_name,
 )
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, Contract, MetadataStore
@@ -96,6 +103,8 @@ class Contractor:
         self._ordinals: dict[str, int] = {}
         self._renewed_from: dict[str, str | None] = {}
         self._latest = 0
+        #: Called with the host number of each new contract, in order. No await inside.
+        self.on_change: list[Callable[[int], None]] = []
         start, stop = CONTRACT, prefix_end(CONTRACT)
         while pairs := store.scan(start, stop, _SLICE):
             for key, raw in pairs:
@@ -127,6 +136,20 @@ class Contractor:
         on_host = (contract for contract in self._contracts.values() if contract.host_number == host_number)
         return max(on_host, key=lambda c: (c.active(now), c.end_ns, c.contract_id), default=None)
 
+    def in_force(self) -> dict[int, Contract]:
+        """Host number -> the active contract that ends last. One pass over all."""
+        now = self._seams.clock.time_ns()
+        found: dict[int, Contract] = {}
+        for contract in self._contracts.values():
+            known = found.get(contract.host_number)
+            if contract.active(now) and (known is None or (known.end_ns, known.contract_id) < (contract.end_ns, contract.contract_id)):
+                found[contract.host_number] = contract
+        return found
+
+    def renewed_from(self, contract_id: str) -> str | None:
+        """The contract this one renews; None if it renews none. NotFound."""
+        return self._renewed_from[self.contract(contract_id).contract_id]
+
     def claim(self, contract_id: str) -> Claim:
         """The contract in the terms of `hosts.holders`. NotFound."""
         contract = self.contract(contract_id)
@@ -152,7 +175,8 @@ class Contractor:
     # Changing
 
     async def conclude_contract(self, host: str, duration: float) -> str:
-        """A new contract from now on. Durable on the host and here when it returns its id. NotFound, Unavailable, NoSpace, BadArgument."""
+        """A new contract from now on. Durable on the host and here when it returns its id. NotFound, Unavailable, NoSpace, BadArgument;
+        Busy while the host's owner is pruning."""
         nanoseconds = _nanoseconds(duration)
         number = self._registry.resolve(host)
         contract_id = self._seams.random.token_bytes(16).hex()
@@ -162,7 +186,8 @@ class Contractor:
         """A new contract of the same lineage, from now for `duration`; the old one runs on to its end. Nothing is changed by a failure.
 
         NotFound if there is no such contract, or its host no longer has its record (it was pruned, and with it perhaps the data):
-        conclude a new one then. Corrupt if the host's record is damaged or another. Unavailable, NoSpace, BadArgument.
+        conclude a new one then. Corrupt if the host's record is damaged or another. Unavailable, NoSpace, BadArgument, Busy as for
+        `conclude_contract`.
         """
         nanoseconds = _nanoseconds(duration)
         old = self.contract(contract_id)
@@ -171,7 +196,10 @@ class Contractor:
         try:
             raw = await self._answer(old.host_number, host.get(name, MAX_DOCUMENT))
         except NotFound:
-            raise NotFound(f"host {host.url} has no contract {contract_id} any more; conclude a new one") from None
+            raise NotFound(
+                f"host {host.url} has no contract {contract_id} any more: it was pruned, or has lost things; conclude a new one "
+                f"(fusefs contracts VOLUME conclude {old.host_number} DAYS), and what is missing there is put there again"
+            ) from None
         stored = decode_contract_file(raw, f"host {host.url}: {name}")
         if stored != self._file(old, self._renewed_from[contract_id]):
             raise Corrupt(f"host {host.url}: {name} is not the contract that was concluded; conclude a new one")
@@ -186,7 +214,15 @@ class Contractor:
         contract = Contract(contract_id, number, now, min(now + nanoseconds, _MAX_NS), lineage)
         self._seams.failpoints.hit("contract.before_host")
         # The name is new, with 128 random bits: there is nothing it could replace.
-        await self._answer(number, host.put(contract_name(self._volume_id, contract_id), encode_json(self._file(contract, renewed_from))))
+        name = contract_name(self._volume_id, contract_id)
+        await self._answer(number, host.put(name, encode_json(self._file(contract, renewed_from))))
+        # In this order: see the module.
+        if await self._answer(number, host.tag(pruning_name(self._volume_id))) is not None:
+            await self._answer(number, host.delete(name))
+            raise Busy(
+                f"host {host.url} is being pruned by its owner (fusefs host prune): what it held of this volume is going away; once "
+                f"that is done, conclude a new contract (fusefs contracts VOLUME conclude {number} DAYS)"
+            )
         self._seams.failpoints.hit("contract.before_apply")
         # No await from here to the record: the ordinal says which releases came before (hosts.holders).
         ordinal = self._latest + 1
@@ -196,6 +232,8 @@ class Contractor:
         self._know(contract, ordinal, renewed_from)
         self._seams.failpoints.hit("contract.before_commit")
         await self._store.commit()
+        for told in self.on_change:
+            told(number)
         return contract_id
 
     async def _answer(self, number: int, call: Awaitable[T]) -> T:

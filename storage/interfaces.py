@@ -296,6 +296,14 @@ class Contract:
     def active(self, now_ns: int) -> bool:
         return self.start_ns <= now_ns < self.end_ns
 
+    def due(self, now_ns: int) -> bool:
+        """It is to be renewed: a third of its time is left, or less; or it has ended."""
+        return 3 * (self.end_ns - now_ns) <= self.end_ns - self.start_ns
+
+    def ending(self, now_ns: int) -> bool:
+        """It was not renewed in time, so its host is being left: a sixth of its time is left, or less; or it has ended."""
+        return 6 * (self.end_ns - now_ns) <= self.end_ns - self.start_ns
+
 
 class Contractor(Protocol):
     """Concludes and renews contracts, and writes them down here and on the host."""
@@ -316,15 +324,19 @@ class Contractor(Protocol):
         """The one to use on a host: the active one that ends last, else (to read what is still there) the last to have ended."""
         ...
 
+    def in_force(self) -> dict[int, Contract]:
+        """Host number -> the active contract that ends last."""
+        ...
+
     async def conclude_contract(self, host: str, duration: float) -> str:
-        """`host`: a host id, URL or number of this volume. Durable on the host and here when it returns. NotFound, Unavailable,
-        BadArgument."""
+        """`host`: a host id, URL or number of this volume. Durable on the host and here when it returns. NotFound, Unavailable, Busy (the
+        host's owner is pruning), BadArgument."""
         ...
 
     async def renew_contract(self, contract_id: str, duration: float) -> str:
         """A new contract, from now for `duration`, with the same data on the host; the old one runs on to its end.
 
-        An ended contract can be renewed as long as its host holds its record.
+        An ended contract can be renewed as long as its host holds its record; NotFound once it does not: it was pruned.
         """
         ...
 

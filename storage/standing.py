@@ -4,6 +4,10 @@ A host *keeps* what it has, unless it is lost, is being left, has no contract th
 than `AWAY_GRACE`. What does not keep counts for no replication: its shards are made again elsewhere (reconcile), and deleted there, where
 that can be done, once they are.
 
+A contract will go on as long as more than a sixth of its time is left: it is renewed at a third (`storage/renewal.py`), so half of that
+time went by without success, and the other half is for moving what is there. With 90 days: 15 to find the reason, 15 to move. Until its
+end the host is *ending*: still read from, and written to where no other host can take a sector; should it renew after all, it keeps again.
+
 Record under the key `b` + host number u32: since when it is being left, nanoseconds u64.
 """
 
@@ -83,10 +87,26 @@ class Standing:
         """The hosts that keep what they have."""
         given_up = self.lost() | self.leaving().keys()
         now = self._seams.clock.time_ns()
-        in_force = {contract.host_number for contract in self._contractor.all_contracts() if contract.active(now)}
+        going_on = {number for number, contract in self._contractor.in_force().items() if not contract.ending(now)}
         return frozenset(
-            number for number in self._registry.numbers() if number in in_force and number not in given_up and not self.gone(number)
+            number for number in self._registry.numbers() if number in going_on and number not in given_up and not self.gone(number)
         )
+
+    def ending(self) -> frozenset[int]:
+        """Hosts that would keep what they have, had their contract been renewed in time: it is still in force."""
+        given_up = self.lost() | self.leaving().keys()
+        now = self._seams.clock.time_ns()
+        return frozenset(
+            number
+            for number, contract in self._contractor.in_force().items()
+            if contract.ending(now) and number not in given_up and not self.gone(number)
+        )
+
+    def ended(self) -> frozenset[int]:
+        """Hosts that are neither lost nor being left, and have no contract in force, though they had one."""
+        given_up, in_force = self.lost() | self.leaving().keys(), self._contractor.in_force()
+        had = {contract.host_number for contract in self._contractor.all_contracts()}
+        return frozenset(number for number in self._registry.numbers() if number in had - in_force.keys() - given_up)
 
     def present(self) -> frozenset[int]:
         """The hosts that have what they have, whether or not it is to stay there."""

@@ -40,6 +40,30 @@ class ContractStatus(msgspec.Struct, frozen=True):
     start_ns: int
     end_ns: int
     active: bool
+    #: Contracts made from one another by renewal share a lineage; which this one renews, and which renews it, or "".
+    lineage: str = ""
+    renews: str = ""
+    renewed_by: str = ""
+    #: "in force"; "due": less than a third of its time is left, and it was not renewed yet; "ending": less than a sixth; "renewed": in
+    #: force, with another that ends later; "ended".
+    state: str = ""
+    #: Why it could not be renewed, since when (nanoseconds; 0: it was not tried, or succeeded).
+    trouble: str = ""
+    trouble_since_ns: int = 0
+
+
+class RenewalStatus(msgspec.Struct, frozen=True):
+    """What became of a host's contract when those that are due were renewed: `renewed`, `error`, or neither: it was not due.
+
+    `contract_id` and `end_ns` are of the new contract, if there is one.
+    """
+
+    host_number: int
+    url: str
+    contract_id: str
+    end_ns: int
+    renewed: bool = False
+    error: str = ""
 
 
 class RepairStatus(msgspec.Struct, frozen=True):
@@ -125,3 +149,5 @@ class VolumeStatus(msgspec.Struct, frozen=True):
     fenced: bool = False
     repair: RepairStatus = RepairStatus()
     rewrite: RewriteStatus = RewriteStatus()
+    #: Places that were looked for on a host that has forgotten things, and are not there: as far as no other host has them they are lost.
+    missing_places: int = 0

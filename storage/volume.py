@@ -23,7 +23,7 @@ from storage.host_io import HostIO
 from storage.hosts.hostdb import HostDB
 from storage.hosts.locking import SHORT_LOCK
 from storage.hosts.registry import HostRegistry, Opener
-from storage.interfaces import Batch, FlushProgress, FlushReport, MetadataStore, Refusal, TailPiece
+from storage.interfaces import Batch, Contract, FlushProgress, FlushReport, MetadataStore, Refusal, TailPiece
 from storage.keyfile import KEY_FILE, load_keyfile, open_slots
 from storage.keys import SALT_SIZE, Keys
 from storage.lock import VolumeLock
@@ -31,10 +31,12 @@ from storage.metadata.counters import Counter
 from storage.metadata.keys import SECTOR, prefix_end, read_u64, u32
 from storage.metadata.store import Store, open_store
 from storage.namespace import Namespace
+from storage.renewal import Renewal
 from storage.replication import parse_replication
 from storage.seams import Seams
 from storage.sectors.cache import BlockCache
 from storage.sectors.deleter import Deleter
+from storage.sectors.doubts import Doubts
 from storage.sectors.lock_keeper import LockKeeper
 from storage.sectors.manager import SectorManager
 from storage.sectors.placement import Placement
@@ -45,7 +47,7 @@ from storage.sectors.records import decode_sector
 from storage.sectors.regenerate import Regenerator
 from storage.sectors.sweep import RECOVERED_KEY, Sweeper
 from storage.standing import AWAY_GRACE, Standing
-from storage.status import ContractStatus, HostStatus, RefusalStatus, RepairStatus, RewriteStatus, VolumeStatus
+from storage.status import ContractStatus, HostStatus, RefusalStatus, RenewalStatus, RepairStatus, RewriteStatus, VolumeStatus
 from storage.values.records import decode_value, tail_needed
 from storage.values.values import Values
 
@@ -62,6 +64,8 @@ CLOSE_LIMIT = 120.0
 PUBLISH_LIMIT = 60.0
 #: Seconds for locking what the last publication has put on hosts that can lock; the next mount goes on with it.
 LOCK_LIMIT = 60.0
+#: Seconds that opening waits for contracts that are due to be renewed: after a long absence nothing can be written before.
+RENEW_LIMIT = 10.0
 #: From so many recent failures on (they decay, half of them in a minute) `status` calls a host failing.
 FAILING = 2.0
 #: Refusals kept for `status`.
@@ -110,6 +114,8 @@ class Volume:
         self.standing: Standing
         self.placement: Placement
         self.deleter: Deleter
+        self.doubts: Doubts
+        self.renewal: Renewal
         self.reconciler: Reconciler
         self.sectors: SectorManager
         self.values: Values
@@ -182,6 +188,12 @@ class Volume:
         await self.reconciler.make_good()
         await self.store.commit()
         return self._repair_status()
+
+    async def renew_contracts(self) -> list[RenewalStatus]:
+        """Every contract that is due is renewed now, where its host does that; what became of each host's. Durable when it returns."""
+        if self.publisher is None:
+            raise NotPermitted(f"{self.path} is open for reading only")
+        return await self.renewal.renew_due()
 
     def repair_progress(self) -> tuple[int, int]:
         """Bytes that making shards again has sent since the volume was opened, and the same with what is still to be sent."""
@@ -263,6 +275,7 @@ class Volume:
         lost = publisher.fleet.lost() if publisher is not None else {}
         left = "leaving" if self.reconciler.unsettled() else "left"
         leaving = dict.fromkeys(self.standing.leaving(), left)
+        ending, ended = self.standing.ending(), self.standing.ended()
         hosts: list[HostStatus] = []
         for record in self.hosts.records():
             space, stats = self.placement.space(record.number), self.hostdb.stats(record.number)
@@ -273,7 +286,10 @@ class Volume:
                     url=record.url,
                     state="lost"
                     if record.number in lost
-                    else leaving.get(record.number) or _state(self.hosts.state(record.number), stats.failures),
+                    else leaving.get(record.number)
+                    or _state(
+                        self.hosts.state(record.number), stats.failures, ending=record.number in ending, ended=record.number in ended
+                    ),
                     error=self.hosts.reason(record.number) or (stats.last_error if stats.failures >= FAILING else ""),
                     free=space.free if space else None,
                     total=space.total if space else None,
@@ -311,6 +327,7 @@ class Volume:
             local_error=str(local or ("" if fenced else failure) or ""),
             warnings=[
                 *self.warnings,
+                *self.renewal.warnings(),
                 *([publisher.trouble] if publisher is not None and publisher.trouble else []),
                 *dict.fromkeys(str(error) for error in shown if error is not None),
                 *self._lock_warnings(),
@@ -323,14 +340,39 @@ class Volume:
             published_ns=publisher.published_ns if publisher is not None else 0,
             unpublished=publisher.dirty if publisher is not None else False,
             hosts=hosts,
-            contracts=[
-                ContractStatus(c.contract_id, c.host_number, urls.get(c.host_number, "?"), c.start_ns, c.end_ns, c.active(now))
-                for c in self.contractor.all_contracts()
-            ],
+            contracts=self._contract_statuses(urls, now),
             fenced=fenced,
             repair=self._repair_status(),
             rewrite=self.rewrite_status(),
+            missing_places=self.doubts.missing(),
         )
+
+    def _contract_statuses(self, urls: Mapping[int, str], now: int) -> list[ContractStatus]:
+        found = self.contractor.all_contracts()
+        renewed_by = {self.contractor.renewed_from(c.contract_id): c.contract_id for c in found}
+        troubles, in_force = self.renewal.troubles(), self.contractor.in_force()
+        statuses: list[ContractStatus] = []
+        for c in found:
+            last = in_force.get(c.host_number) == c
+            trouble = troubles.get(c.host_number)
+            trouble = trouble if trouble is not None and trouble.contract == c.contract_id else None
+            statuses.append(
+                ContractStatus(
+                    contract_id=c.contract_id,
+                    host_number=c.host_number,
+                    url=urls.get(c.host_number, "?"),
+                    start_ns=c.start_ns,
+                    end_ns=c.end_ns,
+                    active=c.active(now),
+                    lineage=c.lineage,
+                    renews=self.contractor.renewed_from(c.contract_id) or "",
+                    renewed_by=renewed_by.get(c.contract_id, ""),
+                    state=_contract_state(c, now, last=last),
+                    trouble=trouble.reason if trouble is not None else "",
+                    trouble_since_ns=trouble.since_ns if trouble is not None else 0,
+                )
+            )
+        return statuses
 
 
 def absolute(path: Path | str) -> Path:
@@ -567,6 +609,7 @@ async def _wire(
     )
     nursery.start_soon(volume.lock_keeper.run)
     nursery.start_soon(volume.sectors.run)
+    nursery.start_soon(volume.renewal.run)
     nursery.start_soon(volume.reconciler.run)
     nursery.start_soon(volume.values.run)
     nursery.start_soon(volume.files.run)
@@ -575,6 +618,9 @@ async def _wire(
     nursery.start_soon(_hand_down, volume)
     if options.commit_interval is not None:
         nursery.start_soon(_commit_loop, volume, options.commit_interval)
+    # Where hosts are slow it goes on in the background.
+    with trio.move_on_after(RENEW_LIMIT):
+        await volume.renewal.looked.wait()
 
 
 def make_layers(
@@ -606,17 +652,30 @@ def make_layers(
         sector_size=config.sector_size,
     )
     regenerator = Regenerator(volume.host_io, volume.contractor, volume.hosts, volume.hostdb, reader, seams)
+    volume.doubts = Doubts(store, volume.host_io, volume.contractor)
     volume.reconciler = Reconciler(
         store=store,
         host_io=volume.host_io,
         placement=volume.placement,
         standing=volume.standing,
         deleter=volume.deleter,
+        doubts=volume.doubts,
         regenerate=regenerator.shard,
         seams=seams,
         rate=options.repair_rate,
     )
     volume.reconciler.uploading = volume.sectors.uploading
+    volume.renewal = Renewal(
+        store,
+        volume.hosts,
+        volume.contractor,
+        volume.standing,
+        seams,
+        forgot=volume.doubts.forgot,
+        has_left=lambda _number: not volume.reconciler.unsettled(),
+    )
+    # A host with a new contract keeps what it has, or keeps it again.
+    volume.contractor.on_change.append(lambda _number: volume.reconciler.wake())
     volume.values = Values(
         store=store,
         sectors=volume.sectors,
@@ -635,9 +694,20 @@ def make_layers(
     volume.files = Files(volume.namespace, seams)
 
 
-def _state(state: str, failures: float) -> str:
-    """As the registry says; a host it last found well and that fails now is said to be failing."""
-    return "failing" if state == "ok" and failures >= FAILING else state
+def _state(state: str, failures: float, *, ending: bool, ended: bool) -> str:
+    """As the registry says; a host it last found well and that fails now is said to be failing, or without a contract that goes on."""
+    if state != "ok":
+        return state
+    return "failing" if failures >= FAILING else "ended" if ended else "ending" if ending else "ok"
+
+
+def _contract_state(contract: Contract, now: int, *, last: bool) -> str:
+    """See ContractStatus. `last`: it is the one in force that ends last on its host."""
+    if not contract.active(now):
+        return "ended" if now >= contract.end_ns else "to come"
+    if not last:
+        return "renewed"
+    return "ending" if contract.ending(now) else "due" if contract.due(now) else "in force"
 
 
 def _check_hosts(volume: Volume, spec: str) -> None:

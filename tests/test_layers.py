@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"storage.metadata"},
     {"storage.epochs"},
     {"storage.hosts"},
-    {"storage.contractor", "storage.host_io", "storage.standing"},
+    {"storage.contractor", "storage.host_io", "storage.standing", "storage.renewal"},
     {"storage.history"},
     {"storage.sectors"},
     {"storage.values"},

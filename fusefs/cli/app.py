@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 from click.shell_completion import shell_complete
 
-from fusefs.cli import check, create, files, hosts, keys, mounting, notices, recover, replication, shell, status, worm
+from fusefs.cli import check, contracts, create, files, hosts, keys, mounting, notices, recover, replication, shell, status, worm
 from fusefs.cli.output import OutputClosed, flush_output, say, standard_output, write_line
 from fusefs.cli.session import Interrupted, leaves
 from storage.errors import FusefsError
@@ -84,7 +84,7 @@ for _command in (
     status.status,
     check.check,
     hosts.hosts,
-    hosts.contracts,
+    contracts.contracts,
     hosts.repair,
     files.ls,
     files.put,

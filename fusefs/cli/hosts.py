@@ -1,8 +1,7 @@
-"""`fusefs hosts`, `fusefs contracts` and `fusefs repair`: where a volume's sectors are kept, and until when."""
+"""`fusefs hosts` and `fusefs repair`: where a volume's sectors are kept."""
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import trio
 
 from fusefs.cli import live
 from fusefs.cli.arguments import DAY, DIRECTORY_PATH, Days, passphrase_option
-from fusefs.cli.output import Advance, human_bytes, human_span, progress_bar, write_line, write_table
+from fusefs.cli.output import Advance, human_bytes, progress_bar, write_line, write_table
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
-from fusefs.cli.status import day, hosts_table, volume_status
+from fusefs.cli.status import hosts_table, volume_status
 from storage import RepairStatus, Volume, parse_url
 from storage.errors import FusefsError
 
@@ -160,62 +159,3 @@ async def _follow(volume: Volume, advance: Advance) -> None:
         done, total = volume.repair_progress()
         advance(done, total or None)
         await trio.sleep(0.1)
-
-
-@click.command(short_help="List, conclude and renew contracts with hosts.")
-@click.argument("path", type=DIRECTORY_PATH, metavar="VOLUME")
-@click.argument("action", type=click.Choice(["list", "conclude", "renew"]), default="list", metavar="[list|conclude|renew]")
-@click.argument("what", default=None, required=False, metavar="[HOST|ID]")
-@click.argument("days", type=Days(), default=None, required=False, metavar="[DAYS]")
-@passphrase_option
-def contracts(path: Path, action: str, what: str | None, days: float | None, passphrase_file: Path | None) -> None:
-    """List the contracts of VOLUME, conclude a new one with a host, or renew one.
-
-    HOST is a number, id or URL as `fusefs hosts` shows them, ID a contract's id. The new contract runs DAYS from now, and its id is
-    printed; the old one runs on to its end. A mount renews by itself when a third of the time is left.
-
-    \b
-    Examples:
-      fusefs contracts ~/volume
-      fusefs contracts ~/volume conclude 2 365
-      fusefs contracts ~/volume renew 8c3e0f6e2b1d4c4f9a7be01f3d5a6c70 365
-    """
-    if action == "list":
-        if what is not None:
-            raise click.UsageError(f"list takes nothing more, and got {what!r}")
-        _list(live.resolve(path), passphrase_file)
-        return
-    if what is None or days is None:
-        raise click.UsageError("conclude needs HOST DAYS" if action == "conclude" else "renew needs ID DAYS")
-    write_line(_change(live.resolve(path), action, what, days * DAY, passphrase_file))
-
-
-def _list(target: live.Target, passphrase_file: Path | None) -> None:
-    now = volume_status(target, passphrase_file, "contracts")
-    rows = [
-        (
-            c.contract_id,
-            str(c.host_number),
-            day(c.start_ns),
-            day(c.end_ns),
-            f"{human_span((c.end_ns - time.time_ns()) / 1e9)} left" if c.active else "ended",
-        )
-        for c in sorted(now.contracts, key=lambda c: (c.host_number, c.end_ns))
-    ]
-    write_table(("contract", "host", "from", "to", "state"), rows, right=(1,))
-
-
-def _change(target: live.Target, action: str, what: str, seconds: float, passphrase_file: Path | None) -> str:
-    """The new contract's id."""
-    if target.served:
-        with live.client(target.volume) as client:
-            return client.conclude(what, seconds) if action == "conclude" else client.renew(what, seconds)
-    secret = passphrase(passphrase_file)
-
-    async def work() -> str:
-        async with unmounted_volume(target.volume, secret, "contracts") as volume:
-            if action == "conclude":
-                return await volume.contractor.conclude_contract(what, seconds)
-            return await volume.contractor.renew_contract(what, seconds)
-
-    return run(work)

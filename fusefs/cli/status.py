@@ -25,8 +25,6 @@ from storage.errors import Fenced
 SHOWN_WARNINGS = 10
 #: Refusals shown to a person; --json has all that are kept.
 SHOWN_REFUSALS = 5
-#: A contract in force is warned about when less than this is left: a mount renews at a third, so something keeps it from doing so.
-SHORT_CONTRACT = 0.1
 
 
 @click.command(short_help="What is stored, where, and what is wrong.")
@@ -183,6 +181,10 @@ def warnings(now: VolumeStatus, now_ns: int) -> list[str]:
     if now.degraded_sectors:
         why = f": {now.repair.trouble}" if now.repair.trouble else ""
         found.append(f"{_count(now.degraded_sectors, 'sector')} with fewer copies than {now.replication!r} asks for{why}")
+    if now.missing_places:
+        found.append(
+            f"hosts have forgotten {_count(now.missing_places, 'shard')}, not made again so far: fusefs check says which files are affected"
+        )
     for host in now.hosts:
         if host.error and not any(host.url in text for text in found):
             found.append(f"host {host.url} cannot be used: {host.error}")
@@ -191,12 +193,15 @@ def warnings(now: VolumeStatus, now_ns: int) -> list[str]:
 
 
 def _contract_warnings(host: HostStatus, contracts: list[ContractStatus], now_ns: int) -> list[str]:
+    if host.state in ("lost", "left") or any(c.trouble for c in contracts):
+        # Nothing is wanted of it any more; or a warning of the volume's says it better.
+        return []
     active = [c for c in contracts if c.active]
     if not active:
-        return [f"no contract is in force with {host.url}: fusefs contracts VOLUME renew or conclude one"]
+        return [f"no contract is in force with {host.url}: fusefs contracts VOLUME renew --all, or conclude one"]
     last = max(active, key=lambda c: c.end_ns)
     left = last.end_ns - now_ns
-    if left < SHORT_CONTRACT * (last.end_ns - last.start_ns):
+    if last.state == "ending":
         return [f"the contract with {host.url} ends in {human_span(left / 1e9)}"]
     return []
 

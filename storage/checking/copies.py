@@ -9,7 +9,7 @@ from storage.checking.patient import Patient
 from storage.errors import Corrupt, FusefsError, Unavailable
 from storage.hosts.layout import shard_name
 from storage.interfaces import Batch, SealedShard
-from storage.metadata.keys import SECTOR, UNDERREPLICATED, u64
+from storage.metadata.keys import DOUBTED, SECTOR, UNDERREPLICATED, u32, u64
 from storage.sealing import MAX_SEALED, root_of, sealed_length
 from storage.sectors.records import SectorRecord, ShardRecord, layout_for
 from storage.sectors.redundancy import layout_of
@@ -97,6 +97,7 @@ async def _note(patient: Patient, sector_id: int, index: int, bad: int | None, h
     batch = Batch()
     batch.put(SECTOR + u64(sector_id), record.encode())
     mark_copies(batch, sector_id, record)
+    batch.delete(DOUBTED + u64(sector_id) + u32(host))
     await patient.fix(batch)
 
 

@@ -31,6 +31,7 @@ from storage.namespace.records import (
     decode_inode,
     decode_map,
 )
+from storage.sectors.doubts import MISSING
 from storage.sectors.partial import CLASSES
 from storage.sectors.reconcile import MOVING
 from storage.sectors.records import decode_sector
@@ -108,6 +109,7 @@ _KINDS: dict[bytes, tuple[str, _Check, bool]] = {
     keys.FRESH: ("fresh mark", _sized(9, _nothing), True),
     keys.PARTIAL: ("partial index", _sized(10, _partial), True),
     keys.UNDERREPLICATED: ("copies index", _sized(9, _copies), True),
+    keys.DOUBTED: ("doubted place", _sized(13, lambda _key, raw: _shape(raw in (b"", MISSING))), True),
     keys.FREED: ("freed sector", _sized(17, lambda key, raw: decode_sector(raw, read_u64(key, 9))), True),
     keys.VALUE: ("value", _sized(9, lambda key, raw: decode_value(raw, read_u64(key, 1))), True),
     keys.EXTENT: ("extent", decode_extent, True),
@@ -142,6 +144,8 @@ def describe(key: bytes) -> str:
         text = str(read_u32(rest))
     elif key[:1] in (keys.NAME, keys.XATTR) and len(rest) > 8:
         text = f"{show(rest[8:])} of inode {read_u64(rest)}"
+    elif key[:1] == keys.DOUBTED and len(rest) == 12:
+        text = f"of sector {read_u64(rest)} on host {read_u32(rest, 8)}"
     elif len(rest) == 16:
         text = f"{read_u64(rest)} at {read_u64(rest, 8)}"
     else:

@@ -1,4 +1,4 @@
-"""What lies where on a host, and the two JSON objects that other tools may read.
+"""What lies where on a host, and the JSON objects that other tools may read.
 
 | name | content |
 |---|---|
@@ -6,9 +6,10 @@
 | `volumes/<volume id>/superblock.<number>` | superblocks; 20 decimal digits, counted on each host by itself: the highest is the latest |
 | `volumes/<volume id>/metadata/<epoch>-<salt>-<root>` | checkpoints and log (`storage/history/objects.py`) |
 | `volumes/<volume id>/contracts/<contract id>.json` | a contract |
+| `volumes/<volume id>/pruning.json` | there while the host's owner takes the volume away (`storage/pruning.py`) |
 | `volumes/<volume id>/sectors/<xx>/<root>` | a sealed shard; xx are the root's first two digits |
 
-Both JSON objects are documents (see `storage.documents`): format, version and checksum stand around the fields here.
+The JSON objects are documents (see `storage.documents`): format, version and checksum stand around the fields here.
 
 `fusefs-host.json`, format `fusefs host`, version 1:
 
@@ -27,6 +28,14 @@ Contract, format `fusefs contract`, version 1:
 | `start_ns`, `end_ns` | int | in force from start to end, nanoseconds since the Unix epoch |
 | `lineage` | string | id of the first contract of the chain of renewals this one belongs to |
 | `renewed_from` | string or null | the contract this one renews |
+
+Pruning, format `fusefs pruning`, version 1:
+
+| field | type | meaning |
+|---|---|---|
+| `volume` | string | volume id |
+| `host` | string | host id |
+| `begun` | string | UTC, `2025-01-31T12:00:00Z`; for people |
 """
 
 from __future__ import annotations
@@ -46,6 +55,8 @@ HOST_FORMAT = "fusefs host"
 HOST_VERSION = 1
 CONTRACT_FORMAT = "fusefs contract"
 CONTRACT_VERSION = 1
+PRUNING_FORMAT = "fusefs pruning"
+PRUNING_VERSION = 1
 
 MAX_NAME = 512
 MAX_COMPONENT = 200
@@ -104,7 +115,17 @@ def volume_prefix(volume_id: bytes) -> str:
 
 def contract_name(volume_id: bytes, contract_id: str) -> str:
     """Object that holds a contract."""
-    return f"{VOLUMES}/{volume_id.hex()}/contracts/{contract_id}.json"
+    return f"{contracts_prefix(volume_id)}{contract_id}.json"
+
+
+def contracts_prefix(volume_id: bytes) -> str:
+    """All contracts of a volume stand below it."""
+    return f"{VOLUMES}/{volume_id.hex()}/contracts/"
+
+
+def pruning_name(volume_id: bytes) -> str:
+    """Object that stands there while a volume is being taken away."""
+    return f"{VOLUMES}/{volume_id.hex()}/pruning.json"
 
 
 def sectors_prefix(volume_id: bytes) -> str:
@@ -156,13 +177,29 @@ class ContractFile(Document, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     renewed_from: Id | None
 
 
+class PruningFile(Document, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`pruning.json`."""
+
+    volume: Id
+    host: Id
+    begun: Annotated[str, msgspec.Meta(max_length=64)]
+
+
 def new_host_file(host_id: str, now_ns: int) -> HostFile:
     """For a host that is used for the first time."""
-    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now_ns // 10**9))
-    return HostFile(format=HOST_FORMAT, format_version=HOST_VERSION, id=host_id, created=created)
+    return HostFile(format=HOST_FORMAT, format_version=HOST_VERSION, id=host_id, created=_utc(now_ns))
 
 
-def encode_json(document: HostFile | ContractFile) -> bytes:
+def new_pruning_file(volume_id: bytes, host_id: str, now_ns: int) -> PruningFile:
+    """For a volume that is being taken away from a host."""
+    return PruningFile(format=PRUNING_FORMAT, format_version=PRUNING_VERSION, volume=volume_id.hex(), host=host_id, begun=_utc(now_ns))
+
+
+def _utc(now_ns: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now_ns // 10**9))
+
+
+def encode_json(document: HostFile | ContractFile | PruningFile) -> bytes:
     """The bytes for the host."""
     return encode_document(document)
 

@@ -12,6 +12,7 @@
 | `f` | sector id u64 | written, nothing points to it yet | sectors |
 | `p` | class u8, sector id u64 | partly filled sector, for merging | sectors |
 | `u` | sector id u64 | below full replication | sectors |
+| `y` | sector id u64, host number u32 | a place on record that may hold nothing any more | sectors.doubts |
 | `z` | commit sequence u64, sector id u64 | freed sector, waiting for deletion on its hosts | sectors |
 | `v` | value id u64 | value record | values |
 | `x` | value id u64, offset u64 | extent | values |
@@ -47,6 +48,7 @@ SECTOR = b"s"
 FRESH = b"f"
 PARTIAL = b"p"
 UNDERREPLICATED = b"u"
+DOUBTED = b"y"
 FREED = b"z"
 VALUE = b"v"
 EXTENT = b"x"

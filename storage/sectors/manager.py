@@ -13,7 +13,7 @@ from storage.errors import BadArgument, Corrupt, Exists, Fenced, NotFound
 from storage.host_io import HostIO
 from storage.interfaces import Batch, Buffer, HostSpace, MetadataStore, SealedShard
 from storage.metadata.counters import Counter
-from storage.metadata.keys import FRESH, SECTOR, SETTING, UNDERREPLICATED, prefix_end, read_u64, u64
+from storage.metadata.keys import DOUBTED, FRESH, SECTOR, SETTING, UNDERREPLICATED, prefix_end, read_u64, u64
 from storage.replication import Replication
 from storage.sealing import BLOCK
 from storage.seams import Seams
@@ -199,6 +199,8 @@ class SectorManager:
         batch.delete(SECTOR + u64(sector_id))
         batch.delete(FRESH + u64(sector_id))
         batch.delete(UNDERREPLICATED + u64(sector_id))
+        for doubt, _ in self._store.scan(DOUBTED + u64(sector_id), prefix_end(DOUBTED + u64(sector_id)), 1000):
+            batch.delete(doubt)
         self.partials.remove(batch, sector_id)
         self._counted(batch, -1)
         self._deleter.enqueue(batch, sector_id, record)
@@ -255,8 +257,11 @@ class SectorManager:
             record = self._reader.record(sector_id)
         record.shards = shards
         batch.put(SECTOR + u64(sector_id), record.encode())
-        if full:
+        if full and self._placement.keep(host for shard in shards for host in shard.hosts):
             batch.delete(UNDERREPLICATED + u64(sector_id))
+        elif full:
+            # Some on a host whose contract is ending, for want of another.
+            batch.put(UNDERREPLICATED + u64(sector_id), MOVING)
         else:
             batch.put(UNDERREPLICATED + u64(sector_id), b"")
         self._store.apply(batch)

@@ -7,12 +7,12 @@ host numbers, and a number stands for one host id (see hosts.registry), so two U
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import trio
 
 from storage.contractor import Contractor
-from storage.errors import FusefsError, Unavailable
+from storage.errors import Expired, FusefsError, Unavailable
 from storage.hosts.hostdb import LITTLE_SPACE, HostDB
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Contract, HostSpace
@@ -38,15 +38,30 @@ class Placement:
     def candidates(self, replication: Replication) -> list[Contract]:
         """Active contracts on distinct reachable hosts that keep what they have, best first, failure domains in turn.
 
-        Unavailable if fewer than the write quorum.
+        Then, where these are fewer than the replication needs, hosts whose contract is ending: what they take is moved as soon as there is
+        another (`keep`). Unavailable, or Expired where contracts that have ended are the reason, if fewer than the write quorum.
         """
         usable = self._usable(self._standing.keeping())
-        if len(usable) < replication.write_quorum:
+        ranked = [usable[number] for number in spread(self._ranked(usable), len(usable), self._standing.domain)]
+        if len(usable) < replication.hosts_needed:
+            ending = self._usable(self._standing.ending())
+            ranked += [ending[number] for number in spread(self._ranked(ending), len(ending), self._standing.domain)]
+        if len(ranked) < replication.write_quorum:
+            ended = [number for number in sorted(self._standing.ended()) if self._registry.available(number)]
+            if len(ranked) + len(ended) >= replication.write_quorum:
+                raise Expired(
+                    f"contracts with {', '.join(self._registry.url(number) for number in ended)} have ended, so nothing can be written "
+                    "there; renew them: fusefs contracts VOLUME renew --all"
+                )
             raise Unavailable(
-                f"replication {replication} needs {replication.write_quorum} hosts for writing, {len(usable)} can be used now; "
+                f"replication {replication} needs {replication.write_quorum} hosts for writing, {len(ranked)} can be used now; "
                 f"bring hosts back, add one (fusefs hosts), or conclude contracts (fusefs contracts)"
             )
-        return [usable[number] for number in spread(self._ranked(usable), len(usable), self._standing.domain)]
+        return ranked
+
+    def keep(self, hosts: Iterable[int]) -> bool:
+        """Do all of these keep what they have?"""
+        return self._standing.keeping().issuperset(hosts)
 
     def others(self, hosts: Collection[int], keeping: Collection[int]) -> list[Contract]:
         """For one shard more of a sector that is on `hosts`: active contracts on hosts of `keeping` that are none of them, best first,

@@ -6,6 +6,7 @@ is missing, a shard is made again from what is left, put on a host, and then the
     shard durable on the new host -> record names it (I2) -> the old place leaves the record, in the batch that queues its deletion (I3)
 
 so what is safe never becomes less on the way, and a crash between any two steps leaves at most a shard too many, which the sweep knows.
+A place that may be empty counts for nothing until it was read (storage/sectors/doubts.py).
 What there is to do stands under the key `u` + sector id; the value is empty where shards are missing, `MOVING` where they are only not
 where they should be. Which hosts kept shards when all sectors were last looked at, and how far a look has come, is kept under the keys
 `w` + "reconcile.*", so a restart goes on where it was:
@@ -33,6 +34,7 @@ from storage.metadata.keys import SECTOR, SETTING, UNDERREPLICATED, prefix_end, 
 from storage.pacing import Pace
 from storage.seams import Seams
 from storage.sectors.deleter import Deleter
+from storage.sectors.doubts import Doubts
 from storage.sectors.placement import Placement
 from storage.sectors.plan import Plan, make_plan
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
@@ -93,6 +95,7 @@ class Reconciler:
         placement: Placement,
         standing: Standing,
         deleter: Deleter,
+        doubts: Doubts,
         regenerate: Regenerate,
         seams: Seams,
         rate: float | None = None,
@@ -103,6 +106,7 @@ class Reconciler:
         self._placement = placement
         self._standing = standing
         self._deleter = deleter
+        self._doubts = doubts
         self._regenerate = regenerate
         self._seams = seams
         self.pace = Pace(seams.clock, rate)
@@ -162,11 +166,16 @@ class Reconciler:
             if self._standing.look():
                 # What could not be mended for want of a host, or from it, can be now.
                 self._later.clear()
+            await self._doubts.walk()
             keeping = self._standing.keeping()
             await self._look(keeping)
             await self._mend_all(keeping)
             if self._store.get(_FILL) is not None:
                 await self._fill_up(keeping)
+
+    def _plan(self, sector_id: int, record: SectorRecord, keeping: frozenset[int]) -> Plan:
+        """What is missing and too many with these hosts; a doubted place counts for nothing."""
+        return make_plan(record, keeping - self._doubts.of(sector_id), self._standing.domain)
 
     # ------------------------------------------------------------------------------------------------------------
     # Looking at all sectors
@@ -189,8 +198,8 @@ class Reconciler:
                 except Corrupt as error:
                     log.error("%s", error)
                     continue
-                if not make_plan(record, keeping, self._standing.domain).done:
-                    missing = make_plan(record, present, self._standing.domain).missing
+                if not self._plan(sector_id, record, keeping).done:
+                    missing = self._plan(sector_id, record, present).missing
                     batch.put(UNDERREPLICATED + u64(sector_id), b"" if missing else MOVING)
             start = found[-1][0] + b"\0"
             looked += len(found)
@@ -259,10 +268,11 @@ class Reconciler:
                     continue
                 sectors += 1
                 try:
-                    record = decode_sector(raw, read_u64(key, 1))
+                    sector_id = read_u64(key, 1)
+                    record = decode_sector(raw, sector_id)
                 except Corrupt:
                     continue
-                missing += sum(record.shards[index].length for index in make_plan(record, keeping, self._standing.domain).missing)
+                missing += sum(record.shards[index].length for index in self._plan(sector_id, record, keeping).missing)
             start = found[-1][0] + b"\0"
             await trio.lowlevel.checkpoint()
         self.status.pending, self.status.pending_bytes = sectors, missing
@@ -291,8 +301,10 @@ class Reconciler:
 
     async def mend(self, sector_id: int, keeping: frozenset[int]) -> None:
         """The sector is as it should be when it returns, or gone. Unavailable, Corrupt, NoSpace: it is as good as before, or better."""
+        if (record := self._record(sector_id)) is not None:
+            await self._doubts.look(sector_id, record)
         while (record := self._record(sector_id)) is not None:
-            plan = make_plan(record, keeping, self._standing.domain)
+            plan = self._plan(sector_id, record, keeping)
             if not plan.missing:
                 self._settle(sector_id, record, plan)
                 return
@@ -304,13 +316,16 @@ class Reconciler:
             # Freed meanwhile; its mark went with it, unless somebody put it there since.
             batch = Batch()
             batch.delete(UNDERREPLICATED + u64(sector_id))
+            self._doubts.clear(batch, sector_id)
             self._store.apply(batch)
             return None
         return decode_sector(raw, sector_id)
 
     async def _add(self, sector_id: int, record: SectorRecord, index: int, hosts: Collection[int], keeping: Collection[int]) -> None:
         """One shard to one more host, and onto the record."""
-        targets = self._placement.others(hosts, keeping)
+        # A doubted host may get what it is said to have, and nothing else: the place of another shard there would seem to be filled.
+        elsewhere = {host for host in self._doubts.of(sector_id) if host not in record.shards[index].hosts}
+        targets = self._placement.others({*hosts, *elsewhere}, keeping)
         if not targets:
             raise Unavailable(
                 f"sector {sector_id} is to have {record.replication} on distinct hosts, and no other host can take a shard; add a host"
@@ -347,6 +362,7 @@ class Reconciler:
             self._queue(batch, sector_id, record, [(shard, [host])])
         else:
             ours.hosts = sorted({*ours.hosts, host})
+            self._doubts.clear(batch, sector_id, host)
             batch.put(SECTOR + u64(sector_id), record.encode())
             if self._store.get(UNDERREPLICATED + u64(sector_id)) is None:
                 # Until it has been settled: a crash in between leaves a shard too many, for the next process to see.
@@ -366,6 +382,7 @@ class Reconciler:
             batch.put(SECTOR + u64(sector_id), record.encode())
             self.status.moved += len(plan.surplus)
         batch.delete(UNDERREPLICATED + u64(sector_id))
+        self._doubts.clear(batch, sector_id)
         self._store.apply(batch)
 
     def _queue(self, batch: Batch, sector_id: int, record: SectorRecord | None, shards: list[tuple[ShardRecord, list[int]]]) -> None:
@@ -403,7 +420,7 @@ class Reconciler:
     async def _move(self, sector_id: int, record: SectorRecord, short: list[int], load: dict[int, int], keeping: frozenset[int]) -> None:
         """One shard of the sector to the host that has least, if one that has more loses it, and no failure domain gets two for it."""
         domain = self._standing.domain
-        plan = make_plan(record, keeping, domain)
+        plan = self._plan(sector_id, record, keeping)
         target = min((host for host in short if host not in plan.hosts), key=lambda host: load[host], default=None)
         if target is None or plan.missing or sector_id in self._busy or self.uploading(sector_id):
             return
@@ -424,7 +441,7 @@ class Reconciler:
             if current is not None:
                 # With the source no longer counted, it is surplus.
                 without = frozenset(keeping - {source})
-                plan = make_plan(current, without, domain)
+                plan = self._plan(sector_id, current, without)
                 if not plan.missing:
                     self._settle(sector_id, current, plan)
                     load[source] -= shard.length

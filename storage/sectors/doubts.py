@@ -1,0 +1,127 @@
+"""Doubts: places on record that may hold nothing any more, because their host has forgotten things (it was pruned, say).
+
+A doubted place counts for no replication until it was read, so nothing is thought safe, and no good copy dropped, for its sake; it stays
+on record as long as it may be the last, and is read from like any other. Reconcile reads it when it mends the sector: a good one is
+doubted no more, the rest is made again, there or elsewhere. What no other host has is tried again now and then: it may come back with the
+host's backup.
+
+| key | value | meaning |
+|---|---|---|
+| `y` + sector id u64 + host u32 | empty | doubted |
+| the same | `l` | it was looked for, and is not there |
+| `w` + "doubted." + host in decimal digits | empty | all sectors said to be on the host are still to be doubted: it counts for none |
+"""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from storage.contractor import Contractor
+from storage.errors import Corrupt, FusefsError, NotFound
+from storage.host_io import HostIO
+from storage.interfaces import Batch, MetadataStore
+from storage.metadata.keys import DOUBTED, SECTOR, SETTING, UNDERREPLICATED, prefix_end, read_u32, read_u64, u32, u64
+from storage.sectors.records import SectorRecord, decode_sector
+
+log = logging.getLogger("fusefs.reconcile")
+
+_HOSTS = SETTING + b"doubted."
+MISSING = b"l"
+#: Sectors looked at between two checkpoints.
+SLICE = 200
+
+
+class Doubts:
+    """What reconcile knows of them. Synchronous but for `walk` and `look`."""
+
+    def __init__(self, store: MetadataStore, host_io: HostIO, contractor: Contractor) -> None:
+        self._store = store
+        self._host_io = host_io
+        self._contractor = contractor
+        #: Is there any doubt at all? Asked for each sector, again and again.
+        self._some = bool(store.scan(_HOSTS, prefix_end(_HOSTS), 1) or store.scan(DOUBTED, prefix_end(DOUBTED), 1))
+
+    def forgot(self, batch: Batch, number: int) -> None:
+        """In `batch`: the host has forgotten what it had; every place on it is doubted from now on."""
+        batch.put(_HOSTS + b"%d" % number, b"")
+        self._some = True
+
+    def _forgetful(self) -> set[int]:
+        """Hosts whose sectors are still to be doubted one by one."""
+        found = self._store.scan(_HOSTS, prefix_end(_HOSTS), 2000)
+        return {int(key[len(_HOSTS) :]) for key, _ in found if key[len(_HOSTS) :].isdigit()}
+
+    def of(self, sector_id: int) -> set[int]:
+        """Hosts that do not count for the sector."""
+        if not self._some:
+            return set()
+        start = DOUBTED + u64(sector_id)
+        one_by_one = {read_u32(key, 9) for key, _ in self._store.scan(start, prefix_end(start), 2000) if len(key) == 13}
+        return one_by_one | self._forgetful()
+
+    def missing(self, limit: int = 100_000) -> int:
+        """Places that were looked for and not found, and of which nothing could be made again so far."""
+        return sum(1 for _, mark in self._store.scan(DOUBTED, prefix_end(DOUBTED), limit) if mark == MISSING)
+
+    def clear(self, batch: Batch, sector_id: int, host: int | None = None) -> None:
+        """In `batch`: the shard is there for certain; or (host None) the sector is as it should be, or gone."""
+        for number in self.of(sector_id) if host is None else [host]:
+            key = DOUBTED + u64(sector_id) + u32(number)
+            if self._store.get(key) is not None:
+                batch.delete(key)
+
+    async def walk(self) -> None:
+        """Each sector on a host that has forgotten things is doubted there, and on the list of what is to be mended. Starts over after a
+        crash."""
+        self._some = self._some and bool(self._forgetful() or self._store.scan(DOUBTED, prefix_end(DOUBTED), 1))
+        for number in sorted(self._forgetful()):
+            start, doubted = SECTOR, 0
+            while found := self._store.scan(start, prefix_end(SECTOR), SLICE):
+                batch = Batch()
+                for key, raw in found:
+                    try:
+                        sector_id = read_u64(key, 1)
+                        record = decode_sector(raw, sector_id)
+                    except Corrupt as error:
+                        log.error("%s", error)
+                        continue
+                    mark = DOUBTED + u64(sector_id) + u32(number)
+                    if any(number in shard.hosts for shard in record.shards) and self._store.get(mark) is None:
+                        batch.put(mark, b"")
+                        batch.put(UNDERREPLICATED + u64(sector_id), b"")
+                        doubted += 1
+                start = found[-1][0] + b"\0"
+                if batch.ops:
+                    self._store.apply(batch)
+                await trio.lowlevel.checkpoint()
+            batch = Batch()
+            batch.delete(_HOSTS + b"%d" % number)
+            self._store.apply(batch)
+            log.warning(
+                "host %d has forgotten things: %d sectors are looked for there, and made again where they are missing", number, doubted
+            )
+
+    async def look(self, sector_id: int, record: SectorRecord) -> None:
+        """Look for the doubted shards of a sector. What cannot be read now stays doubted."""
+        for number in sorted(self.of(sector_id)):
+            contract = self._contractor.contract_for(number)
+            here = [shard for shard in record.shards if number in shard.hosts]
+            batch = Batch()
+            key = DOUBTED + u64(sector_id) + u32(number)
+            try:
+                for shard in here:
+                    if contract is None:
+                        raise NotFound(f"there was no contract with host {number}")
+                    length = shard.length
+                    await self._host_io.insecure_read(contract.contract_id, shard.root.hex(), shard.shard_id, 0, 1, plaintext_length=length)
+                batch.delete(key)
+            except (NotFound, Corrupt) as error:
+                log.info("sector %d: its place on host %d is empty: %s", sector_id, number, error)
+                batch.put(key, MISSING)
+            except FusefsError as error:
+                log.info("sector %d: whether it is on host %d is not known yet: %s", sector_id, number, error)
+                continue
+            if self._store.get(key) is not None:
+                self._store.apply(batch)
