@@ -256,8 +256,8 @@ class LockingHost(Host, Protocol):
         """As `put`, locked until then. Returns the version."""
         ...
 
-    async def extend(self, name: str, version: str, until_ns: int) -> None:
-        """The version is locked until then at least. NotFound, NotPermitted."""
+    async def extend(self, name: str, version: str, until_ns: int) -> str:
+        """The version is locked until then at least; "": the one that was put first. Returns it. NotFound, NotPermitted."""
         ...
 
     async def versions(self, name: str) -> Sequence[StoredVersion]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from storage.hosts.locking import LockedHost
 from storage.hosts.memory import memory_content
 from storage.hosts.memory_lock import VersionedMemoryHost, Versions, locked_memory_host
+from storage.hosts.opening import open_host
 from storage.hosts.registry import Opener
-from storage.hosts.urls import HostURL, open_host
+from storage.hosts.urls import HostURL
 from storage.interfaces import Host
 from storage.seams import Seams
 

@@ -93,7 +93,7 @@ def test_relative_paths_are_resolved_where_they_are_given(tmp_path: Path, monkey
         ("s3://bucket?region=", "region is empty"),
         ("s3://bucket?region=a%20b", "128 letters"),
         ("s3://bucket?region=a&region=b", "twice"),
-        ("s3://bucket?color=red", "known are credentials, endpoint, profile, region"),
+        ("s3://bucket?color=red", "known are credentials, endpoint, lock, profile, region"),
         ("s3://bucket?account=x", "unknown parameter 'account'"),
         ("gs://bucket?profile=x", "known are credentials, endpoint"),
         ("az://bucket?region=x", "known are account, credentials, endpoint"),

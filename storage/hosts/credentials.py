@@ -14,6 +14,7 @@ from __future__ import annotations
 import configparser
 import os
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 from storage.errors import Unavailable
@@ -52,6 +53,7 @@ def s3_session(url: HostURL) -> Any:
 
     profile, file = url.parameter("profile"), url.parameter("credentials")
     core = botocore.session.Session()
+    core.register_component("data_loader", _loader())
     if file is not None:
         _read(url, file)
         core.set_config_variable("credentials_file", file)
@@ -72,6 +74,14 @@ def s3_session(url: HostURL) -> Any:
         remedy = "name them with ?profile= or ?credentials=, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         raise Unavailable(f"host {url.base}: no credentials found; {remedy}")
     return session
+
+
+@lru_cache(maxsize=1)
+def _loader() -> Any:
+    """Of the service's description, a megabyte of JSON: read once for all hosts."""
+    import botocore.loaders
+
+    return botocore.loaders.create_loader()
 
 
 def azure_settings(url: HostURL) -> dict[str, str]:

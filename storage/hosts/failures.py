@@ -6,6 +6,7 @@
 | 404 | NotFound | no |
 | 412, 409, a condition that does not hold | Busy | no |
 | 401, 403 for a clock that is wrong, wrong credentials, too few rights | Unavailable | no |
+| 403 for a deletion that these credentials, or a lock, do not allow | NotPermitted | no |
 | the bucket is in another region | Unavailable | no |
 | quota, 507 | NoSpace | no |
 | 429, 503, 500, 502, 504 | Unavailable | yes |
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
-from storage.errors import Busy, FusefsError, NoSpace, NotFound, Unavailable
+from storage.errors import Busy, FusefsError, NoSpace, NotFound, NotPermitted, Unavailable
 from storage.hosts.urls import HostURL
 
 #: What the store raises: "not found" is FileNotFoundError, errors of credential providers come as they are.
@@ -100,6 +101,8 @@ def failure_of(error: Exception, url: HostURL, doing: str, name: str) -> Failure
         return Failure(Unavailable(f"{host}: the bucket is in another region ({answer}); name it with ?region="))
     if code in _CREDENTIALS or status == 401:
         return Failure(Unavailable(f"{host} refuses the credentials ({answer}); see {_place(url)}, and this machine's clock"))
+    if status == 403 and doing == "deleting":
+        return Failure(NotPermitted(f"{host}: these credentials may not delete {name} ({answer})"))
     if status == 403:
         return Failure(Unavailable(f"{host}: these credentials may not do this: {what}: {answer}; grant it, or see {_place(url)}"))
     if status in _LATER:

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from blake3 import blake3
+from cachetools import LRUCache
 
 from storage.errors import Corrupt, FusefsError, NotFound
 from storage.hosts.layout import check_name, check_prefix, root_in, write_once
@@ -31,6 +32,8 @@ SHORT_LOCK = 2 * 86400.0
 MAX_VERSIONS = 10_000
 #: Of these, versions of an object that are read to find the one with the right root.
 MAX_TRIED = 32
+#: Versions remembered of what was put.
+REMEMBERED = 8192
 
 
 class Locks(Protocol):
@@ -73,6 +76,8 @@ class LockedHost:
         self._inner = inner
         self._locks = locks
         self._seams = seams
+        #: name -> (version, size) of what was put here lately: nobody need be asked.
+        self._put_here: LRUCache[str, tuple[str, int]] = LRUCache(maxsize=REMEMBERED)
 
     @property
     def url(self) -> str:
@@ -106,6 +111,9 @@ class LockedHost:
         raise error
 
     async def _first(self, name: str, limit: int) -> bytes:
+        known = self._put_here.get(name)
+        if known is not None and known[1] <= limit:
+            return await self._locks.get(name, known[0], 0, known[1])
         versions = await self.versions(name)
         if not versions:
             raise NotFound(f"host {self.url}: there is no {name}")
@@ -131,7 +139,10 @@ class LockedHost:
         if not write_once(name):
             # A probe, say: nothing to keep, and a lock would keep it.
             return await (self._inner.put_if(name, data, None) if new else self._inner.put(name, data)), ""
-        return await self._locks.put(name, data, until_ns, new=new)
+        tag, version = await self._locks.put(name, data, until_ns, new=new)
+        # Names are written once; of one that is put again, with the same bytes, the later lock is the longer one.
+        self._put_here[name] = (version, len(memoryview(data)))
+        return tag, version
 
     def _soon(self) -> int:
         return self._seams.clock.time_ns() + round(SHORT_LOCK * 1e9)
@@ -140,6 +151,7 @@ class LockedHost:
         return await self._inner.tag(name)
 
     async def delete(self, name: str) -> None:
+        self._put_here.pop(name, None)
         await self._inner.delete(name)
         if not write_once(name):
             await self.purge(name)
@@ -162,8 +174,18 @@ class LockedHost:
     async def put_locked(self, name: str, data: Buffer, until_ns: int) -> str:
         return (await self._put(name, data, max(until_ns, self._soon()), new=False))[1]
 
-    async def extend(self, name: str, version: str, until_ns: int) -> None:
+    async def extend(self, name: str, version: str, until_ns: int) -> str:
+        if not version:
+            known = self._put_here.get(name)
+            version = known[0] if known is not None else await self._oldest(name)
         await self._locks.extend(name, version, until_ns)
+        return version
+
+    async def _oldest(self, name: str) -> str:
+        versions = await self.versions(name)
+        if not versions:
+            raise NotFound(f"host {self.url}: there is no {name}")
+        return versions[0].version
 
     async def versions(self, name: str) -> Sequence[StoredVersion]:
         check_name(name)

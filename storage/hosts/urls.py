@@ -15,6 +15,7 @@
 | `profile=NAME` | s3 | which of the credentials in `~/.aws` |
 | `credentials=FILE` | s3, gs, az | a file with the credentials (`storage.hosts.credentials`) |
 | `account=NAME` | az | the storage account |
+| `lock=MODE` | s3 | Object Lock: `compliance` (usual where the bucket has it), `governance`, or `off` |
 
 Parameters stand after a "?", with "&" between them. A URL is stored in the volume's files and shown: secrets have no place in it, and are
 refused without being repeated. `#domain=rack1` at the end names the failure domain. Characters outside
@@ -35,10 +36,12 @@ from storage.hosts.layout import is_component
 SCHEMES = ("dir", "s3", "gs", "az", "mem")
 #: Parameters by scheme; those of the schemes that have any are object stores.
 PARAMETERS = {
-    "s3": ("credentials", "endpoint", "profile", "region"),
+    "s3": ("credentials", "endpoint", "lock", "profile", "region"),
     "gs": ("credentials", "endpoint"),
     "az": ("account", "credentials", "endpoint"),
 }
+#: Values of `lock`: nobody can lift a lock, those with a special right can, nothing is locked.
+LOCK_MODES = ("compliance", "governance", "off")
 MAX_URL = 4096
 #: Characters of a prefix: below it, names of objects have up to 512, and services allow 1024.
 MAX_PREFIX = 256
@@ -187,7 +190,13 @@ def _file(_scheme: str, shown: str, value: str, directory: Path | None) -> str:
     return _absolute(shown, os.path.expanduser(value), directory)
 
 
-_PARSERS = {"endpoint": _endpoint, "region": _word, "profile": _word, "account": _word, "credentials": _file}
+def _lock(_scheme: str, shown: str, value: str, _directory: Path | None) -> str:
+    if value not in LOCK_MODES:
+        raise BadArgument(f"host URL {shown!r}: lock is one of {', '.join(LOCK_MODES)}")
+    return value
+
+
+_PARSERS = {"endpoint": _endpoint, "region": _word, "profile": _word, "account": _word, "credentials": _file, "lock": _lock}
 
 
 def _secret(scheme: str, what: str) -> BadArgument:

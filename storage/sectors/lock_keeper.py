@@ -240,19 +240,10 @@ class LockKeeper:
         return 1
 
     async def _extend(self, host: LockingHost, name: str, version: str, until: int) -> str:
-        """Returns the version, found out where it is not on record: that with the name's root, or the first one. NotFound."""
+        """Returns the version, found out where it is not on record. NotFound, NotPermitted, Unavailable."""
         with trio.move_on_after(TIMEOUT):
-            if not version:
-                version = await self._version_of(host, name)
-            await host.extend(name, version, until)
-            return version
+            return await host.extend(name, version, until)
         raise Unavailable(f"host {host.url} did not answer within {TIMEOUT:.0f} s")
-
-    async def _version_of(self, host: LockingHost, name: str) -> str:
-        versions = await host.versions(name)
-        if not versions:
-            raise NotFound(f"host {host.url}: there is no {name}")
-        return versions[0].version
 
     async def _records(self) -> AsyncIterator[SectorRecord]:
         """Of every sector, and of every freed one that is not deleted yet."""

@@ -1,0 +1,154 @@
+"""Object Lock on real engines: a thief with the credentials deletes and overwrites every name, and everything is read back."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError
+
+from storage.creation import create_volume
+from storage.errors import NotFound, NotPermitted
+from storage.hosts.identity import claim_identity, probe
+from storage.hosts.locking import LockedHost
+from storage.hosts.opening import open_host
+from storage.hosts.urls import parse_url
+from storage.keyfile import CHEAP
+from storage.recovery import recover_volume
+from storage.seams import Seams
+from storage.volume import Volume, open_volume
+from tests.engines.fixtures import Engine
+from tests.rig import PASSPHRASE, QUIET, append, contents, new_value, noise
+from tests.rig import SECTOR as SECTOR_SIZE
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(params=["moto", "seaweedfs"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """With a new bucket that has Object Lock."""
+    found: Engine = request.getfixturevalue(request.param)
+    bucket = f"locked{next(_numbers)}"
+    found.client.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=True)
+    return replace(found, bucket=bucket)
+
+
+def vandalize(engine: Engine) -> int:
+    """All that the engine allows whoever has all rights: names deleted and overwritten, versions deleted where no lock keeps them."""
+    client, bucket = engine.client, engine.bucket
+    names = {entry["Key"] for page in _versions(engine) for entry in page.get("Versions", [])}
+    for at, name in enumerate(sorted(names)):
+        if at % 3 != 1:
+            client.delete_object(Bucket=bucket, Key=name)
+        if at % 3:
+            client.put_object(Bucket=bucket, Key=name, Body=b"gone" * 50)
+            client.put_object(Bucket=bucket, Key=name, Body=b"")
+    for page in _versions(engine):
+        for entry in page.get("Versions", []):
+            if not entry["IsLatest"]:
+                try:
+                    client.delete_object(Bucket=bucket, Key=entry["Key"], VersionId=entry["VersionId"])
+                except ClientError as error:
+                    assert error.response["Error"]["Code"] in ("AccessDenied", "ObjectLocked")
+    return len(names)
+
+
+def _versions(engine: Engine) -> list[Any]:
+    return list(engine.client.get_paginator("list_object_versions").paginate(Bucket=engine.bucket))
+
+
+@asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[Volume]:
+    async with open_volume(path, passphrase=PASSPHRASE, options=replace(QUIET, cache=1)) as volume:
+        yield volume
+
+
+async def test_a_locked_bucket_keeps_versions_whatever_is_done_to_names(engine: Engine) -> None:
+    seams = Seams()
+    host = await open_host(parse_url(engine.url()), seams, create=True)
+    assert isinstance(host, LockedHost)
+    await claim_identity(host, seams)
+    able = await probe(host, seams)
+    assert able.object_lock and able.versions and able.conditional_put and able.ranges
+    name = f"volumes/{'0' * 32}/sectors/ab/abcdef"
+    until = time.time_ns() + 3600 * 10**9
+    version = await host.put_locked(name, b"mine" * 10_000, until)
+    await host.extend(name, version, until + 10**12)
+    # Never shortened, and never an error for that.
+    await host.extend(name, version, until)
+    await host.put(name, b"other")
+    await host.delete(name)
+    with pytest.raises(NotFound):
+        await host.get_range(name, 0, 10)
+    first, second = await host.versions(name)
+    assert first.version == version and first.size == 40_000 and second.size == 5
+    assert await host.get_version(name, version, 2, 6) == b"nemine"
+    assert await host.get_version(name, version, 0, 10**9) == b"mine" * 10_000
+    assert await host.get_version(name, version, 40_000, 5) == b""
+    assert [hidden.name async for hidden in host.hidden("volumes/")] == [name]
+    assert "0" * 32 in await host.folders("volumes/")
+    assert not await host.purge(name)
+    assert [stored.version for stored in await host.versions(name)] == [version, second.version][: len(await host.versions(name))]
+    await host.aclose()
+
+
+async def test_what_a_thief_does_is_undone_by_the_locked_versions(engine: Engine, tmp_path: Path) -> None:
+    urls = [engine.url(), engine.url()]
+    await create_volume(tmp_path / "volume", PASSPHRASE, hosts=urls, replication="2", sector_size=SECTOR_SIZE, argon2=CHEAP)
+    content = {}
+    async with opened(tmp_path / "volume") as volume:
+        for size in (3 * SECTOR_SIZE + 5, 20_000, 7):
+            value = new_value(volume)
+            content[value] = noise(size)
+            await append(volume, value, content[value])
+        await volume.flush()
+        await volume.sectors.wait_uploads()
+    assert vandalize(engine) > 10
+    async with opened(tmp_path / "volume") as volume:
+        for value, data in content.items():
+            assert await contents(volume, value) == data
+    vandalize(engine)
+    # And from nothing but the passphrase and one of the hosts.
+    await recover_volume(tmp_path / "again", urls[1:], passphrase=PASSPHRASE, argon2=CHEAP)
+    async with opened(tmp_path / "again") as volume:
+        for value, data in content.items():
+            assert await contents(volume, value) == data
+
+
+async def test_once_its_lock_is_over_a_version_can_be_purged(engine: Engine) -> None:
+    seams = Seams()
+    host = await open_host(parse_url(engine.url()), seams, create=True)
+    assert isinstance(host, LockedHost)
+    name = f"volumes/{'0' * 32}/contracts/x"
+    # Below what `put_locked` gives: the engine's own clock cannot be turned.
+    await host._locks.put(name, b"short", time.time_ns() + 2 * 10**9, new=True)
+    await host.delete(name)
+    assert not await host.purge(name)
+    deadline = time.monotonic() + 30
+    while not await host.purge(name):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert await host.versions(name) == [] and [hidden async for hidden in host.hidden("volumes/")] == []
+    await host.aclose()
+
+
+async def test_who_may_not_delete_is_told_so_and_no_more(moto: Engine, tmp_path: Path) -> None:
+    """moto enforces policies: what a person would give to a machine whose backups must outlive it."""
+    bucket = f"kept{next(_numbers)}"
+    moto.client.create_bucket(Bucket=bucket)
+    host = await open_host(parse_url(replace(moto, bucket=bucket).url()), Seams(), create=True)
+    await host.put("a/b", b"1")
+    deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:DeleteObject", "Resource": f"arn:aws:s3:::{bucket}/*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [deny]})
+    moto.client.put_bucket_policy(Bucket=bucket, Policy=policy)
+    with pytest.raises(NotPermitted, match="may not delete"):
+        await host.delete("a/b")
+    assert await host.get("a/b", 10) == b"1"
+    await host.aclose()
