@@ -92,7 +92,8 @@ def _check_urls(urls: Sequence[str]) -> None:
     places: dict[str, str] = {}
     for url in urls:
         parsed = parse_url(url)
-        place = f"{parsed.scheme}:{os.path.realpath(parsed.path) if parsed.scheme == 'dir' else parsed.path}"
+        # What else stands in a URL may differ, and the bucket be the same: the hosts' own ids will tell, once they are asked.
+        place = f"{parsed.scheme}:{os.path.realpath(parsed.path)}" if parsed.scheme == "dir" else parsed.base
         if place in places:
             raise BadArgument(f"{places[place]} and {url} are the same host; each copy needs a host of its own")
         places[place] = url

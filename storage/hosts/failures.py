@@ -34,6 +34,7 @@ _CODE = re.compile(r"<Code>\s*([A-Za-z0-9_.-]{1,80})\s*</Code>")
 _MESSAGE = re.compile(r"<Message>(.{1,1000}?)</Message>", re.DOTALL)
 _KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
 _CAUSE = re.compile(r'(?:message|error): "([^"\\]{1,200})"')
+_PAST_END = re.compile(r"[Ww]anted range starting at")
 _NO_RANGE = re.compile(r"non-partial response", re.IGNORECASE)
 
 _NO_BUCKET = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted", "InvalidBucketName"}
@@ -83,7 +84,7 @@ def failure_of(error: Exception, url: HostURL, doing: str, name: str) -> Failure
     answer = _answer(said, status, code)
     if _NO_RANGE.search(said):
         return Failure(Unavailable(f"{host} does not read ranges"), no_ranges=True)
-    if status == 416:
+    if status == 416 or (status == 0 and _PAST_END.search(said)):
         return Failure(Unavailable(f"{host}: {what}: {answer}"), past_end=True)
     if code in _NO_BUCKET:
         kind = "container" if url.scheme == "az" else "bucket"

@@ -54,6 +54,8 @@ async def probe(host: Host, seams: Seams) -> HostCapabilities:
             ranges = await host.get_range(name, 16, 32) == content[16:48] and await host.get_range(name, 60, 32) == content[60:]
         except Unavailable:
             ranges = False
+        # Some read the whole for a range, and have found out only now.
+        ranges = ranges and host.capabilities.ranges
     except (NotFound, Corrupt) as error:
         raise Unavailable(f"host {host.url} does not keep what is stored ({error}); do not use it") from error
     finally:

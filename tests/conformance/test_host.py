@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import trio
 
-from storage.errors import BadArgument, Busy, Corrupt, NotFound
+from storage.errors import BadArgument, Busy, Corrupt, NoSpace, NotFound, Unavailable
 from storage.hosts.directory import DirectoryHost
-from storage.hosts.faults import FaultyHost
+from storage.hosts.faults import Faults, FaultyHost
+from storage.hosts.identity import probe
 from storage.hosts.memory import MemoryContent, MemoryHost
 from storage.hosts.memory_lock import Versions, locked_memory_host
 from storage.hosts.opening import open_host
 from storage.hosts.urls import parse_url
-from storage.interfaces import Host
+from storage.interfaces import Host, Level
 from storage.seams import Seams
 from tests.fakes import make_seams
 
@@ -25,11 +26,17 @@ LIMIT = 64 * 1024 * 1024
 Reopen = Callable[[], Awaitable[Host]]
 
 
-ENGINES = ["seaweedfs", "moto"]
+ENGINES = ["seaweedfs", "moto", "azurite", "rclone"]
 KINDS = ["memory", "directory", "directory in threads", "locked memory", "faulty memory", "faulty directory"]
 
 
-@pytest.fixture(params=[*KINDS, *ENGINES, *(f"faulty {engine}" for engine in ENGINES)])
+ALL = [*KINDS, *ENGINES]
+#: What rclone cannot do it does not refuse: it puts without looking at the condition. So it is told from others by probing.
+CONDITIONAL = [kind for kind in ALL if "rclone" not in kind]
+conditional = pytest.mark.parametrize("reopen", CONDITIONAL, indirect=True)
+
+
+@pytest.fixture(params=ALL)
 async def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Reopen:
     """Opens the same host, again and again."""
     kind: str = request.param
@@ -119,6 +126,7 @@ async def test_the_tag_changes_with_the_content_and_only_then(host: Host) -> Non
     assert len(seen) == 9
 
 
+@conditional
 async def test_a_conditional_put_creates_only_what_is_not_there(host: Host) -> None:
     await host.put_if(NAME, b"first", None)
     with pytest.raises(Busy):
@@ -126,6 +134,7 @@ async def test_a_conditional_put_creates_only_what_is_not_there(host: Host) -> N
     assert await host.get(NAME, LIMIT) == b"first"
 
 
+@conditional
 async def test_a_conditional_put_replaces_only_what_was_seen(host: Host) -> None:
     first = await host.put_if(NAME, b"1", None)
     second = await host.put_if(NAME, b"2", first)
@@ -141,6 +150,7 @@ async def test_a_conditional_put_replaces_only_what_was_seen(host: Host) -> None
         await host.get(NAME, LIMIT)
 
 
+@conditional
 async def test_of_many_who_put_on_one_condition_one_wins(reopen: Reopen) -> None:
     hosts = [await reopen() for _ in range(8)]
     won: list[int] = []
@@ -212,12 +222,61 @@ async def test_calls_at_the_same_time_do_not_mix(host: Host) -> None:
     assert len(await names(host)) == 20
 
 
+async def test_what_a_host_can_do_is_found_by_probing(host: Host, request: pytest.FixtureRequest) -> None:
+    kind = request.node.callspec.params["reopen"]
+    found = await probe(host, Seams())
+    assert found.conditional_put == (kind in CONDITIONAL)
+    assert found.ranges == ("rclone" not in kind)
+    assert await names(host) == {}
+
+
+async def test_what_is_directly_below_is_one_level(host: Host) -> None:
+    for name in ("a", "b/1", "b/22", "b/c/3", "bb/4"):
+        await host.put(name, b"x")
+    assert await host.level("") == Level({"a": 1}, ["b", "bb"])
+    assert await host.level("b/") == Level({"1": 1, "22": 1}, ["c"])
+    assert await host.level("nothing/here/") == Level({}, [])
+
+
 async def test_space_is_told_or_not(host: Host) -> None:
     space = await host.space()
     assert space is None or 0 <= space.free <= space.total
 
 
+@pytest.mark.parametrize("reopen", ["memory", "directory", "directory in threads", *ENGINES], indirect=True)
+async def test_faults_look_the_same_on_every_host(host: Host) -> None:
+    """Slow, failing, full, losing, truncating, lying: what is injected is all that goes wrong, and is over when it is over."""
+    faulty = FaultyHost(host, Seams())
+    data = bytes(range(256)) * 100
+    await faulty.put("a/1", data)
+    faulty.faults = Faults(latency=0.02)
+    assert await faulty.get("a/1", LIMIT) == data
+    faulty.faults = Faults(fail_next=2)
+    with pytest.raises(Unavailable):
+        await faulty.put("a/1", b"refused")
+    with pytest.raises(Unavailable):
+        await faulty.get("a/1", LIMIT)
+    faulty.faults = Faults(lose_answer_next=1)
+    with pytest.raises(Unavailable):
+        await faulty.put("a/2", b"stored")
+    assert await faulty.get("a/2", LIMIT) == b"stored"
+    faulty.faults = Faults(quota=len(data) + 100)
+    with pytest.raises(NoSpace):
+        await faulty.put("a/3", data)
+    faulty.faults = Faults(losing=True)
+    await faulty.put("a/3", data)
+    faulty.faults = Faults(truncating=10)
+    assert await faulty.get("a/1", LIMIT) == data[:-10]
+    assert await faulty.get_range("a/1", 100, 50) == data[100:140]
+    faulty.faults = Faults(lying=1.0)
+    wrong = await faulty.get_range("a/1", 100, 50)
+    assert len(wrong) == 50
+    assert wrong != data[100:150]
+    faulty.faults = Faults()
+    assert await names(faulty) == {"a/1": len(data), "a/2": 6}
+    assert await faulty.get("a/1", LIMIT) == data
+
+
 async def test_it_can_be_closed(host: Host) -> None:
     assert host.url
-    assert host.capabilities.ranges
     await host.aclose()

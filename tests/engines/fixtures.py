@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.engines.azure import Azurite
 from tests.engines.moto import Moto
+from tests.engines.rclone import Rclone
 from tests.engines.seaweedfs import BUCKET, Cluster
 
 _numbers = itertools.count()
@@ -18,19 +20,20 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Engine:
-    """An S3 service: `bucket` is there. `credentials`: a file for `?credentials=`."""
+    """A service: `bucket` is there. `credentials`: a file for `?credentials=`."""
 
     name: str
     endpoint: str
     bucket: str
     credentials: Path
-    #: boto3's, with all rights.
-    client: Any
     server: Any
+    #: boto3's, with all rights, where it speaks S3 well.
+    client: Any = None
+    scheme: str = "s3"
 
     def url(self, prefix: str = "") -> str:
         """For a host of its own, each time another."""
-        return f"s3://{self.bucket}/{prefix or f'host{next(_numbers)}'}?credentials={self.credentials}&endpoint={self.endpoint}"
+        return f"{self.scheme}://{self.bucket}/{prefix or f'host{next(_numbers)}'}?credentials={self.credentials}&endpoint={self.endpoint}"
 
 
 def write_credentials(directory: Path, name: str, access_key: str, secret_key: str) -> Path:
@@ -46,7 +49,7 @@ def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     cluster = Cluster.up(directory / "cluster")
     try:
         file = write_credentials(directory, "seaweedfs", cluster.access_key, cluster.secret_key)
-        yield Engine("seaweedfs", cluster.endpoint, BUCKET, file, cluster.client(), cluster)
+        yield Engine("seaweedfs", cluster.endpoint, BUCKET, file, cluster, cluster.client())
     finally:
         cluster.down()
 
@@ -61,5 +64,29 @@ def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         yield Engine(
             "moto", server.endpoint, BUCKET, write_credentials(directory, "moto", server.access_key, server.secret_key), client, server
         )
+    finally:
+        server.down()
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    directory = tmp_path_factory.mktemp("rclone")
+    server = Rclone(directory, BUCKET)
+    try:
+        file = write_credentials(directory, "rclone", server.access_key, server.secret_key)
+        yield Engine("rclone", server.endpoint, BUCKET, file, server)
+    finally:
+        server.down()
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    directory = tmp_path_factory.mktemp("azurite")
+    server = Azurite(directory)
+    try:
+        server.make_container(BUCKET)
+        file = directory / "azurite.credentials"
+        file.write_text(server.connection_string)
+        yield Engine("azurite", server.endpoint, BUCKET, file, server, scheme="az")
     finally:
         server.down()
