@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.checking import Finding, check_volume
 from storage.errors import NotFound, Unavailable
+from storage.interfaces import Buffer
 from storage.metadata.keys import SECTOR, UNDERREPLICATED, prefix_end, read_u64
 from storage.pacing import Pace
 from storage.replication import parse_replication
@@ -241,6 +243,45 @@ async def test_a_copy_that_comes_back_to_a_host_is_not_deleted_by_what_was_queue
         await volume.reconciler.round()
         await delete_freed(volume)
         assert as_wanted(volume, [urls[0], urls[2]])
+        assert await unchanged(volume, content)
+
+
+async def test_a_copy_that_is_on_its_way_back_to_a_host_is_not_deleted_right_after_it_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deletion of the earlier one is due while the put hangs: no record names the copy yet, and the deletion would come next."""
+    async with a_volume(tmp_path, 3, "2") as (volume, urls):
+        content = await fill(volume, 1)
+        ((_, record),) = records(volume).items()
+        back, other = record.shards[0].hosts
+        await volume.leave_host(str(back), leave=True)
+        await volume.reconciler.round()
+        # Both generations of superblocks know of the move: from now on the deletion is due.
+        publisher = volume.publisher
+        assert publisher is not None
+        for _ in range(3):
+            await publisher.confirm_majority()
+        await volume.leave_host(str(back), leave=False)
+        await volume.leave_host(str(other), leave=True)
+        host = volume.hosts.get(back)
+        put, putting, done = host.put, trio.Event(), trio.Event()
+
+        async def hangs(name: str, data: Buffer) -> str:
+            if "/sectors/" in name:
+                putting.set()
+                await done.wait()
+            return await put(name, data)
+
+        monkeypatch.setattr(host, "put", hangs)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(volume.reconciler.round)
+            await putting.wait()
+            nursery.start_soon(volume.deleter.drain)
+            # Until it is as far as it gets.
+            await trio.testing.wait_all_tasks_blocked(0.3)
+            done.set()
+        await delete_freed(volume)
+        assert as_wanted(volume, [url for number, url in enumerate(urls, 1) if number != other])
         assert await unchanged(volume, content)
 
 
