@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, InvalidPathError, PreconditionError
 
 from storage.errors import Busy, FusefsError, NoSpace, NotFound, NotPermitted, Unavailable
 from storage.hosts.urls import HostURL
@@ -31,9 +31,10 @@ STORE_ERRORS = (BaseError, OSError, ValueError, RuntimeError)
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>\s*([A-Za-z0-9_.-]{1,80})\s*</Code>")
-_MESSAGE = re.compile(r"<Message>(.{1,1000}?)</Message>", re.DOTALL)
+_MESSAGE = re.compile(r"<Message>([^<]{1,200})")
 _KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
 _CAUSE = re.compile(r'(?:message|error): "([^"\\]{1,200})"')
+_REDIRECT = re.compile(r"[Rr]eceived redirect")
 _PAST_END = re.compile(r"[Ww]anted range starting at")
 _NO_RANGE = re.compile(r"non-partial response", re.IGNORECASE)
 
@@ -84,6 +85,8 @@ def failure_of(error: Exception, url: HostURL, doing: str, name: str) -> Failure
     answer = _answer(said, status, code)
     if _NO_RANGE.search(said):
         return Failure(Unavailable(f"{host} does not read ranges"), no_ranges=True)
+    if isinstance(error, InvalidPathError):
+        return Failure(Unavailable(f"{host}: {what}: an object there has a name that cannot be listed, remove it: {said[:200]}"))
     if status == 416 or (status == 0 and _PAST_END.search(said)):
         return Failure(Unavailable(f"{host}: {what}: {answer}"), past_end=True)
     if code in _NO_BUCKET:
@@ -98,7 +101,7 @@ def failure_of(error: Exception, url: HostURL, doing: str, name: str) -> Failure
         return Failure(NoSpace(f"{host} is full: {what}: {answer}; raise its quota, free space or add a host"))
     if code in _CLOCK:
         return Failure(Unavailable(f"{host}: this machine's clock and the service's differ too much ({code}); set the clock (NTP)"))
-    if code in _REGION or status in (301, 307):
+    if code in _REGION or status in (301, 307) or _REDIRECT.search(said):
         return Failure(Unavailable(f"{host}: the bucket is in another region ({answer}); name it with ?region="))
     if code in _CREDENTIALS or status == 401:
         return Failure(Unavailable(f"{host} refuses the credentials ({answer}); see {_place(url)}, and this machine's clock"))

@@ -106,6 +106,11 @@ class ObjectStoreHost:
         """What is worth probing."""
         return HostCapabilities(True, self._ranges, self._versions, self._object_lock)
 
+    @property
+    def at_work(self) -> int:
+        """Threads that have not ended, given up or not."""
+        return self._slots.at_work
+
     # ----------------------------------------------------------------------------------------------------------------
     # Reading
 
