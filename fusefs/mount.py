@@ -130,6 +130,8 @@ async def _serve(
         settings["flush_interval"] = options.flush_interval
     if options.repair_rate is not None:
         settings["repair_rate"] = options.repair_rate
+    if options.upload_rate is not None:
+        settings["upload_rate"] = options.upload_rate
     if options.away_grace is not None:
         settings["away_grace"] = options.away_grace
     # commit_interval None: the commits are ours, after the kernel's dirty pages have come.

@@ -49,6 +49,8 @@ class MountOptions:
     flush_interval: float | None = None
     #: Bytes per second for making shards again; seconds a host may be away before that is begun. None: the volume's defaults.
     repair_rate: float | None = None
+    #: Bytes per second that all sending to hosts together may take; None: no limit.
+    upload_rate: float | None = None
     away_grace: float | None = None
     #: fsync(2) returns when a majority of the hosts has it, too.
     fsync_hosts: bool = False
@@ -91,8 +93,8 @@ class MountOptions:
                 choose("link_denied", option, value == "deny")
             elif name == "cache" and equals:
                 choose("cache_bytes", option, parse_size(option, value))
-            elif name == "repair_rate" and equals:
-                choose("repair_rate", option, _rate(option, value))
+            elif name in ("repair_rate", "upload_rate") and equals:
+                choose(name, option, _rate(option, value))
             elif name == "away_grace" and equals:
                 choose("away_grace", option, _seconds(option, value))
             elif name in ("commit_interval", "flush_interval") and equals:
@@ -140,6 +142,7 @@ _WITH_VALUE = (
     "flush_interval=SECONDS",
     "fsync=local|hosts",
     "repair_rate=SIZE",
+    "upload_rate=SIZE",
     "away_grace=SECONDS",
 )
 KNOWN = sorted([*_FLAGS, *PASSED_ON, *_WITH_VALUE])

@@ -296,6 +296,7 @@ class HostIO:
 
         That the contract holds it is applied to the metadata store, and durable with the commit that points to it.
         """
+        await self._registry.uplink.take(len(shard.sealed))
         self._must_be_active(contract_id)
         contract = self._contractor.contract(contract_id)
         number, root = contract.host_number, check_root(shard.root)

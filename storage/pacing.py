@@ -1,6 +1,9 @@
-"""Pacing: bytes per second of what runs in the background, so that it leaves room for those who wait for theirs."""
+"""Pacing: bytes per second. `Pace`, of what runs in the background, so that it leaves room for those who wait for theirs; `Uplink`, of
+everything that is sent to hosts."""
 
 from __future__ import annotations
+
+import trio
 
 from storage.seams import Clock
 
@@ -28,3 +31,81 @@ class Pace:
         self._free_at = begin + size / self.rate
         if begin > now:
             await self._clock.sleep(begin - now)
+
+
+#: Seconds of the upload rate that may go out at once after a pause: short, so that nobody else on the line notices.
+SMOOTH = 0.2
+#: The part of the upload rate that what is urgent may use without waiting for the rest.
+URGENT_SHARE = 0.5
+#: Objects of metadata up to so many bytes are urgent; superblocks always are.
+URGENT_SIZE = 64 * 1024
+#: A new rate is noticed within so many seconds.
+_NOTICE = 1.0
+
+
+class Uplink:
+    """The way to the hosts: everything that is sent there goes through, and at most `rate` bytes per second. One event loop's tasks.
+
+        bulk     sectors, merges, repair, large metadata    first come, first served, each when all before it has gone out at that rate
+        urgent   superblocks, small metadata                waits only for the urgent before it, up to half of the rate; bulk pays
+
+    An object goes out in one piece, as fast as the host takes it; the next one waits until the rate has made up for it. So over a time t
+    at most t * rate bytes and one object are sent, and a superblock never stands behind a queue of sectors. Waiting here counts in no
+    host's time limit and in no latency.
+    """
+
+    def __init__(self, clock: Clock, rate: float | None = None) -> None:
+        """`rate`: bytes per second; None: as fast as it goes."""
+        self._clock = clock
+        self._rate = rate
+        #: Monotonic times at which all of it, and what is urgent of it, has gone out at that rate.
+        self._free_at = 0.0
+        self._urgent_at = 0.0
+        #: Fair: whoever asks first goes first, whatever their sizes.
+        self._bulk = trio.Lock()
+        #: Bytes that went through.
+        self.sent = 0
+
+    @property
+    def rate(self) -> float | None:
+        """May be set at any time; what waits is told within a second."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: float | None) -> None:
+        if rate == self._rate:
+            return
+        now = self._clock.monotonic()
+        if self._rate is not None and rate is not None:
+            # What is owed is bytes, not seconds.
+            self._free_at = now + (self._free_at - now) * self._rate / rate if self._free_at > now else self._free_at
+            self._urgent_at = now + (self._urgent_at - now) * self._rate / rate if self._urgent_at > now else self._urgent_at
+        else:
+            self._free_at = self._urgent_at = now
+        self._rate = rate
+
+    async def take(self, size: int, *, urgent: bool = False) -> None:
+        """Returns when `size` bytes more may go out. As long a wait as the rate makes it; cancelled, it has taken nothing."""
+        if urgent:
+            while (wait := self._wait(self._urgent_at)) > 0:
+                await self._clock.sleep(wait)
+            self._go(size, urgent=True)
+            return
+        async with self._bulk:
+            # Again after each sleep: what is urgent goes before, and the rate may be another by then.
+            while (wait := self._wait(self._free_at)) > 0:
+                await self._clock.sleep(wait)
+            self._go(size, urgent=False)
+
+    def _wait(self, until: float) -> float:
+        return 0.0 if self._rate is None else min(until - self._clock.monotonic(), _NOTICE)
+
+    def _go(self, size: int, *, urgent: bool) -> None:
+        """No await since it was seen to be free."""
+        self.sent += size
+        if self._rate is None:
+            return
+        earliest = self._clock.monotonic() - SMOOTH
+        self._free_at = max(self._free_at, earliest) + size / self._rate
+        if urgent:
+            self._urgent_at = max(self._urgent_at, earliest) + size / (self._rate * URGENT_SHARE)

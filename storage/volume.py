@@ -82,6 +82,8 @@ class VolumeOptions:
     flush_interval: float = 30.0
     #: Every so often what was appended is made durable without anybody asking; None: the caller does it.
     commit_interval: float | None = 5.0
+    #: Bytes per second that all sending to hosts together may take; None: no limit.
+    upload_rate: float | None = None
     #: Bytes per second that making shards again, and moving files to another replication, may send each; None: no limit.
     repair_rate: float | None = None
     #: Seconds a host may be away before its shards are made again on others.
@@ -631,7 +633,9 @@ def make_layers(
     volume_id = config.volume_id_bytes
     value_ids = Counter(store, b"value", ID_RANGE)
     volume.hosts = HostRegistry(volume_id, store, seams, opener=opener)
+    volume.hosts.uplink.rate = options.upload_rate
     volume.hostdb = HostDB(store, seams)
+    volume.hosts.requested = volume.hostdb.requested
     volume.contractor = Contractor(volume_id, store, volume.hosts, seams)
     volume.host_io = HostIO(volume_id, keys, volume.epochs, volume.hosts, volume.contractor, volume.hostdb, store, seams)
     volume.standing = Standing(store, volume.hosts, volume.contractor, seams, away_grace=options.away_grace)

@@ -91,6 +91,29 @@ def passphrase_option(command: F) -> F:
     )(command)
 
 
+#: A slower line than that takes longer for one sector than a host has for an answer.
+MIN_RATE = 4096
+
+
+class Rate(Size):
+    """Bytes a second, as a size."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        rate = super().convert(value, param, ctx)
+        if rate < MIN_RATE:
+            self.fail(f"{value!r} is too slow: at least 4K a second", param, ctx)
+        return rate
+
+
+def upload_rate_option(command: F) -> F:
+    """`--upload-rate SIZE`."""
+    return click.option(
+        "--upload-rate", type=Rate(), default=None, metavar="SIZE", help="Send at most so much a second to hosts, all in all, as in 2M."
+    )(command)
+
+
 def volume_argument(command: F) -> F:
     """`VOLUME`, the volume's directory, made absolute without touching the disk."""
     return click.argument("volume", type=DIRECTORY_PATH)(command)

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import trio
 
-from fusefs.cli.arguments import passphrase_option, volume_argument
+from fusefs.cli.arguments import passphrase_option, upload_rate_option, volume_argument
 from fusefs.cli.live import refuse_if_mounted
 from fusefs.cli.output import Advance, human_time, mode_letters, out_is_terminal, progress_bar, say, write_bytes, write_record
 from fusefs.cli.passphrase import passphrase
@@ -68,8 +68,9 @@ def _inode(volume: Volume, name: str) -> int:
 @volume_argument
 @click.argument("local", metavar="LOCAL")
 @click.argument("name", metavar="NAME")
+@upload_rate_option
 @passphrase_option
-def put(volume: Path, local: str, name: str, passphrase_file: Path | None) -> None:
+def put(volume: Path, local: str, name: str, upload_rate: int | None, passphrase_file: Path | None) -> None:
     """Store the file LOCAL (- is standard input) as the new file NAME of VOLUME.
 
     NAME must not exist; directories in it are made. With a / at its end, LOCAL's own name is added. If anything fails, or is
@@ -87,8 +88,9 @@ def put(volume: Path, local: str, name: str, passphrase_file: Path | None) -> No
 @volume_argument
 @click.argument("name", metavar="NAME")
 @click.argument("local", metavar="[LOCAL]", default=STDIN)
+@upload_rate_option
 @passphrase_option
-def append(volume: Path, name: str, local: str, passphrase_file: Path | None) -> None:
+def append(volume: Path, name: str, local: str, upload_rate: int | None, passphrase_file: Path | None) -> None:
     """Append the file LOCAL, or standard input, to the file NAME of VOLUME, which is made if it is missing.
 
     Returns when the bytes are on their hosts, or says why they are not there yet. If it is interrupted, what was appended so far stays.

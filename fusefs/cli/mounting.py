@@ -40,6 +40,7 @@ ELSEWHERE_SECONDS = 5.0
 @click.option("--log", type=click.Path(path_type=Path), metavar="FILE", help="Append the log to FILE instead of sending it to syslog.")
 @click.option("--read-only", is_flag=True, help="Change nothing, here or on hosts; disturb no writer. As -o ro.")
 @click.option("--repair-rate", default=None, metavar="SIZE", help="Send at most so much a second to make copies again, as in 10M.")
+@click.option("--upload-rate", default=None, metavar="SIZE", help="Send at most so much a second to hosts, all in all, as in 2M.")
 @click.option(
     "--host", "hosts", multiple=True, metavar="URL", help="With --read-only, instead of VOLUME: a host that holds the volume; repeat."
 )
@@ -56,6 +57,7 @@ def mount(
     log: Path | None,
     read_only: bool,
     repair_rate: str | None,
+    upload_rate: str | None,
     hosts: tuple[str, ...],
     volume_id: str,
     superblock: str,
@@ -78,6 +80,8 @@ def mount(
         options = (*options, "ro")
     if repair_rate is not None:
         options = (*options, f"repair_rate={repair_rate}")
+    if upload_rate is not None:
+        options = (*options, f"upload_rate={upload_rate}")
     parsed = MountOptions.parse(options)
     if hosts:
         if mountpoint is not None:

@@ -19,6 +19,7 @@ from storage.history.superblock import MAX_SUPERBLOCK, Body, Superblock
 from storage.hosts.layout import superblock_name
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Host
+from storage.pacing import URGENT_SIZE
 from storage.seams import Failpoints
 
 log = logging.getLogger("fusefs.history")
@@ -130,7 +131,7 @@ class HostSide:
                 opened[slot] = Found(block, block.open(self._key, f"host {host.url}: superblock {slot}"))
             except Corrupt as error:
                 log.warning("%s; it is not used", error)
-        with _limit(host, 0):
+        with self._request(host):
             level = await host.level(metadata_prefix(self._volume_id))
         self.highest = max((found.block.generation for found in opened.values()), default=0)
         self.top = slots.top
@@ -167,7 +168,8 @@ class HostSide:
         data = await fetch(ref)
         host = self._registry.get(self.number)
         self._hit("history.object.before_put")
-        with _limit(host, len(data)):
+        await self._registry.uplink.take(len(data), urgent=len(data) <= URGENT_SIZE)
+        with self._request(host, sent=len(data)):
             await host.put(object_name(self._volume_id, ref.name), data)
         self._hit("history.object.after_put")
         self.present[ref.name] = ref.size
@@ -175,7 +177,7 @@ class HostSide:
     async def get(self, ref: Ref) -> bytes:
         """The object's bytes, unverified. NotFound, Unavailable, Corrupt."""
         host = self._registry.get(self.number)
-        with _limit(host, ref.size):
+        with self._request(host, received=ref.size):
             return await host.get(object_name(self._volume_id, ref.name), min(ref.size, MAX_OBJECT))
 
     async def put(self, block: Superblock, refs: Sequence[Ref], fetch: Fetch) -> bool:
@@ -191,7 +193,8 @@ class HostSide:
             raise Corrupt(f"host {host.url}: a superblock is called {self.top}, and none can stand above it: remove it, it is no volume's")
         name = superblock_name(self._volume_id, slot)
         self._hit("history.superblock.before_put")
-        with _limit(host, len(block.raw)):
+        await self._registry.uplink.take(len(block.raw), urgent=True)
+        with self._request(host, sent=len(block.raw), requests=2):
             if not self._registry.record(self.number).capabilities.conditional_put:
                 if await top_slot(host, self._volume_id) >= slot:
                     return await self._same(host, slot, block) and self._has(slot, block, refs)
@@ -232,11 +235,12 @@ class HostSide:
         newest = self.kept[0]
         try:
             host = self._registry.get(self.number)
-            with _limit(host, 0):
+            with self._request(host, requests=2) as traffic:
                 if await top_slot(host, self._volume_id) != newest.slot:
                     self.examined = False
                     return False
                 raw = await host.get(superblock_name(self._volume_id, newest.slot), MAX_SUPERBLOCK)
+                traffic.received = len(raw)
         except FusefsError as error:
             self.trouble = str(error)
             return False
@@ -270,20 +274,32 @@ class HostSide:
             await self._delete(host, object_name(self._volume_id, name))
             self.present.pop(name, None)
 
+    @contextmanager
+    def _request(self, host: Host, *, sent: int = 0, received: int = 0, requests: int = 1) -> Iterator[_Traffic]:
+        """A host that hangs is one that does not answer: Unavailable. What is asked is counted."""
+        seconds = TIMEOUT + (sent + received) / SLOWEST
+        traffic = _Traffic(sent, received)
+        try:
+            with trio.move_on_after(seconds) as scope:
+                yield traffic
+        finally:
+            for number in range(requests):
+                self._registry.requested(self.number, *((traffic.sent, traffic.received) if number == 0 else (0, 0)))
+        if scope.cancelled_caught:
+            raise Unavailable(f"host {host.url} did not answer within {seconds:.0f} s")
+
     async def _delete(self, host: Host, name: str) -> None:
         """Credentials that may not delete are no trouble: the generation counts as gone, since nothing relies on it any more (I3)."""
-        with _limit(host, 0):
+        with self._request(host):
             try:
                 await host.delete(name)
             except NotPermitted as error:
                 log.info("%s", error)
 
 
-@contextmanager
-def _limit(host: Host, size: int) -> Iterator[None]:
-    """A host that hangs is one that does not answer: Unavailable."""
-    seconds = TIMEOUT + size / SLOWEST
-    with trio.move_on_after(seconds) as scope:
-        yield
-    if scope.cancelled_caught:
-        raise Unavailable(f"host {host.url} did not answer within {seconds:.0f} s")
+@dataclass(slots=True)
+class _Traffic:
+    """Bytes of one request, for the count."""
+
+    sent: int
+    received: int

@@ -32,6 +32,7 @@ from storage.hosts.opening import open_host
 from storage.hosts.urls import MAX_URL, HostURL, parse_url
 from storage.interfaces import Batch, Host, HostCapabilities, MetadataStore
 from storage.metadata.keys import HOST, prefix_end, read_u32, u32
+from storage.pacing import Uplink
 from storage.seams import Seams
 
 log = logging.getLogger("fusefs.hosts")
@@ -133,6 +134,10 @@ class HostRegistry:
         self._hosts: dict[int, Host] = {}
         self._reasons: dict[int, tuple[State, str]] = {}
         self._suspects: set[int] = set()
+        #: What is sent to any of them goes through it.
+        self.uplink = Uplink(seams.clock)
+        #: Told of requests besides those for shards: (number, bytes sent, received).
+        self.requested: Callable[[int, int, int], None] = lambda _number, _sent, _received: None
         for key, raw in store.scan(HOST, prefix_end(HOST), MAX_HOSTS):
             record = decode_record(key, raw)
             self._records[record.number] = record
