@@ -15,8 +15,22 @@ class RefusalStatus(msgspec.Struct, frozen=True):
     reason: str
 
 
+class DayStatus(msgspec.Struct, frozen=True):
+    """What was asked of a host on a day, as in 2025-12-31: requests, whatever came of them; bytes."""
+
+    date: str
+    requests: int
+    sent: int
+    received: int
+
+
 class HostStatus(msgspec.Struct, frozen=True):
-    """A host as seen from here. free, total: bytes, None where it does not tell. latency_ms: None before the first success."""
+    """A host as seen from here. free, total: bytes, None where it does not tell.
+
+    latency_ms: a moving average of small requests; median_ms, p95_ms: what half, and 95 of 100, of small reads did not exceed; read_rate,
+    write_rate: bytes per second of larger requests; each None before the first success. failures: a score that halves every minute; failed:
+    how many ever. hedged: reads for which another host was asked too because this one was slow; overtaken: those where the other won.
+    """
 
     number: int
     host_id: str
@@ -29,6 +43,17 @@ class HostStatus(msgspec.Struct, frozen=True):
     failures: float
     reads: int
     writes: int
+    median_ms: float | None = None
+    p95_ms: float | None = None
+    read_rate: float | None = None
+    write_rate: float | None = None
+    bytes_read: int = 0
+    bytes_written: int = 0
+    failed: int = 0
+    hedged: int = 0
+    overtaken: int = 0
+    #: Requests for sectors and metadata, and their bytes; days are UTC's, oldest first.
+    days: list[DayStatus] = []
 
 
 class ContractStatus(msgspec.Struct, frozen=True):

@@ -20,7 +20,8 @@ from storage.errors import BadArgument, FusefsError, NotPermitted, Unavailable
 from storage.files import Files
 from storage.history.publisher import Publisher
 from storage.host_io import HostIO
-from storage.hosts.hostdb import HostDB
+from storage.hosts.days import date_of
+from storage.hosts.hostdb import HostDB, HostStatistics
 from storage.hosts.locking import SHORT_LOCK
 from storage.hosts.registry import HostRegistry, Opener
 from storage.interfaces import Batch, Contract, FlushProgress, FlushReport, MetadataStore, Refusal, TailPiece
@@ -47,7 +48,7 @@ from storage.sectors.records import decode_sector
 from storage.sectors.regenerate import Regenerator
 from storage.sectors.sweep import RECOVERED_KEY, Sweeper
 from storage.standing import AWAY_GRACE, Standing
-from storage.status import ContractStatus, HostStatus, RefusalStatus, RenewalStatus, RepairStatus, RewriteStatus, VolumeStatus
+from storage.status import ContractStatus, DayStatus, HostStatus, RefusalStatus, RenewalStatus, RepairStatus, RewriteStatus, VolumeStatus
 from storage.values.records import decode_value, tail_needed
 from storage.values.values import Values
 
@@ -68,6 +69,10 @@ LOCK_LIMIT = 60.0
 RENEW_LIMIT = 10.0
 #: From so many recent failures on (they decay, half of them in a minute) `status` calls a host failing.
 FAILING = 2.0
+#: From such a score of reads that hung (it halves in a minute) `status` calls a host slow.
+HUNG = 0.5
+#: Seconds between two times that what was learned of hosts is saved.
+SAVE_INTERVAL = 3600.0
 #: Refusals kept for `status`.
 REFUSALS = 100
 
@@ -289,16 +294,24 @@ class Volume:
                     state="lost"
                     if record.number in lost
                     else leaving.get(record.number)
-                    or _state(
-                        self.hosts.state(record.number), stats.failures, ending=record.number in ending, ended=record.number in ended
-                    ),
+                    or _state(self.hosts.state(record.number), stats, ending=record.number in ending, ended=record.number in ended),
                     error=self.hosts.reason(record.number) or (stats.last_error if stats.failures >= FAILING else ""),
                     free=space.free if space else None,
                     total=space.total if space else None,
-                    latency_ms=stats.latency * 1000 if stats.latency is not None else None,
+                    latency_ms=_milliseconds(stats.latency),
                     failures=round(stats.failures, 3),
                     reads=stats.reads,
                     writes=stats.writes,
+                    median_ms=_milliseconds(stats.median),
+                    p95_ms=_milliseconds(stats.p95),
+                    read_rate=stats.throughput,
+                    write_rate=stats.write_throughput,
+                    bytes_read=stats.bytes_read,
+                    bytes_written=stats.bytes_written,
+                    failed=stats.failed,
+                    hedged=stats.hedged,
+                    overtaken=stats.overtaken,
+                    days=[DayStatus(date_of(day), day.requests, day.sent, day.received) for day in stats.days],
                 )
             )
         urls = {record.number: record.url for record in self.hosts.records()}
@@ -617,6 +630,7 @@ async def _wire(
     nursery.start_soon(volume.files.run)
     nursery.start_soon(volume.hosts.retry)
     nursery.start_soon(_reap, volume)
+    nursery.start_soon(_save_experience, volume)
     nursery.start_soon(_hand_down, volume)
     if options.commit_interval is not None:
         nursery.start_soon(_commit_loop, volume, options.commit_interval)
@@ -698,11 +712,14 @@ def make_layers(
     volume.files = Files(volume.namespace, seams)
 
 
-def _state(state: str, failures: float, *, ending: bool, ended: bool) -> str:
-    """As the registry says; a host it last found well and that fails now is said to be failing, or without a contract that goes on."""
+def _state(state: str, stats: HostStatistics, *, ending: bool, ended: bool) -> str:
+    """As the registry says; one it last found well is failing if it fails now, slow if its answers are not waited for, or without a
+    contract that goes on."""
     if state != "ok":
         return state
-    return "failing" if failures >= FAILING else "ended" if ended else "ending" if ending else "ok"
+    return (
+        "failing" if stats.failures >= FAILING else "ended" if ended else "ending" if ending else "slow" if stats.stalls >= HUNG else "ok"
+    )
 
 
 def _contract_state(contract: Contract, now: int, *, last: bool) -> str:
@@ -712,6 +729,24 @@ def _contract_state(contract: Contract, now: int, *, last: bool) -> str:
     if not last:
         return "renewed"
     return "ending" if contract.ending(now) else "due" if contract.due(now) else "in force"
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 3)
+
+
+async def _save_experience(volume: Volume) -> None:
+    """What was learned of hosts, every hour, with the next commit: a crash should not cost a week of it."""
+    while True:
+        await volume.seams.clock.sleep(SAVE_INTERVAL)
+        batch = Batch()
+        # Counts alone are no reason: publishing them makes requests, which are counted.
+        volume.hostdb.save(batch, counts=False)
+        try:
+            if batch.ops:
+                volume.store.apply(batch)
+        except FusefsError as error:
+            log.info("what was learned of hosts is not saved: %s", error)
 
 
 def _check_hosts(volume: Volume, spec: str) -> None:

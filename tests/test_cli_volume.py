@@ -258,10 +258,19 @@ def test_a_host_that_is_gone_is_warned_about_first(tmp_path: Path) -> None:
 
 
 def test_hosts_and_contracts(volume: Path) -> None:
+    put(volume, "x", b"data")
     text = fusefs("hosts", volume).text
     assert f"dir:{volume}/host" in text
     assert "\t" not in text
-    assert len(fusefs("hosts", "-l", volume).text.splitlines()) == 2
+    long, traffic = fusefs("hosts", "-l", volume).text.split("\n\n")
+    assert len(long.splitlines()) == 2 and "hedges won" in long
+    (described,) = json.loads(fusefs("hosts", "--json", volume).text)
+    # Sectors and metadata of `put` and of the commands since; also over midnight.
+    asked = described["days"]
+    assert sum(day["requests"] for day in asked) > 5 and sum(day["sent"] for day in asked) > 1000
+    assert f"{asked[0]['date']}  " in traffic
+    assert described["writes"] > 0 and described["url"] == f"dir:{volume}/host"
+    assert fusefs("hosts", volume, "lost", "1", "--json", expect=2).error_line
     (first,) = [line.split()[0] for line in fusefs("contracts", volume).text.splitlines()[1:]]
     second = fusefs("contracts", volume, "conclude", "1", "365").text.strip()
     third = fusefs("contracts", volume, "renew", first, "180").text.strip()

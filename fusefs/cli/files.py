@@ -81,7 +81,7 @@ def put(volume: Path, local: str, name: str, upload_rate: int | None, passphrase
       fusefs put ~/volume backup.tar.zst backups/today.tar.zst
       pg_dump shop | fusefs put ~/volume - dumps/shop.sql
     """
-    _store(volume, local, _target(local, name), passphrase_file, command="put", existing=False)
+    _store(volume, local, _target(local, name), passphrase_file, command="put", existing=False, upload_rate=upload_rate)
 
 
 @click.command(short_help="Append to a file, without mounting.")
@@ -100,7 +100,7 @@ def append(volume: Path, name: str, local: str, upload_rate: int | None, passphr
       echo "$(date) backup done" | fusefs append ~/volume logs/backup.log
       fusefs append ~/volume logs/all.log today.log
     """
-    _store(volume, local, _target(local, name), passphrase_file, command="append", existing=None)
+    _store(volume, local, _target(local, name), passphrase_file, command="append", existing=None, upload_rate=upload_rate)
 
 
 def _target(local: str, name: str) -> str:
@@ -111,13 +111,15 @@ def _target(local: str, name: str) -> str:
     return name + Path(local).name
 
 
-def _store(volume: Path, local: str, name: str, passphrase_file: Path | None, *, command: str, existing: bool | None) -> None:
+def _store(
+    volume: Path, local: str, name: str, passphrase_file: Path | None, *, command: str, existing: bool | None, upload_rate: int | None
+) -> None:
     refuse_if_mounted(volume)
     with _source(local) as (descriptor, total):
         secret = passphrase(passphrase_file)
 
         async def work() -> None:
-            async with unmounted_volume(volume, secret, command) as opened:
+            async with unmounted_volume(volume, secret, command, upload_rate) as opened:
                 with progress_bar(f"{command} {name}", total) as advance:
                     await _append_all(opened, descriptor, local, name, existing, advance, total)
                 await flush_with_bar(opened)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
 import click
+import msgspec
 import trio
 
 from fusefs.cli import live
-from fusefs.cli.arguments import DAY, DIRECTORY_PATH, Days, passphrase_option
+from fusefs.cli.arguments import DAY, DIRECTORY_PATH, Days, passphrase_option, upload_rate_option
 from fusefs.cli.output import Advance, human_bytes, progress_bar, write_line, write_table
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
-from fusefs.cli.status import hosts_table, volume_status
+from fusefs.cli.status import hosts_table, milliseconds, volume_status
 from storage import RepairStatus, Volume, parse_url
 from storage.errors import FusefsError
+
+#: Days shown by `hosts -l`; --json has all that are kept.
+SHOWN_DAYS = 7
 
 
 @click.command(short_help="List the hosts of a volume; add one, leave one, say which is lost.")
@@ -23,10 +28,11 @@ from storage.errors import FusefsError
 @click.argument("action", type=click.Choice(["list", "add", "leave", "lost", "back"]), default="list", metavar="[list|add|leave|lost|back]")
 @click.argument("host", default=None, required=False, metavar="[URL|HOST]")
 @click.option("--contract", "days", type=Days(), default=None, metavar="DAYS", help="With add: length of the contract; else as the others.")
-@click.option("-l", "long", is_flag=True, help="Also show each host's id, size, reads and writes, and the last error.")
+@click.option("-l", "long", is_flag=True, help="Also each host's id, size, speed, reads, writes, last error; requests and bytes per day.")
+@click.option("--json", "as_json", is_flag=True, help="With list: everything, as a JSON array, for programs.")
 @passphrase_option
-def hosts(path: Path, action: str, host: str | None, days: float | None, long: bool, passphrase_file: Path | None) -> None:
-    """List the hosts of VOLUME: state, free space, usual latency, recent failures, end of the contract.
+def hosts(path: Path, action: str, host: str | None, days: float | None, long: bool, as_json: bool, passphrase_file: Path | None) -> None:
+    """List the hosts of VOLUME: state, free space, latency (of half, and of 95 in 100 small reads), recent failures, end of the contract.
 
     \b
     add URL    one host more; a mount moves its share of the sectors there
@@ -45,6 +51,8 @@ def hosts(path: Path, action: str, host: str | None, days: float | None, long: b
       fusefs hosts ~/volume lost 2
     """
     if action != "list":
+        if as_json:
+            raise click.UsageError("--json goes with list")
         if host is None:
             raise click.UsageError(f"{action} needs {'URL' if action == 'add' else 'HOST'}")
         if days is not None and action != "add":
@@ -59,6 +67,9 @@ def hosts(path: Path, action: str, host: str | None, days: float | None, long: b
     if days is not None:
         raise click.UsageError("--contract goes with add")
     now = volume_status(live.resolve(path), passphrase_file, "hosts")
+    if as_json:
+        write_line(json.dumps([msgspec.to_builtins(host) for host in now.hosts], indent=2))
+        return
     if not long:
         hosts_table(now)
         return
@@ -69,15 +80,33 @@ def hosts(path: Path, action: str, host: str | None, days: float | None, long: b
             host.url,
             host.state,
             f"{human_bytes(host.free)} of {human_bytes(host.total)}" if host.free is not None and host.total is not None else "?",
-            f"{host.latency_ms:.1f} ms" if host.latency_ms is not None else "?",
-            str(host.reads),
-            str(host.writes),
+            milliseconds(host.median_ms if host.median_ms is not None else host.latency_ms),
+            milliseconds(host.p95_ms),
+            _rate(host.read_rate),
+            _rate(host.write_rate),
+            f"{host.reads:,}",
+            f"{host.writes:,}",
+            f"{host.overtaken:,} of {host.hedged:,}",
             f"{host.failures:.2f}",
+            f"{host.failed:,}",
             host.error or "-",
         )
         for host in now.hosts
     ]
-    write_table(("host", "id", "url", "state", "free", "latency", "reads", "writes", "failures", "error"), rows, right=(0, 4, 5, 6, 7, 8))
+    columns = ("host", "id", "url", "state", "free", "latency", "p95", "reading", "writing", "reads", "writes", "hedges won", "failures")
+    write_table((*columns, "failed", "error"), rows, right=(0, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13))
+    traffic = [
+        (day.date, str(host.number), host.url, f"{day.requests:,}", human_bytes(day.sent), human_bytes(day.received))
+        for host in now.hosts
+        for day in host.days[-SHOWN_DAYS:]
+    ]
+    if traffic:
+        write_line()
+        write_table(("day (UTC)", "host", "url", "requests", "sent", "received"), sorted(traffic), right=(1, 3, 4, 5))
+
+
+def _rate(value: float | None) -> str:
+    return "?" if value is None else f"{human_bytes(round(value))}/s"
 
 
 def _add(target: live.Target, url: str, days: float | None, passphrase_file: Path | None) -> None:
@@ -116,8 +145,9 @@ def _mark(target: live.Target, host: str, action: str, passphrase_file: Path | N
 
 @click.command(short_help="Make every sector good again, now.")
 @click.argument("path", type=DIRECTORY_PATH, metavar="VOLUME|MOUNTPOINT")
+@upload_rate_option
 @passphrase_option
-def repair(path: Path, passphrase_file: Path | None) -> None:
+def repair(path: Path, upload_rate: int | None, passphrase_file: Path | None) -> None:
     """Bring every sector to its replication on hosts that keep it, and wait until that is done.
 
     A mount does this by itself, in the background; this is for a volume that is not mounted, and for whoever wants to know when it is done.
@@ -128,19 +158,21 @@ def repair(path: Path, passphrase_file: Path | None) -> None:
       fusefs hosts ~/volume lost 2 && fusefs repair ~/volume
     """
     target = live.resolve(path)
+    if target.served and upload_rate is not None:
+        raise click.UsageError("the rate of a mount is given when it is mounted: fusefs mount --upload-rate")
     if target.served:
         with live.client(target.volume) as client, progress_bar("making copies") as advance:
             outcome = client.repair(advance)
     else:
-        outcome = run(partial(_repair_unmounted, target.volume, passphrase(passphrase_file)))
+        outcome = run(partial(_repair_unmounted, target.volume, passphrase(passphrase_file), upload_rate))
     if outcome.pending:
         write_line(f"{outcome.pending:,} sectors are not as they should be: {outcome.trouble or 'see fusefs status'}")
         click.get_current_context().exit(1)
     write_line("every sector is as it should be")
 
 
-async def _repair_unmounted(path: Path, secret: str) -> RepairStatus:
-    async with unmounted_volume(path, secret, "repair") as volume, trio.open_nursery() as nursery:
+async def _repair_unmounted(path: Path, secret: str, upload_rate: float | None) -> RepairStatus:
+    async with unmounted_volume(path, secret, "repair", upload_rate) as volume, trio.open_nursery() as nursery:
         with progress_bar("making copies") as advance:
             nursery.start_soon(_follow, volume, advance)
             outcome: RepairStatus | FusefsError

@@ -217,12 +217,18 @@ def hosts_table(now: VolumeStatus) -> None:
                 host.url,
                 host.state,
                 human_bytes(host.free) if host.free is not None else "?",
-                f"{host.latency_ms:.1f} ms" if host.latency_ms is not None else "?",
+                milliseconds(host.median_ms if host.median_ms is not None else host.latency_ms),
+                milliseconds(host.p95_ms),
                 f"{host.failures:.0f}",
                 f"to {day(max(ends))}" if ends else "none",
             )
         )
-    write_table(("host", "url", "state", "free", "latency", "failures", "contract"), rows, right=(0, 3, 4, 5))
+    write_table(("host", "url", "state", "free", "latency", "p95", "failures", "contract"), rows, right=(0, 3, 4, 5, 6))
+
+
+def milliseconds(value: float | None) -> str:
+    """For a table."""
+    return "?" if value is None else f"{value:.1f} ms"
 
 
 def day(ns: int) -> str:

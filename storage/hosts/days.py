@@ -11,6 +11,7 @@ In the record of a host, one array per day, oldest first:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -26,13 +27,18 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 class Day(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """See the table."""
 
-    day: Annotated[int, msgspec.Meta(ge=0, le=2**32)]
+    day: Annotated[int, msgspec.Meta(ge=0, le=2**20)]
     requests: _Count
     sent: _Count
     received: _Count
 
 
 DayRecords = Annotated[list[Day], msgspec.Meta(max_length=DAYS)]
+
+
+def date_of(day: Day) -> str:
+    """As in 2025-12-31."""
+    return time.strftime("%Y-%m-%d", time.gmtime(day.day * 86_400))
 
 
 class Days:

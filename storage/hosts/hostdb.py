@@ -98,6 +98,8 @@ class HostStatistics:
     median: float | None
     p95: float | None
     write_throughput: float | None
+    #: Score of reads that hung, now.
+    stalls: float
     hedged: int
     overtaken: int
     #: Oldest first.
@@ -153,9 +155,9 @@ class _Speed:
 
     def trouble(self, now: float) -> float:
         """Failures, and reads that hung."""
-        return self.failures(now) + self._stalls(now)
+        return self.failures(now) + self.hung(now)
 
-    def _stalls(self, now: float) -> float:
+    def hung(self, now: float) -> float:
         return self.stalls * math.exp2(-max(0.0, now - self.stalled_at) / HALF_LIFE)
 
     def seconds_for(self, size: int) -> float | None:
@@ -191,12 +193,15 @@ class _Speed:
 
     def give_up(self, size: int, seconds: float, now: float) -> bool:
         """It would have taken longer than `seconds`. What is known only ever gets worse by it. True if it hung."""
+        seconds = max(seconds, 1e-6)
         # Somewhat less, for whoever waited that long by another clock, or for a few bytes less.
         stalled = seconds >= 0.9 * stalled_after(size, self.slow_after(size, USUAL))
         if size <= SMALL:
             # Of an unknown host a lower bound says nothing, unless it hung.
-            if seconds > self.latency if self.latency is not None else stalled:
-                self.latency = _mix(self.latency, seconds)
+            if self.latency is not None:
+                self.latency = max(self.latency, _mix(self.latency, seconds))
+            elif stalled:
+                self.latency = max(seconds, TYPICAL_READ / self.throughput if self.throughput else 0.0)
             _add_slow(self.latencies, seconds)
         else:
             transfer = self._transfer(seconds)
@@ -204,7 +209,7 @@ class _Speed:
                 self.throughput = _mix(self.throughput, size / transfer)
             _add_slow(self.transfers, transfer * _MIB / size)
         if stalled:
-            self.stalls = min(MAX_STALLS, self._stalls(now) + 1)
+            self.stalls = min(MAX_STALLS, self.hung(now) + 1)
             self.stalled_at = now
         return stalled
 
@@ -340,6 +345,7 @@ class HostDB:
             median=read.latencies.quantile(0.5),
             p95=read.latencies.quantile(USUAL),
             write_throughput=write.throughput,
+            stalls=read.hung(now),
             hedged=host.hedged,
             overtaken=host.overtaken,
             days=host.days.records(),
