@@ -45,6 +45,8 @@ from fusefs.control_protocol import (
     Replicate,
     ReplicationAnswer,
     RewrittenAnswer,
+    Scrub,
+    ScrubbedAnswer,
     StatusAnswer,
     Stop,
     Worm,
@@ -52,7 +54,7 @@ from fusefs.control_protocol import (
     encode,
     error_answer,
 )
-from storage import FlushProgress, FlushReport, RepairStatus, RewriteStatus
+from storage import FlushProgress, FlushReport, RepairStatus, RewriteStatus, ScrubReport
 from storage.errors import BadArgument, Busy, FusefsError, NotPermitted, Unavailable
 
 log = logging.getLogger(__name__)
@@ -229,6 +231,8 @@ class ControlServer:
                 return ReplicationAnswer(replication=await state.volume.namespace.stored(request.ino))
             case Replicate():
                 return RewrittenAnswer(rewrite=await self._replicate(stream, request))
+            case Scrub():
+                return ScrubbedAnswer(report=await self._scrub(stream, request))
             case Stop():
                 await state.unmount()
                 return DoneAnswer()
@@ -276,6 +280,26 @@ class ControlServer:
             nursery.start_soon(self._show, stream, progress)
             try:
                 outcome = await work()
+            except FusefsError as error:
+                outcome = error  # raised outside of the nursery, which would wrap it
+            nursery.cancel_scope.cancel()
+        if isinstance(outcome, FusefsError):
+            raise outcome
+        return outcome
+
+    async def _scrub(self, stream: trio.SocketStream, request: Scrub) -> ScrubReport:
+        """Unlike a repair it is of use only to who asked: it ends with the connection."""
+        volume = self._state.volume
+        outcome: ScrubReport | FusefsError = Unavailable("whoever asked for the scrub is gone")
+
+        async def watch() -> None:
+            await self._show(stream, volume.scrub_progress)
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            try:
+                outcome = await volume.scrub(full=request.full, sample=request.sample)
             except FusefsError as error:
                 outcome = error  # raised outside of the nursery, which would wrap it
             nursery.cancel_scope.cancel()

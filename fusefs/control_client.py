@@ -37,6 +37,8 @@ from fusefs.control_protocol import (
     ReplicationAnswer,
     Request,
     RewrittenAnswer,
+    Scrub,
+    ScrubbedAnswer,
     StatusAnswer,
     Stop,
     Worm,
@@ -45,7 +47,7 @@ from fusefs.control_protocol import (
     error_of,
 )
 from fusefs.dead_mounts import is_dying, peer_pid
-from storage import ContractStatus, FlushReport, HostStatus, RenewalStatus, RepairStatus, ReplicationStatus, RewriteStatus
+from storage import ContractStatus, FlushReport, HostStatus, RenewalStatus, RepairStatus, ReplicationStatus, RewriteStatus, ScrubReport
 from storage.errors import BadArgument, FusefsError, NotFound, NotPermitted, Unavailable
 
 #: Seconds between two looks whether the process still lives.
@@ -53,7 +55,7 @@ LOOK_SECONDS = 2.0
 #: Seconds for an answer that needs no host, or one host at a time.
 ANSWER_SECONDS = 120.0
 
-#: (bytes done, bytes in all)
+#: (done, in all), in bytes unless it says otherwise
 ShowProgress = Callable[[int, int], None]
 
 
@@ -192,6 +194,13 @@ class ControlClient:
             raise _unexpected(answer)
         return answer.rewrite
 
+    def scrub(self, full: bool, sample: float, progress: ShowProgress | None = None) -> ScrubReport:
+        """Every copy was looked at when it returns. `progress` is in sectors. Busy: another scrub is under way."""
+        answer = self._ask(Scrub(full=full, sample=sample), progress)
+        if not isinstance(answer, ScrubbedAnswer):
+            raise _unexpected(answer)
+        return answer.report
+
     def renew(self, contract_id: str, seconds: float) -> str:
         """The new contract's id."""
         return self._contract(Renew(contract_id=contract_id, seconds=seconds))
@@ -223,10 +232,11 @@ class ControlClient:
     def _ask(self, request: Request, progress: ShowProgress | None = None) -> AnyAnswer:
         """EOFError, ConnectionError: the process ended. Unavailable: it does not answer within `ANSWER_SECONDS`.
 
-        What takes as long as hosts take (flush, drain, repair) or files are many (replication) has no such limit: it is waited for
-        as long as the process lives, and whoever waits sees the progress.
+        What takes as long as hosts take (flush, drain, repair, scrub) or files are many (replication) has no such limit: it is waited
+        for as long as the process lives, and whoever waits sees the progress.
         """
-        limit = None if isinstance(request, Flush | Drain | Repair | GetReplication | Replicate) else time.monotonic() + ANSWER_SECONDS
+        endless = isinstance(request, Flush | Drain | Repair | Scrub | GetReplication | Replicate)
+        limit = None if endless else time.monotonic() + ANSWER_SECONDS
         try:
             self._connection.sendall(encode(request))
         except BrokenPipeError:

@@ -3,8 +3,10 @@
 | line          | fields                                                                                          |
 |---------------|-------------------------------------------------------------------------------------------------|
 | request       | {"version": 1, "type": NAME, ...}; one per line, at most MAX_REQUEST bytes with its newline       |
-| progress      | {"type": "progress", "done": bytes, "total": bytes}; any number before an answer that takes long  |
-| answer        | {"type": status, flushed, contract, renewed, host, repaired, replication, rewritten or done}, with its fields |
+| progress      | {"type": "progress", "done": bytes, "total": bytes}; any number before an answer that takes long, |
+|               | of a scrub in sectors instead of bytes                                                          |
+| answer        | {"type": NAME, ...}: status, flushed, contract, renewed, host, repaired, replication, rewritten, |
+|               | scrubbed or done, with its fields                                                               |
 | error         | {"type": "error", "kind": name of a class in storage.errors, "message": one line}                 |
 
 Requests are answered in order. After an unreadable request the connection is closed behind the error.
@@ -17,7 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from storage import RenewalStatus, RepairStatus, ReplicationStatus, RewriteStatus, VolumeStatus, errors
+from storage import RenewalStatus, RepairStatus, ReplicationStatus, RewriteStatus, ScrubReport, VolumeStatus, errors
 from storage.errors import BadArgument, FusefsError
 
 VERSION = 1
@@ -106,11 +108,21 @@ class Replicate(Request, frozen=True, tag="replicate", kw_only=True):
     wait: bool = False
 
 
+class Scrub(Request, frozen=True, tag="scrub", kw_only=True):
+    """Look at every copy (of a share `sample` of the sectors) now, at a block or, with `full`, at the whole; ends with the connection:
+    -> progress..., ScrubbedAnswer"""
+
+    full: bool = False
+    sample: Annotated[float, Meta(gt=0, le=1)] = 1.0
+
+
 class Stop(Request, frozen=True, tag="stop"):
     """Unmount, as SIGTERM does: -> DoneAnswer once the kernel has unmounted."""
 
 
-AnyRequest = GetStatus | Flush | Drain | Worm | Conclude | Renew | RenewAll | Mark | AddHost | Repair | GetReplication | Replicate | Stop
+AnyRequest = (
+    GetStatus | Flush | Drain | Worm | Conclude | Renew | RenewAll | Mark | AddHost | Repair | GetReplication | Replicate | Scrub | Stop
+)
 
 
 class MountStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,6 +180,10 @@ class RewrittenAnswer(Answer, frozen=True, tag="rewritten", kw_only=True):
     rewrite: RewriteStatus
 
 
+class ScrubbedAnswer(Answer, frozen=True, tag="scrubbed", kw_only=True):
+    report: ScrubReport
+
+
 class DoneAnswer(Answer, frozen=True, tag="done"):
     pass
 
@@ -187,6 +203,7 @@ AnyAnswer = (
     | RepairedAnswer
     | ReplicationAnswer
     | RewrittenAnswer
+    | ScrubbedAnswer
     | DoneAnswer
     | ErrorAnswer
 )

@@ -123,7 +123,7 @@ async def _serve(
 ) -> None:
     mountpoint = await trio.to_thread.run_sync(check_mountpoint, volume_path, mountpoint)
     await _wait_for_previous(volume_path, note)
-    settings: dict[str, float] = {}
+    settings: dict[str, float | None] = {}
     if options.cache_bytes is not None:
         settings["cache"] = options.cache_bytes
     if options.flush_interval is not None:
@@ -134,6 +134,8 @@ async def _serve(
         settings["upload_rate"] = options.upload_rate
     if options.away_grace is not None:
         settings["away_grace"] = options.away_grace
+    if options.scrub_interval is not None:
+        settings["scrub_interval"] = options.scrub_interval or None
     # commit_interval None: the commits are ours, after the kernel's dirty pages have come.
     volume_options = VolumeOptions(commit_interval=None, purpose=f"mounted on {mountpoint}", **settings)  # type: ignore[arg-type]
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:

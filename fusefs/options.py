@@ -52,6 +52,8 @@ class MountOptions:
     #: Bytes per second that all sending to hosts together may take; None: no limit.
     upload_rate: float | None = None
     away_grace: float | None = None
+    #: Seconds within which every copy is looked at in the background; 0: none is. None: the volume's default.
+    scrub_interval: float | None = None
     #: fsync(2) returns when a majority of the hosts has it, too.
     fsync_hosts: bool = False
     debug: bool = False
@@ -97,6 +99,8 @@ class MountOptions:
                 choose(name, option, _rate(option, value))
             elif name == "away_grace" and equals:
                 choose("away_grace", option, _seconds(option, value))
+            elif name == "scrub_interval" and equals:
+                choose("scrub_interval", option, _long(option, value))
             elif name in ("commit_interval", "flush_interval") and equals:
                 choose(name, option, _seconds(option, value))
             elif name == "fsync":
@@ -144,6 +148,7 @@ _WITH_VALUE = (
     "repair_rate=SIZE",
     "upload_rate=SIZE",
     "away_grace=SECONDS",
+    "scrub_interval=DAYS|off",
 )
 KNOWN = sorted([*_FLAGS, *PASSED_ON, *_WITH_VALUE])
 
@@ -164,6 +169,19 @@ def _rate(option: str, text: str) -> float:
     if size < 4096:
         raise BadArgument(f"mount option {option!r}: at least 4K a second")
     return float(size)
+
+
+def _long(option: str, text: str) -> float:
+    """Seconds, of a number of days; 0 for off."""
+    if text == "off":
+        return 0.0
+    try:
+        days = float(text)
+    except ValueError:
+        days = -1.0
+    if not 0.0001 <= days <= 3660:
+        raise BadArgument(f"mount option {option!r}: between 0.0001 and 3660 days, or off")
+    return days * 86_400
 
 
 def _seconds(option: str, text: str) -> float:

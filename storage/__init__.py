@@ -73,6 +73,8 @@ if TYPE_CHECKING:
     from storage.status import RepairStatus as RepairStatus
     from storage.status import ReplicationStatus as ReplicationStatus
     from storage.status import RewriteStatus as RewriteStatus
+    from storage.status import ScrubReport as ScrubReport
+    from storage.status import ScrubStatus as ScrubStatus
     from storage.status import StoredAs as StoredAs
     from storage.status import VolumeStatus as VolumeStatus
     from storage.volume import Volume as Volume
@@ -112,6 +114,8 @@ _HOMES = {
         "RepairStatus",
         "ReplicationStatus",
         "RewriteStatus",
+        "ScrubReport",
+        "ScrubStatus",
         "StoredAs",
         "VolumeStatus",
     ),

@@ -29,9 +29,11 @@ from storage.sealing import (
     BLOCK,
     HEADER_SIZE,
     MAX_SEALED,
+    TAG_SIZE,
     ShardHeader,
     block_range,
     check_header,
+    open_blocks,
     open_range,
     open_shard,
     root_of,
@@ -156,6 +158,46 @@ class HostIO:
 
         plain = await self._fetch(number, sector_root, sector_id, blocks, (at, size), size, verify)
         return b"" if clip_only else plain
+
+    async def probe(self, contract_id: str, sector_root: str, sector_id: int, plaintext_length: int, block: int) -> int:
+        """The shard is there, ends where it should, and its block `block` verifies (with block 0 the header, too). Returns the bytes that
+        were asked for. NotFound, Corrupt: it is not so.
+
+        Two requests, or one where the block is the last: what was cut off, lengthened or swapped for another is noticed whichever block.
+        """
+        number = self._contractor.contract(contract_id).host_number
+        check_root(sector_root)
+        name, end = shard_name(self._volume_id, sector_root), sealed_length(plaintext_length)
+        header = self._epochs.header_for(self._volume_id, sector_id, plaintext_length)
+        key = self._epochs.key_for(sector_id, self._keys)
+        _, _, at, size = block_range(block * BLOCK, BLOCK, plaintext_length)
+        start = at if block else 0
+        stop = at + size if plaintext_length else end
+        asked = 0
+        if stop < end:
+            # Before the block: where there is less than that, nothing more needs to be sent.
+            tail = end - TAG_SIZE
+
+            async def ends(host: Host) -> bytes:
+                return await host.get_range(name, tail, TAG_SIZE + 1)
+
+            await self._fetch(
+                number, sector_root, sector_id, ends, (tail, TAG_SIZE + 1), TAG_SIZE, lambda raw: _check_end(sector_id, raw, tail, end)
+            )
+            asked += TAG_SIZE
+        more = stop == end
+
+        async def blocks(host: Host) -> bytes:
+            return await host.get_range(name, start, stop - start + more)
+
+        def verify(raw: bytes) -> None:
+            _check_end(sector_id, raw, start, stop)
+            if not block:
+                check_header(header, raw[:HEADER_SIZE])
+            open_blocks(key, header, block, memoryview(raw)[at - start :])
+
+        await self._fetch(number, sector_root, sector_id, blocks, (start, stop - start + more), stop - start, verify)
+        return asked + stop - start
 
     async def read_sealed(self, contract_id: str, sector_root: str, sector_id: int, plaintext_length: int) -> SealedShard:
         """The shard as it was sealed, to be stored once more: its root verified, nothing opened (I1)."""
@@ -454,6 +496,13 @@ def _about(error: Corrupt | NotFound, damaged: str, gone: str) -> Corrupt | NotF
     about = Corrupt(f"{damaged}: {error}") if isinstance(error, Corrupt) else NotFound(f"{gone}: {error}")
     about.__cause__ = error
     return about
+
+
+def _check_end(sector_id: int, raw: bytes, start: int, stop: int) -> None:
+    """Corrupt unless `raw`, read from `start` on, ends exactly at `stop`."""
+    if len(raw) != stop - start:
+        what = "ends before" if len(raw) < stop - start else "goes on after"
+        raise Corrupt(f"sector {sector_id}: the shard {what} byte {stop}, where it should end or go on")
 
 
 class _SealedIds:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
+
+#: Exit statuses of a check or a scrub that was finished: everything that was found is repaired; something is left.
+REPAIRED: Final = 20
+LEFT: Final = 21
 
 
 class RefusalStatus(msgspec.Struct, frozen=True):
@@ -133,6 +139,73 @@ class ReplicationStatus(msgspec.Struct, frozen=True):
     below: list[StoredAs]
 
 
+class ScrubReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a scrub that somebody asked for has come to. `shards`: copies looked at, each shard on each of its hosts."""
+
+    #: All of every shard; else a block of each, and where it ends.
+    full: bool
+    sectors: int
+    shards: int
+    bytes: int
+    #: Copies that were not there, or did not verify; of both, those that are good now, or on another host.
+    missing: int
+    damaged: int
+    repaired: int
+    #: Sectors that hosts which answer cannot give back.
+    lost: int
+    #: Copies that could not be looked at, and the hosts they are on.
+    unanswered: int
+    hosts_away: list[str]
+    #: Hosts most of whose copies are bad, with the reason.
+    hosts_failing: list[str]
+    #: Why something could not be repaired; "" if everything was.
+    trouble: str
+    seconds: float
+
+    @property
+    def left(self) -> int:
+        """Copies that were found bad and still are."""
+        return self.missing + self.damaged - self.repaired
+
+    @property
+    def exit_status(self) -> int:
+        """0: every copy was looked at, and is good; else REPAIRED or LEFT."""
+        if self.left or self.unanswered:
+            return LEFT
+        return REPAIRED if self.missing + self.damaged else 0
+
+
+class ScrubStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The scrub in the background, the last one over all sectors that ended, and what is known to be bad.
+
+    interval: seconds, 0 if nothing is looked at in the background. Times: nanoseconds, 0 for never. `*_since`: since the volume was opened,
+    whoever found it; `pending`: now. `lost`: sectors; the rest are copies.
+    """
+
+    interval: float = 0.0
+    begun_ns: int = 0
+    sectors: int = 0
+    sectors_left: int = 0
+    shards: int = 0
+    bytes: int = 0
+    missing: int = 0
+    damaged: int = 0
+    repaired: int = 0
+    unanswered: int = 0
+    last_begun_ns: int = 0
+    last_ended_ns: int = 0
+    last_full: bool = False
+    last_sectors: int = 0
+    last_found: int = 0
+    last_repaired: int = 0
+    last_unanswered: int = 0
+    found_since: int = 0
+    repaired_since: int = 0
+    pending: int = 0
+    lost: int = 0
+    trouble: str = ""
+
+
 class VolumeStatus(msgspec.Struct, frozen=True):
     """Everything `fusefs status` shows."""
 
@@ -176,3 +249,4 @@ class VolumeStatus(msgspec.Struct, frozen=True):
     rewrite: RewriteStatus = RewriteStatus()
     #: Places that were looked for on a host that has forgotten things, and are not there: as far as no other host has them they are lost.
     missing_places: int = 0
+    scrub: ScrubStatus = ScrubStatus()

@@ -36,6 +36,7 @@ from storage.renewal import Renewal
 from storage.replication import parse_replication
 from storage.seams import Seams
 from storage.sectors.cache import BlockCache
+from storage.sectors.damage import Damages
 from storage.sectors.deleter import Deleter
 from storage.sectors.doubts import Doubts
 from storage.sectors.lock_keeper import LockKeeper
@@ -46,9 +47,21 @@ from storage.sectors.reader import SectorReader
 from storage.sectors.reconcile import Reconciler
 from storage.sectors.records import decode_sector
 from storage.sectors.regenerate import Regenerator
+from storage.sectors.scrub import INTERVAL as SCRUB_INTERVAL
+from storage.sectors.scrub import Scrubber
 from storage.sectors.sweep import RECOVERED_KEY, Sweeper
 from storage.standing import AWAY_GRACE, Standing
-from storage.status import ContractStatus, DayStatus, HostStatus, RefusalStatus, RenewalStatus, RepairStatus, RewriteStatus, VolumeStatus
+from storage.status import (
+    ContractStatus,
+    DayStatus,
+    HostStatus,
+    RefusalStatus,
+    RenewalStatus,
+    RepairStatus,
+    RewriteStatus,
+    ScrubReport,
+    VolumeStatus,
+)
 from storage.values.records import decode_value, tail_needed
 from storage.values.values import Values
 
@@ -93,6 +106,8 @@ class VolumeOptions:
     repair_rate: float | None = None
     #: Seconds a host may be away before its shards are made again on others.
     away_grace: float = AWAY_GRACE
+    #: Seconds within which every copy of every sector is looked at in the background; None: none is, unless somebody asks.
+    scrub_interval: float | None = SCRUB_INTERVAL
     journal_segment: int = 8 * 1024 * 1024
     journal_limit: int = 256 * 1024 * 1024
     #: What this process does with the volume, for the message others get.
@@ -124,6 +139,8 @@ class Volume:
         self.doubts: Doubts
         self.renewal: Renewal
         self.reconciler: Reconciler
+        self.damages: Damages
+        self.scrubber: Scrubber
         self.sectors: SectorManager
         self.values: Values
         self.namespace: Namespace
@@ -193,6 +210,7 @@ class Volume:
             raise NotPermitted(f"{self.path} is open for reading only")
         await self.sectors.wait_uploads()
         await self.reconciler.make_good()
+        await self.damages.mend_listed(now=True)
         await self.store.commit()
         return self._repair_status()
 
@@ -202,14 +220,34 @@ class Volume:
             raise NotPermitted(f"{self.path} is open for reading only")
         return await self.renewal.renew_due()
 
+    async def scrub(self, *, full: bool = False, sample: float = 1.0) -> ScrubReport:
+        """Every copy of every sector (of a share `sample` of them) is looked at, at a random block or, with `full`, at the whole, and what
+        is missing or damaged is put right as far as that can be done now. What was repaired is durable. Busy: another one is under way."""
+        if self.publisher is None:
+            raise NotPermitted(f"{self.path} is open for reading only")
+        report = await self.scrubber.scrub(full=full, sample=sample)
+        await self.store.commit()
+        return report
+
+    def scrub_progress(self) -> tuple[int, int]:
+        """Of the `scrub` that is under way: sectors looked at, and in all."""
+        return self.scrubber.progress()
+
     def repair_progress(self) -> tuple[int, int]:
         """Bytes that making shards again has sent since the volume was opened, and the same with what is still to be sent."""
         now = self.reconciler.status
         return now.bytes, now.bytes + now.pending_bytes
 
     def _repair_status(self) -> RepairStatus:
-        now = self.reconciler.status
-        return RepairStatus(now.pending, now.pending_bytes, now.mended, now.bytes, now.stage, now.trouble)
+        now, damage = self.reconciler.status, self.damages.status
+        return RepairStatus(
+            now.pending + self.damages.listed,
+            now.pending_bytes,
+            now.mended + damage.mended,
+            now.bytes + damage.bytes,
+            now.stage,
+            now.trouble or damage.trouble,
+        )
 
     async def mark_host(self, host: str, *, lost: bool) -> None:
         """Say that a host (its number, id or URL) is lost for good, or back after all; durable when it returns. NotFound, BadArgument.
@@ -286,6 +324,7 @@ class Volume:
         hosts: list[HostStatus] = []
         for record in self.hosts.records():
             space, stats = self.placement.space(record.number), self.hostdb.stats(record.number)
+            spoiled = self.damages.failing(record.number)
             hosts.append(
                 HostStatus(
                     number=record.number,
@@ -294,8 +333,14 @@ class Volume:
                     state="lost"
                     if record.number in lost
                     else leaving.get(record.number)
-                    or _state(self.hosts.state(record.number), stats, ending=record.number in ending, ended=record.number in ended),
-                    error=self.hosts.reason(record.number) or (stats.last_error if stats.failures >= FAILING else ""),
+                    or _state(
+                        self.hosts.state(record.number),
+                        stats,
+                        spoiled=bool(spoiled),
+                        ending=record.number in ending,
+                        ended=record.number in ended,
+                    ),
+                    error=self.hosts.reason(record.number) or spoiled or (stats.last_error if stats.failures >= FAILING else ""),
                     free=space.free if space else None,
                     total=space.total if space else None,
                     latency_ms=_milliseconds(stats.latency),
@@ -360,6 +405,7 @@ class Volume:
             repair=self._repair_status(),
             rewrite=self.rewrite_status(),
             missing_places=self.doubts.missing(),
+            scrub=self.scrubber.status(),
         )
 
     def _contract_statuses(self, urls: Mapping[int, str], now: int) -> list[ContractStatus]:
@@ -505,6 +551,7 @@ async def _fence(volume: Volume, reason: str) -> None:
 async def _close(volume: Volume) -> None:
     batch = Batch()
     volume.hostdb.save(batch)
+    volume.scrubber.save(batch)
     try:
         if volume.store.failure is None:
             volume.store.apply(batch)
@@ -626,6 +673,8 @@ async def _wire(
     nursery.start_soon(volume.sectors.run)
     nursery.start_soon(volume.renewal.run)
     nursery.start_soon(volume.reconciler.run)
+    nursery.start_soon(volume.damages.run)
+    nursery.start_soon(volume.scrubber.run)
     nursery.start_soon(volume.values.run)
     nursery.start_soon(volume.files.run)
     nursery.start_soon(volume.hosts.retry)
@@ -694,6 +743,29 @@ def make_layers(
     )
     # A host with a new contract keeps what it has, or keeps it again.
     volume.contractor.on_change.append(lambda _number: volume.reconciler.wake())
+    volume.damages = Damages(
+        store=store,
+        host_io=volume.host_io,
+        contractor=volume.contractor,
+        registry=volume.hosts,
+        hostdb=volume.hostdb,
+        deleter=volume.deleter,
+        regenerate=regenerator.shard,
+        replace=volume.reconciler.replace,
+        pace=volume.reconciler.pace,
+        notes=reader.notes,
+        seams=seams,
+    )
+    reader.on_damage = volume.damages.suspect
+    volume.reconciler.bad = volume.damages.hosts
+    volume.scrubber = Scrubber(
+        store=store,
+        damages=volume.damages,
+        registry=volume.hosts,
+        standing=volume.standing,
+        seams=seams,
+        interval=options.scrub_interval,
+    )
     volume.values = Values(
         store=store,
         sectors=volume.sectors,
@@ -712,14 +784,14 @@ def make_layers(
     volume.files = Files(volume.namespace, seams)
 
 
-def _state(state: str, stats: HostStatistics, *, ending: bool, ended: bool) -> str:
-    """As the registry says; one it last found well is failing if it fails now, slow if its answers are not waited for, or without a
-    contract that goes on."""
+def _state(state: str, stats: HostStatistics, *, spoiled: bool, ending: bool, ended: bool) -> str:
+    """As the registry says; one it last found well is failing if it fails now or spoils what it has, slow if its answers are not waited
+    for, or without a contract that goes on."""
     if state != "ok":
         return state
-    return (
-        "failing" if stats.failures >= FAILING else "ended" if ended else "ending" if ending else "slow" if stats.stalls >= HUNG else "ok"
-    )
+    if stats.failures >= FAILING or spoiled:
+        return "failing"
+    return "ended" if ended else "ending" if ending else "slow" if stats.stalls >= HUNG else "ok"
 
 
 def _contract_state(contract: Contract, now: int, *, last: bool) -> str:

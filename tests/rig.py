@@ -17,7 +17,12 @@ PASSPHRASE = "correct horse"
 SECTOR = 256 * 1024
 #: Nothing happens by itself: tests gather, commit and flush when they mean to.
 QUIET = VolumeOptions(
-    flush_interval=1e6, commit_interval=None, journal_segment=1024 * 1024, journal_limit=32 * 1024 * 1024, cache=8 * 1024 * 1024
+    flush_interval=1e6,
+    commit_interval=None,
+    scrub_interval=None,
+    journal_segment=1024 * 1024,
+    journal_limit=32 * 1024 * 1024,
+    cache=8 * 1024 * 1024,
 )
 
 

@@ -71,6 +71,7 @@ NEEDS_MORE = {
     "host_io.replace.before_delete",  # tests/conformance/test_host_io.py
     "handing_down.before_apply",  # tests/test_replication_change.py
     "rewrite.before_unmark",  # tests/test_replication_change.py
+    "damage.after_put",  # tests/test_scrub.py
 }
 
 

@@ -11,7 +11,7 @@ or the process that serves the volume (`live`), and shows what came back.
     session      trio.run with signals; opening a volume that is not mounted
     notices      what the layers below warn of
     live         talking to the process that has a volume mounted
-    create, keys, mounting, status, check, hosts, files, worm, shell      the commands
+    create, keys, mounting, status, check, scrub, hosts, files, worm, shell      the commands
 
 What other programs may rely on: exit statuses (docs/commands.md), that results go to standard output and everything else to
 standard error, that output which is not a terminal has no colours, no bars and no tabs, and `status --json`.

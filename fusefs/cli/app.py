@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 from click.shell_completion import shell_complete
 
-from fusefs.cli import check, contracts, create, files, hosts, keys, mounting, notices, recover, replication, shell, status, worm
+from fusefs.cli import check, contracts, create, files, hosts, keys, mounting, notices, recover, replication, scrub, shell, status, worm
 from fusefs.cli.output import OutputClosed, flush_output, say, standard_output, write_line
 from fusefs.cli.session import Interrupted, leaves
 from storage.errors import FusefsError
@@ -83,6 +83,7 @@ for _command in (
     mounting.flush,
     status.status,
     check.check,
+    scrub.scrub,
     hosts.hosts,
     contracts.contracts,
     hosts.repair,

@@ -16,13 +16,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from storage.errors import IOFailure, NoSpace
 
-#: Called with (bytes done, bytes in all or None where nobody knows).
+#: Called with (done, in all or None where nobody knows), in bytes unless the bar says otherwise.
 Advance = Callable[[int, int | None], None]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
@@ -175,19 +184,14 @@ def _no_bar(done: int, total: int | None) -> None:  # noqa: ARG001 - an Advance 
 
 
 @contextmanager
-def progress_bar(label: str, total: int | None = None, *, show: bool = True) -> Iterator[Advance]:
-    """A bar on standard error while the body runs, gone when it ends; nothing at all where that is no terminal."""
+def progress_bar(label: str, total: int | None = None, *, show: bool = True, unit: str = "") -> Iterator[Advance]:
+    """A bar on standard error while the body runs, gone when it ends; nothing at all where that is no terminal. `unit`: what it counts,
+    if not bytes."""
     if not show or not sys.stderr.isatty():
         yield _no_bar
         return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    counted = (MofNCompleteColumn(), TextColumn(unit)) if unit else (DownloadColumn(binary_units=True), TransferSpeedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), *counted, TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task(printable(label), total=total)
         yield lambda done, total: bar.update(task, completed=done, total=total)

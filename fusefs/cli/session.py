@@ -69,7 +69,7 @@ def leaves(error: BaseException) -> list[BaseException]:
 async def unmounted_volume(path: Path, passphrase: str, command: str, upload_rate: float | None = None) -> AsyncIterator[Volume]:
     """The volume, open in this process; what was changed is committed at the end. `command`: for whom else wants it meanwhile.
     `upload_rate`: bytes per second that may be sent to hosts; None: no limit."""
-    options = VolumeOptions(purpose=f"fusefs {command}", upload_rate=upload_rate)
+    options = VolumeOptions(purpose=f"fusefs {command}", upload_rate=upload_rate, scrub_interval=None)
     async with open_volume(path, passphrase=passphrase, options=options) as volume:
         yield volume
 

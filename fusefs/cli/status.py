@@ -18,7 +18,7 @@ from fusefs.cli.output import human_bytes, human_span, human_time, printable, st
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
 from fusefs.control_protocol import MountStatus
-from storage import ContractStatus, HostStatus, ReadOnlySource, VolumeStatus, open_read_only
+from storage import ContractStatus, HostStatus, ReadOnlySource, ScrubStatus, VolumeStatus, open_read_only
 from storage.errors import Fenced
 
 #: Warnings shown to a person: where everything is wrong, what is stored must not scroll away.
@@ -132,6 +132,7 @@ def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, st
         ("pending", pending),
         *([("repair", _repair(now))] if now.repair.pending and not now.view else []),
         *([("moving", _rewrite(now))] if (now.rewrite.files or now.rewrite.directories) and not now.view else []),
+        *([("scrub", _scrub(now.scrub))] if not now.view else []),
         *([("metadata", _published(now))] if not now.view else []),
         ("cache", f"{human_bytes(now.cache_bytes)} of {human_bytes(now.cache_limit)}{hits}"),
         ("journal", f"{now.journal_fill * 100:.0f} % full"),
@@ -153,6 +154,23 @@ def _rewrite(now: VolumeStatus) -> str:
     done = f", {human_bytes(now.rewrite.bytes)} moved" if now.rewrite.bytes else ""
     trouble = f": {now.rewrite.trouble}" if now.rewrite.trouble else ""
     return f"{_count(now.rewrite.files, 'file')}, {human_bytes(now.rewrite.pending_bytes)}, to another replication{done}{trouble}"
+
+
+def _scrub(now: ScrubStatus) -> str:
+    """What was looked at in the background, and when all was looked at last."""
+    parts = []
+    if now.begun_ns and now.interval:
+        found = now.missing + now.damaged
+        told = f", {_count(found, 'bad copy', 'bad copies')}, {now.repaired:,} repaired" if found else ""
+        parts.append(f"{now.sectors:,} of {_count(now.sectors + now.sectors_left, 'sector')} looked at since {day(now.begun_ns)}{told}")
+    if now.last_ended_ns:
+        told = f"{_count(now.last_found, 'bad copy', 'bad copies')}, {now.last_repaired:,} repaired" if now.last_found else "all good"
+        parts.append(f"all of them {'read whole, ' if now.last_full else ''}by {human_time(now.last_ended_ns)}: {told}")
+    elif not parts:
+        parts.append("never" if now.interval else "not in the background, and never")
+    if now.found_since:
+        parts.append(f"found since it was opened: {_count(now.found_since, 'bad copy', 'bad copies')}, {now.repaired_since:,} repaired")
+    return "; ".join(parts)
 
 
 def _published(now: VolumeStatus) -> str:
@@ -185,6 +203,11 @@ def warnings(now: VolumeStatus, now_ns: int) -> list[str]:
         found.append(
             f"hosts have forgotten {_count(now.missing_places, 'shard')}, not made again so far: fusefs check says which files are affected"
         )
+    if now.scrub.lost:
+        found.append(f"{_count(now.scrub.lost, 'sector')} cannot be had from the hosts that answer: {now.scrub.trouble}")
+    elif now.scrub.pending:
+        why = f": {now.scrub.trouble}" if now.scrub.trouble else ""
+        found.append(f"{_count(now.scrub.pending, 'copy', 'copies')} on hosts known to be damaged or missing, and not repaired yet{why}")
     for host in now.hosts:
         if host.error and not any(host.url in text for text in found):
             found.append(f"host {host.url} cannot be used: {host.error}")
@@ -236,5 +259,5 @@ def day(ns: int) -> str:
     return human_time(ns).split()[0]
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str, several: str = "") -> str:
+    return f"{number:,} {noun if number == 1 else several or noun + 's'}"

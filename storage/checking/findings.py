@@ -7,9 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-#: Exit statuses of a check that was finished; one that was not has the status of what stopped it.
-REPAIRED: Final = 20
-FINDINGS_LEFT: Final = 21
+from storage.status import LEFT, REPAIRED
 
 #: Findings of one kind that are told one by one; more are counted. A lost host with a million shards is not a million lines.
 LISTED = 1000
@@ -133,8 +131,8 @@ class CheckReport:
 
     @property
     def exit_status(self) -> int:
-        """0: nothing found; else REPAIRED or FINDINGS_LEFT."""
-        return FINDINGS_LEFT if self.left else REPAIRED if self.found else 0
+        """0: nothing found; else REPAIRED or LEFT."""
+        return LEFT if self.left else REPAIRED if self.found else 0
 
     @property
     def unlisted(self) -> int:

@@ -50,6 +50,8 @@ class SectorReader:
         #: write quorum a sector can be read, and some of its shards are nowhere yet: without this, reading one of k+m would touch k hosts.
         self.in_flight: Callable[[int, int], SealedShard | None] = lambda _sector_id, _number: None
         self.notes: deque[str] = deque(maxlen=50)
+        #: (sector id, root, host): the copy was not there, or did not verify. Told once per read; no await, never fails.
+        self.on_damage: Callable[[int, bytes, int], None] = lambda _sector_id, _root, _host: None
 
     def record(self, sector_id: int) -> SectorRecord:
         raw = self._store.get(SECTOR + u64(sector_id))
@@ -159,6 +161,13 @@ class SectorReader:
 
         return await self._good(_Wanted(sector_id, record, layout, 0, record.shards[number].length, whole), number)
 
+    async def read_shard_by_blocks(self, sector_id: int, record: SectorRecord, number: int) -> bytes:
+        """As `read_shard`, each block from whichever host's verifies, or made of the same block of others: for where no copy is good as a
+        whole. The root is not verified. Corrupt, Unavailable."""
+        layout = layout_for(record, sector_id)
+        count = -(-record.shards[number].length // BLOCK)
+        return b"".join([await self._fetch(sector_id, record, layout, number, block, 1) for block in range(count)])
+
     async def _fetch(self, sector_id: int, record: SectorRecord, layout: Layout, number: int, first: int, count: int) -> bytes:
         """Blocks of a shard's plaintext, from a host that has it, or the same blocks of others made into them."""
         wanted = min(count * BLOCK, record.shards[number].length - first * BLOCK)
@@ -215,6 +224,8 @@ class SectorReader:
             log.warning("%s", note)
             if note not in self.notes:
                 self.notes.append(note)
+            if isinstance(error, Corrupt | NotFound):
+                self.on_damage(wanted.sector_id, wanted.record.shards[number].root, host)
             kind = NotFound if isinstance(error, NotFound) else Corrupt if isinstance(error, Corrupt) else Unavailable
             raise kind(f"host {host}: {error}") from error
 

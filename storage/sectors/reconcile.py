@@ -21,13 +21,13 @@ where they should be. Which hosts kept shards when all sectors were last looked 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Set
 from dataclasses import dataclass
 
 import msgspec
 import trio
 
-from storage.errors import Corrupt, Fenced, FusefsError, NotFound, Unavailable
+from storage.errors import Busy, Corrupt, Fenced, FusefsError, Unavailable
 from storage.host_io import HostIO
 from storage.interfaces import Batch, MetadataStore, SealedShard
 from storage.metadata.keys import SECTOR, SETTING, UNDERREPLICATED, prefix_end, read_u64, u64
@@ -38,6 +38,7 @@ from storage.sectors.doubts import Doubts
 from storage.sectors.placement import Placement
 from storage.sectors.plan import Plan, make_plan
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
+from storage.sectors.walking import walk
 from storage.standing import Standing
 
 log = logging.getLogger("fusefs.reconcile")
@@ -122,6 +123,8 @@ class Reconciler:
         self._later: dict[int, tuple[float, float]] = {}
         #: Sectors whose first upload is still under way: nothing is missing there yet.
         self.uploading: Callable[[int], bool] = lambda _sector_id: False
+        #: Hosts whose copy of a sector is known to be bad, and is being put right (sectors.damage).
+        self.bad: Callable[[int], Set[int]] = lambda _sector_id: frozenset()
 
     def wake(self) -> None:
         """Look again now; what failed lately is tried again too."""
@@ -174,8 +177,8 @@ class Reconciler:
                 await self._fill_up(keeping)
 
     def _plan(self, sector_id: int, record: SectorRecord, keeping: frozenset[int]) -> Plan:
-        """What is missing and too many with these hosts; a doubted place counts for nothing."""
-        return make_plan(record, keeping - self._doubts.of(sector_id), self._standing.domain)
+        """What is missing and too many with these hosts; a doubted place, or one whose copy is known to be bad, counts for nothing."""
+        return make_plan(record, keeping - self._doubts.of(sector_id) - self.bad(sector_id), self._standing.domain)
 
     # ------------------------------------------------------------------------------------------------------------
     # Looking at all sectors
@@ -324,7 +327,8 @@ class Reconciler:
     async def _add(self, sector_id: int, record: SectorRecord, index: int, hosts: Collection[int], keeping: Collection[int]) -> None:
         """One shard to one more host, and onto the record."""
         # A doubted host may get what it is said to have, and nothing else: the place of another shard there would seem to be filled.
-        elsewhere = {host for host in self._doubts.of(sector_id) if host not in record.shards[index].hosts}
+        empty = self._doubts.of(sector_id) | self.bad(sector_id)
+        elsewhere = {host for host in empty if host not in record.shards[index].hosts}
         targets = self._placement.others({*hosts, *elsewhere}, keeping)
         if not targets:
             raise Unavailable(
@@ -394,13 +398,50 @@ class Reconciler:
         self._deleter.enqueue(batch, sector_id, SectorRecord(like.version, like.replication, like.length, 0, 0, gone))
 
     # ------------------------------------------------------------------------------------------------------------
+    # Replacing
+
+    async def replace(self, sector_id: int, root: bytes, bad: int) -> None:
+        """A copy that cannot be put right where it is: another host gets one, and then the record forgets the one on host `bad`.
+
+        Busy: the sector is being mended. Unavailable: no other host takes it. Corrupt: it cannot be made again. The record still names it
+        then: it never has fewer copies than before.
+        """
+        record = self._record(sector_id)
+        index = next((at for at, shard in enumerate(record.shards) if shard.root == root), None) if record is not None else None
+        if record is None or index is None or bad not in record.shards[index].hosts:
+            return
+        if sector_id in self._busy or self.uploading(sector_id):
+            raise Busy(f"sector {sector_id} is being mended already")
+        self._busy.add(sector_id)
+        try:
+            taken = {host for shard in record.shards for host in shard.hosts}
+            await self._add(sector_id, record, index, taken, self._standing.keeping() - {bad})
+            self._forget(sector_id, root, bad)
+        finally:
+            self._busy.discard(sector_id)
+        self._wake.set()
+
+    def _forget(self, sector_id: int, root: bytes, host: int) -> None:
+        """Another host has the shard, durably and on record (I2). Never the last one. No await between reading and writing the record."""
+        record = self._record(sector_id)
+        shard = next((one for one in record.shards if one.root == root), None) if record is not None else None
+        if record is None or shard is None or host not in shard.hosts or len(set(shard.hosts)) < 2:
+            return
+        shard.hosts = sorted(set(shard.hosts) - {host})
+        batch = Batch()
+        batch.put(SECTOR + u64(sector_id), record.encode())
+        if host not in self._standing.lost():
+            self._queue(batch, sector_id, record, [(shard, [host])])
+        self._store.apply(batch)
+
+    # ------------------------------------------------------------------------------------------------------------
     # Filling
 
     async def _fill_up(self, keeping: frozenset[int]) -> None:
         """Move shards to hosts that have less than their share, from those that have most. Once through all sectors."""
         self.status.stage = "filling new hosts"
         load = dict.fromkeys(keeping, 0)
-        async for _, record in self._sectors():
+        async for _, record in walk(self._store):
             for shard in record.shards:
                 for host in shard.hosts:
                     if host in load:
@@ -408,7 +449,7 @@ class Reconciler:
         total = sum(load.values())
         if load and total:
             goal = total / len(load) * FILLED
-            async for sector_id, record in self._sectors():
+            async for sector_id, record in walk(self._store):
                 short = [host for host in load if load[host] < goal and self._placement.takes(host)]
                 if not short:
                     break
@@ -452,18 +493,6 @@ class Reconciler:
             log.info("sector %d is not moved: %s", sector_id, error)
         finally:
             self._busy.discard(sector_id)
-
-    async def _sectors(self) -> AsyncIterator[tuple[int, SectorRecord]]:
-        start = SECTOR
-        while found := self._store.scan(start, prefix_end(SECTOR), SLICE):
-            for key, raw in found:
-                try:
-                    sector_id = read_u64(key, 1)
-                    yield sector_id, decode_sector(self._store.get(key) or raw, sector_id)
-                except (Corrupt, NotFound) as error:
-                    log.error("%s", error)
-            start = found[-1][0] + b"\0"
-            await trio.lowlevel.checkpoint()
 
 
 def _sector_of(key: bytes) -> int | None:

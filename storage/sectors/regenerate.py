@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from storage.contractor import Contractor
 from storage.errors import Corrupt, FusefsError, NotFound, Unavailable
 from storage.host_io import HostIO
@@ -10,7 +12,9 @@ from storage.hosts.registry import HostRegistry
 from storage.interfaces import SealedShard
 from storage.seams import Seams
 from storage.sectors.reader import SectorReader
-from storage.sectors.records import SectorRecord, layout_for
+from storage.sectors.records import SectorRecord, ShardRecord, layout_for
+
+log = logging.getLogger("fusefs.sectors")
 
 
 class Regenerator:
@@ -38,12 +42,29 @@ class Regenerator:
                 return await self._host_io.read_sealed(contract.contract_id, shard.root.hex(), shard.shard_id, shard.length)
             except FusefsError as failed:
                 error = failed
-        if layout_for(record, sector_id).needed < len(record.shards):
-            plain = await self._reader.read_shard(sector_id, record, index)
-            return await self._seams.threads.run(self._host_io.seal_again, [plain], shard.shard_id, shard.root.hex())
-        away = [self._registry.url(host) for host in shard.hosts if not self._registry.available(host)]
+                if isinstance(failed, Corrupt | NotFound):
+                    self._reader.on_damage(sector_id, shard.root, number)
+        coded = layout_for(record, sector_id).needed < len(record.shards)
+        if coded:
+            try:
+                return await self._seal_again(await self._reader.read_shard(sector_id, record, index), shard)
+            except (Corrupt, Unavailable) as failed:
+                error = failed
+        away = [self._registry.url(host) for shard in record.shards for host in shard.hosts if not self._registry.available(host)]
+        if isinstance(error, NotFound | Corrupt):
+            try:
+                # Copies, or shards it can be made of, that are damaged at different places are good together.
+                return await self._seal_again(await self._reader.read_shard_by_blocks(sector_id, record, index), shard)
+            except (Corrupt, Unavailable) as failed:
+                if coded and not away:
+                    raise
+                log.info("%s", failed)
         if away or error is None:
             raise Unavailable(f"sector {sector_id}: no host that has it can be read ({', '.join(away) or 'none is on record'})")
         if isinstance(error, NotFound | Corrupt):
             raise Corrupt(f"sector {sector_id} has no good copy: {error}; see fusefs check")
         raise error
+
+    async def _seal_again(self, plain: bytes, shard: ShardRecord) -> SealedShard:
+        """I1: Corrupt unless it comes out with the root on record."""
+        return await self._seams.threads.run(self._host_io.seal_again, [plain], shard.shard_id, shard.root.hex())

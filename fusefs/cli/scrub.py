@@ -1,0 +1,105 @@
+"""`fusefs scrub`: are all copies on the hosts still there, and what was sealed?"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import click
+import msgspec
+import trio
+
+from fusefs.cli import live
+from fusefs.cli.arguments import DIRECTORY_PATH, passphrase_option
+from fusefs.cli.notices import Notices
+from fusefs.cli.output import Advance, human_bytes, printable, progress_bar, write_line
+from fusefs.cli.passphrase import passphrase
+from fusefs.cli.session import run, unmounted_volume
+from storage import ScrubReport, Volume
+from storage.errors import FusefsError
+
+
+@click.command(short_help="Look at what the hosts keep, and put right what is damaged.")
+@click.argument("path", type=DIRECTORY_PATH, metavar="VOLUME|MOUNTPOINT")
+@click.option("--full", is_flag=True, help="Read every shard whole, from every host: as long as reading everything takes.")
+@click.option(
+    "--sample",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    metavar="FRACTION",
+    help="Look at this share of the sectors only, chosen at random, as in 0.05.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The report as one JSON object, for programs.")
+@passphrase_option
+@click.pass_context
+def scrub(context: click.Context, path: Path, full: bool, sample: float, as_json: bool, passphrase_file: Path | None) -> None:
+    """Ask the hosts for a random block of every copy they keep, or for all of it, verify it, and put right what is missing or damaged.
+
+    A block of each finds whatever is missing, cut off or exchanged, and of a single damaged block one time in as many as there are; a mount
+    does that by itself, every two weeks (scrub_interval). Ends with 0 if all is well, 20 if everything that was found is repaired, 21 if
+    something is left, or a host did not answer.
+
+    \b
+    Examples:
+      fusefs scrub ~/mnt
+      fusefs scrub ~/volume --full
+      fusefs scrub ~/mnt --sample 0.01 --json | jq .damaged
+    """
+    target = live.resolve(path)
+    if target.served:
+        with live.client(target.volume) as client, progress_bar("looking at copies", unit="sectors") as advance:
+            report = client.scrub(full, sample, advance)
+    else:
+        report = run(partial(_unmounted, target.volume, passphrase(passphrase_file), full, sample))
+    collected = context.obj
+    if isinstance(collected, Notices):
+        # What the layers below warn of while hosts are asked is what the report says.
+        collected.forget()
+    if as_json:
+        write_line(json.dumps(msgspec.to_builtins(report) | {"left": report.left}))
+    else:
+        for line in lines(report):
+            write_line(printable(line))
+    if report.exit_status:
+        context.exit(report.exit_status)
+
+
+async def _unmounted(path: Path, secret: str, full: bool, sample: float) -> ScrubReport:
+    async with unmounted_volume(path, secret, "scrub") as volume, trio.open_nursery() as nursery:
+        with progress_bar("looking at copies", unit="sectors") as advance:
+            nursery.start_soon(_follow, volume, advance)
+            outcome: ScrubReport | FusefsError
+            try:
+                outcome = await volume.scrub(full=full, sample=sample)
+            except FusefsError as error:
+                outcome = error
+            nursery.cancel_scope.cancel()
+    if isinstance(outcome, FusefsError):
+        raise outcome
+    return outcome
+
+
+async def _follow(volume: Volume, advance: Advance) -> None:
+    while True:
+        done, total = volume.scrub_progress()
+        advance(done, total or None)
+        await trio.sleep(0.1)
+
+
+def lines(report: ScrubReport) -> list[str]:
+    """For a person: what is wrong, then what was looked at."""
+    told = [f"host {host}" for host in report.hosts_failing]
+    if report.unanswered:
+        told.append(f"{report.unanswered:,} copies could not be looked at; no answer from {', '.join(report.hosts_away)}")
+    if report.lost:
+        told.append(f"{report.lost:,} sectors cannot be had from the hosts that answer: {report.trouble}; fusefs check names their files")
+    elif report.left and report.trouble:
+        told.append(f"{report.left:,} copies are not good yet: {report.trouble}")
+    bad = report.missing + report.damaged
+    found = (
+        f"{report.missing:,} missing, {report.damaged:,} damaged, {report.repaired:,} repaired, {report.left:,} left" if bad else "all good"
+    )
+    how = "read whole" if report.full else "a block of each read"
+    looked = f"{report.shards:,} copies of {report.sectors:,} sectors, {how} ({human_bytes(report.bytes)})"
+    return [*told, f"{found}: {looked}"]
