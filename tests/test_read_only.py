@@ -16,8 +16,11 @@ import trio
 from fusefs.scratch import Scratch
 from storage.errors import BadArgument, Fenced, FusefsError, NotFound, Unavailable, WrongPassphrase
 from storage.read_only import ReadOnlySource, ReadOnlyVolume, open_read_only
+from storage.recovery import recover_volume
 from storage.volume import Volume
 from tests.rig import PASSPHRASE, QUIET, host_dirs, make, opened
+from tests.sweeping import sweeper_of
+from tests.test_sweep import write_and_die
 
 #: LMDB's table of readers is rebuilt by whoever opens a volume; it is no part of what is stored.
 NOT_STORED = ("lock.mdb",)
@@ -224,6 +227,36 @@ async def test_a_fenced_volume_can_be_read(tmp_path: Path) -> None:
         assert await content(view, "both") == b"1"
         with pytest.raises(NotFound):
             await content(view, "only there")
+
+
+async def test_what_a_lost_machine_put_on_hosts_last_is_not_swept_by_who_recovered(tmp_path: Path) -> None:
+    """I5: sectors it wrote after its last superblock are on record in its own directory alone. It may only be fenced, and be read from."""
+    urls = host_dirs(tmp_path, 1)
+    await make(tmp_path / "v", urls)
+    async with opened(tmp_path / "v") as volume:
+        await put(volume, "both", b"1")
+        await volume.flush()
+        precious = os.urandom(300_000)
+        await put(volume, "only here", precious)
+        # Into sectors, and committed, but in no superblock; then the machine dies.
+        await volume.values.flush()
+        await volume.commit()
+        lost = crashed_copy(tmp_path / "v", tmp_path / "lost")
+        shutil.copytree(tmp_path / "host0", tmp_path / "as it was")
+    shutil.rmtree(tmp_path / "v")
+    shutil.rmtree(tmp_path / "host0")
+    (tmp_path / "as it was").rename(tmp_path / "host0")
+    await recover_volume(tmp_path / "new", urls, passphrase=PASSPHRASE)
+    # It has something of its own to be swept.
+    await write_and_die(tmp_path / "new")
+    async with opened(tmp_path / "new") as volume:
+        with pytest.raises(NotFound):
+            await content(volume, "only here")
+        sweeper = sweeper_of(volume)
+        assert await sweeper.sweep() == []
+        assert sweeper.counts.deleted == 1 and sweeper.counts.kept >= 1
+    async with viewed(ReadOnlySource(lost, passphrase=PASSPHRASE), tmp_path / "scratch") as view:
+        assert await content(view, "only here") == precious
 
 
 # ------------------------------------------------------------------------------------------------------------ from hosts

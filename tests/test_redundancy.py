@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from storage.recovery import recover_volume
 from storage.salvage import salvage_volume
 from storage.sealing import BLOCK
 from storage.sectors.preamble import parse_preamble
-from storage.sectors.redundancy import ALIGNMENT, layout_of
+from storage.sectors.redundancy import ALIGNMENT, Layout, layout_of
 from storage.volume import Volume
 from tests.rig import PASSPHRASE, QUIET, append, contents, host_dirs, make, new_value, noise, opened, published
 from tests.test_reconcile import delete_freed, records, there
@@ -192,6 +192,32 @@ async def test_lost_shards_are_made_again_and_have_the_roots_they_had(tmp_path: 
         hosts = {host for record in records(volume).values() for shard in record.shards for host in shard.hosts}
         assert not hosts & {2, 5}
         assert {sector: [shard.root for shard in record.shards] for sector, record in records(volume).items()} == before
+        assert await all_there(volume, content)
+
+
+async def test_a_shard_that_is_made_again_otherwise_goes_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I1: its id is a nonce, and sealed one thing once. So a codec that came to make other bytes makes an error, and nothing else."""
+    async with a_volume(tmp_path, "2+1", hosts=4) as (volume, urls):
+        content = await fill(volume, 1)
+        roots = {shard.root.hex() for record in records(volume).values() for shard in record.shards}
+        rebuild = Layout.rebuild
+
+        def otherwise(self: Layout, sector_id: int, number: int, first: int, ranges: Mapping[int, bytes]) -> bytes:
+            right = rebuild(self, sector_id, number, first, ranges)
+            return right[:-1] + bytes([right[-1] ^ 1])
+
+        monkeypatch.setattr(Layout, "rebuild", otherwise)
+        (held, *_) = [number for number, url in enumerate(urls, 1) if there(url)]
+        shutil.rmtree(urls[held - 1].removeprefix("dir:"))
+        await volume.mark_host(str(held), lost=True)
+        report = await volume.repair()
+        assert report.pending == 1 and "root" in report.trouble
+        left = [url for number, url in enumerate(urls, 1) if number != held]
+        assert set().union(*map(there, left)) < roots
+        monkeypatch.undo()
+        report = await volume.repair()
+        assert report.pending == 0 and complete(volume, urls)
+        assert set().union(*map(there, left)) == roots
         assert await all_there(volume, content)
 
 

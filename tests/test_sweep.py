@@ -11,7 +11,7 @@ from storage.errors import Unavailable
 from storage.hosts.faults import shards_only
 from storage.hosts.holders import holders_key
 from storage.interfaces import Batch
-from storage.metadata.keys import FREED, LOCAL, SECTOR, prefix_end, u64
+from storage.metadata.keys import FREED, HOLDERS, LOCAL, SECTOR, prefix_end, u64
 from storage.seams import Seams
 from storage.sectors import sweep as sweep_module
 from storage.sectors.records import VERSION, SectorRecord, ShardRecord
@@ -153,6 +153,31 @@ async def test_what_a_record_names_or_the_epoch_does_not_own_stays(tmp_path: Pat
             assert await sweeper.sweep() == []
             assert sweeper.counts.deleted == 1
             assert orphan not in shards_on(tmp_path / "host0")
+
+
+async def test_a_shard_that_only_the_record_of_its_sector_names_stays(tmp_path: Path) -> None:
+    """Breaks if of a sector cut into shards only the first is known by its id. What says who holds the shards is lost here; they stay."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 3), "2+1")
+    async with opened(tmp_path / "v") as volume:
+        value, data = new_value(volume), noise(9000)
+        await append(volume, value, data)
+        await volume.flush()
+        await volume.sectors.wait_uploads()
+        batch = Batch()
+        for key, _ in volume.store.scan(HOLDERS, prefix_end(HOLDERS), 100):
+            batch.delete(key)
+        volume.store.apply(batch)
+    before = [set(shards_on(tmp_path / f"host{number}")) for number in range(3)]
+    assert all(before)
+    await write_and_die(tmp_path / "v")
+    async with opened(tmp_path / "v") as volume:
+        sweeper = sweeper_of(volume)
+        assert await sweeper.sweep() == []
+        # What was never committed goes: as many as were there when the process died.
+        assert sweeper.counts.kept == 3 and sweeper.counts.deleted >= 1
+        assert [set(shards_on(tmp_path / f"host{number}")) & known for number, known in enumerate(before)] == before
+        volume.sectors.cache._blocks.clear()
+        assert await contents(volume, value) == data
 
 
 async def test_nothing_goes_before_the_gate_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
