@@ -236,12 +236,23 @@ class HostIO:
     async def open_part(self, shard: SealedShard, offset: int, length: int) -> bytes:
         """Plaintext bytes [offset, offset + length), which lie within it, of a shard this process has sealed. Corrupt."""
         _, _, at, size = block_range(offset, length, shard.plaintext_length)
-        header = self._epochs.header_for(self._volume_id, shard.sector_id, shard.plaintext_length)
-        key = self._epochs.key_for(shard.sector_id, self._keys)
         raw = memoryview(shard.sealed)[at : at + size]
-        if size <= INLINE:
+        return await self.open_raw(shard.sector_id, shard.plaintext_length, offset, length, raw)
+
+    async def open_raw(self, sector_id: int, plaintext_length: int, offset: int, length: int, raw: Buffer) -> bytes:
+        """As `open_part`, from the sealed bytes that `block_range` names for it."""
+        header = self._epochs.header_for(self._volume_id, sector_id, plaintext_length)
+        key = self._epochs.key_for(sector_id, self._keys)
+        if len(raw) <= INLINE:
             return open_range(key, header, offset, length, raw)
         return await self._seams.threads.run(open_range, key, header, offset, length, raw)
+
+    async def verified(self, shard: SealedShard) -> SealedShard:
+        """The same, if its bytes have the root they are to have; Corrupt otherwise."""
+        found = await self._seams.threads.run(root_of, shard.sealed)
+        if found != shard.root:
+            raise Corrupt(f"sector {shard.sector_id}: what is stored has the root {found[:12]} instead of {shard.root[:12]}")
+        return shard
 
     def _open_whole(self, sealed: bytes, sector_root: str, sector_id: int) -> bytes:
         found = root_of(sealed)
@@ -364,6 +375,18 @@ class HostIO:
             batch.put(key, holders.encode())
             self._store.apply(batch)
             self._unsettled[number] -= 1
+
+    async def adopt(self, contract_id: str, sector_root: str) -> None:
+        """The contract holds the root from now on: its host has it already. Applied to the metadata store."""
+        contract = self._contractor.contract(contract_id)
+        root = check_root(sector_root)
+        key = holders_key(root, contract.host_number)
+        async with self._exclusively(key):
+            holders = decode_holders(self._store.get(key), root)
+            holders.write(contract.lineage)
+            batch = Batch()
+            batch.put(key, holders.encode())
+            self._store.apply(batch)
 
     def unsettled(self, number: int) -> bool:
         """May the host hold a shard this process has put there and has no record of? True for good after a put that failed."""

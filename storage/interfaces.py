@@ -357,6 +357,29 @@ class HistoryGate(Protocol):
         ...
 
 
+class Backlog(Protocol):
+    """What is durable on this machine alone so far, as far as the volume's history is concerned (I4).
+
+    A cut of the history knows every sector there is, and is published only once all of these are on their write quorum: so what superblocks
+    speak of is never on a machine that may be lost.
+    """
+
+    #: Told when nothing of the cut waits any more.
+    on_reached: Callable[[], None]
+
+    def begin(self) -> None:
+        """A cut is made now: it waits for what is on too few hosts at this moment. No await. An earlier cut does not count any more."""
+        ...
+
+    def waiting(self) -> int:
+        """Sectors of the cut that are on too few hosts yet."""
+        ...
+
+    async def reached_all(self) -> None:
+        """Until it is none. Unavailable: hosts do not take them now."""
+        ...
+
+
 class HostIO(Protocol):
     """Shards on hosts under contracts: sealed on the way out, verified on the way in. `sector_id` is the nonce (I1).
 

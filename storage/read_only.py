@@ -173,7 +173,8 @@ async def _served(
             # A MetadataStore, which is all that layers need; what a Store has besides is for writers.
             volume.store = cast("Store", store)
             volume.epochs = Epochs.load(store)
-            make_layers(volume, store, keys, nursery, opener, Counter(store, b"sector", SECTOR_RANGE))
+            make_layers(volume, store, keys, nursery, opener, Counter(store, b"sector", SECTOR_RANGE), writable=False)
+            volume.warnings += await volume.staging.open()
             await volume.hosts.open_all()
             await volume.placement.poll_space()
             try:

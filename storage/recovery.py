@@ -44,6 +44,7 @@ from storage.metadata.store import PUBLISHED_KEY
 from storage.seams import Seams
 from storage.sectors.plan import can_be_read, make_plan
 from storage.sectors.records import decode_sector
+from storage.sectors.staging import DIRECTORY as STAGING_DIRECTORY
 from storage.values.records import decode_extent, decode_value, sealed_end, value_key
 from storage.volume import Volume, VolumeOptions, absolute, with_layers
 
@@ -51,7 +52,7 @@ RECOVERING_FILE = "recovering.json"
 RECOVERING_FORMAT = "fusefs recovering"
 RECOVERING_VERSION = 1
 #: What a recovery makes in the directory.
-_MADE = ("journal", "metadata", KEY_FILE, CONFIG_FILE, RECOVERING_FILE, LOCK_FILE)
+_MADE = ("journal", "metadata", STAGING_DIRECTORY, KEY_FILE, CONFIG_FILE, RECOVERING_FILE, LOCK_FILE)
 #: Numbers of each kind left out: more than any tenure gives out.
 JUMP = 1 << 32
 #: The counters there are, also those that have no record yet.

@@ -49,6 +49,8 @@ from storage.sectors.records import decode_sector
 from storage.sectors.regenerate import Regenerator
 from storage.sectors.scrub import INTERVAL as SCRUB_INTERVAL
 from storage.sectors.scrub import Scrubber
+from storage.sectors.staging import Staging
+from storage.sectors.strays import Strays
 from storage.sectors.sweep import RECOVERED_KEY, Sweeper
 from storage.standing import AWAY_GRACE, Standing
 from storage.status import (
@@ -86,6 +88,8 @@ FAILING = 2.0
 HUNG = 0.5
 #: Seconds between two times that what was learned of hosts is saved.
 SAVE_INTERVAL = 3600.0
+#: See `VolumeOptions.staging`.
+STAGING = 10 * 1024 * 1024 * 1024
 #: Refusals kept for `status`.
 REFUSALS = 100
 
@@ -102,6 +106,8 @@ class VolumeOptions:
     commit_interval: float | None = 5.0
     #: Bytes per second that all sending to hosts together may take; None: no limit.
     upload_rate: float | None = None
+    #: Bytes of sealed sectors on the local disk at most, on their way to hosts that are far or away, and as read cache; 0: none.
+    staging: int = STAGING
     #: Bytes per second that making shards again, and moving files to another replication, may send each; None: no limit.
     repair_rate: float | None = None
     #: Seconds a host may be away before its shards are made again on others.
@@ -141,6 +147,8 @@ class Volume:
         self.reconciler: Reconciler
         self.damages: Damages
         self.scrubber: Scrubber
+        self.staging: Staging
+        self.strays: Strays
         self.sectors: SectorManager
         self.values: Values
         self.namespace: Namespace
@@ -609,10 +617,12 @@ async def _wire(
         take_tails=volume.values.take_unlogged,
         tail_wanted=lambda record, value_id, end: decode_value(record, value_id).sealed < end,
         nursery=nursery,
+        staged=volume.staging,
         passed_over=passed_over,
     )
     publisher.fleet.keep_all = tails is not None
     volume.deleter.gate, publisher.on_published = publisher, volume.deleter.wake
+    volume.warnings += await volume.staging.open()
     await volume.hosts.open_all()
     if not create:
         # I5: before an epoch begins here.
@@ -649,6 +659,8 @@ async def _wire(
         log.info("%d bytes that were on no host yet came back from the journal", recovered)
     if tails:
         await _take_tails(volume, tails)
+    if tails is not None:
+        await volume.reconciler.find_strays()
     if not create:
         try:
             await publisher.claim()
@@ -672,6 +684,8 @@ async def _wire(
     nursery.start_soon(volume.lock_keeper.run)
     nursery.start_soon(volume.sectors.run)
     nursery.start_soon(volume.renewal.run)
+    nursery.start_soon(volume.sectors.drain.run)
+    nursery.start_soon(volume.staging.run)
     nursery.start_soon(volume.reconciler.run)
     nursery.start_soon(volume.damages.run)
     nursery.start_soon(volume.scrubber.run)
@@ -689,7 +703,14 @@ async def _wire(
 
 
 def make_layers(
-    volume: Volume, store: MetadataStore, keys: Keys, nursery: trio.Nursery, opener: Opener | None, sector_ids: Counter
+    volume: Volume,
+    store: MetadataStore,
+    keys: Keys,
+    nursery: trio.Nursery,
+    opener: Opener | None,
+    sector_ids: Counter,
+    *,
+    writable: bool = True,
 ) -> None:
     """Every layer above `volume.store` and `volume.epochs`; nothing is written, asked of a host or started yet."""
     seams, config, options = volume.seams, volume.config, volume.options
@@ -706,6 +727,12 @@ def make_layers(
     volume.deleter = Deleter(store, volume.host_io, volume.contractor, seams)
     cache = BlockCache(options.cache)
     reader = SectorReader(store, volume.host_io, volume.contractor, volume.hostdb, cache, seams)
+    volume.staging = Staging(
+        volume.path, volume_id, store, volume.host_io, seams, limit=options.staging if writable else 0, writable=writable
+    )
+    volume.strays = Strays(volume_id, volume.hosts, volume.contractor, volume.staging)
+    reader.staging, reader.strays = volume.staging, volume.strays
+    regenerator = Regenerator(volume.host_io, volume.contractor, volume.hosts, volume.hostdb, reader, seams)
     volume.sectors = SectorManager(
         store=store,
         host_io=volume.host_io,
@@ -717,8 +744,9 @@ def make_layers(
         seams=seams,
         nursery=nursery,
         sector_size=config.sector_size,
+        staging=volume.staging,
+        regenerate=regenerator.shard,
     )
-    regenerator = Regenerator(volume.host_io, volume.contractor, volume.hosts, volume.hostdb, reader, seams)
     volume.doubts = Doubts(store, volume.host_io, volume.contractor)
     volume.reconciler = Reconciler(
         store=store,
@@ -728,6 +756,8 @@ def make_layers(
         deleter=volume.deleter,
         doubts=volume.doubts,
         regenerate=regenerator.shard,
+        contractor=volume.contractor,
+        strays=volume.strays,
         seams=seams,
         rate=options.repair_rate,
     )
@@ -766,6 +796,7 @@ def make_layers(
         seams=seams,
         interval=options.scrub_interval,
     )
+    volume.reconciler.settled = volume.staging.settled
     volume.values = Values(
         store=store,
         sectors=volume.sectors,

@@ -54,6 +54,8 @@ T = TypeVar("T")
 SECTOR_SIZE = 64 * 1024
 NEW_PASSPHRASE = "battery staple"
 OPTIONS = replace(QUIET, journal_segment=32 * 1024, journal_limit=1024 * 1024, tail_budget=8 * SECTOR_SIZE, cache=1024 * 1024)
+#: Little, so that something is dropped.
+STAGING = 3 * SECTOR_SIZE
 FILE, DIR = 0o100644, 0o755
 ROOT = 1
 
@@ -381,6 +383,7 @@ class Script:
         await self.flush()
         await take_over(self.volume.store)
         await self.delete_freed()
+        await self.volume.staging.tidy()
         await self.sweep()
         await self.append("log", 100)
 
@@ -460,11 +463,13 @@ class Run:
     base: Path
     nonces: Nonces = field(default_factory=Nonces)
     model: Model = field(default_factory=Model)
+    #: Hosts are far away: what goes there is staged first.
+    far: bool = False
     #: Hits of every life so far that was not counted out.
     hits: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.opener = RecordingOpener(self.nonces)
+        self.opener = RecordingOpener(self.nonces, far=self.far)
 
     async def make(self, failpoints: DeadFrom | None = None) -> None:
         """The new volume, kept for `again`."""
@@ -495,7 +500,7 @@ class Run:
         """As it was kept, with what was known of it then: nothing may have been done to this run since."""
         shutil.rmtree(self.base)
         shutil.copytree(self.base.with_name("template"), self.base)
-        return Run(self.base, model=copy.deepcopy(self.model))
+        return Run(self.base, model=copy.deepcopy(self.model), far=self.far)
 
     async def live(self, failpoints: DeadFrom, do: Callable[[Script], Awaitable[None]], seed: int = 0) -> bool:
         """A life of the volume. True if it was cut short."""
@@ -517,7 +522,8 @@ class Run:
         """A crash while the passphrase was changed leaves the old or the new."""
         for passphrase in self.model.passphrases:
             try:
-                manager = open_volume(self.base / "v", passphrase=passphrase, seams=_seams(failpoints), options=OPTIONS, opener=self.opener)
+                options = replace(OPTIONS, staging=STAGING if self.far else 0)
+                manager = open_volume(self.base / "v", passphrase=passphrase, seams=_seams(failpoints), options=options, opener=self.opener)
                 if len(self.model.passphrases) > 1:
                     await _try_passphrase(self.base / "v", passphrase)
             except WrongPassphrase:
@@ -760,11 +766,11 @@ async def recover(run: Run, failpoints: DeadFrom) -> None:
     await run.lose_machine(failpoints)
 
 
-def every_point(base: Path, work: Work = crash, *, all_hits: bool = False, step: int = 1) -> Counter[str]:
+def every_point(base: Path, work: Work = crash, *, all_hits: bool = False, step: int = 1, far: bool = False) -> Counter[str]:
     """Do the work with a crash at each of its points; how often each name was the one. AssertionError names the point."""
     before = hasten()
     try:
-        run = Run(base / "run")
+        run = Run(base / "run", far=far)
         trio.run(run.make)
         if work is recover:
             trio.run(run.live, DeadFrom(0), Script.short)
@@ -796,6 +802,7 @@ def random_runs(base: Path, count: int, seed: int) -> int:
         trio.run(run.make)
         for number in range(count):
             chance = random.Random(f"{seed}/{number}")
+            run.far = chance.random() < 0.5
             one = run.again()
 
             async def lives(one: Run = one, chance: random.Random = chance) -> int:
@@ -829,9 +836,10 @@ def main(arguments: list[str]) -> int:
     """See the module. The exit status is 0 if everything held; else the first thing that did not is said."""
     with quick_directory() as base:
         if not arguments:
-            for work in (crash, lose, recover):
-                died = every_point(base, work, all_hits=True)
-                print(f"{work.__name__}: {sum(died.values())} crashes at {len(died)} kinds of points, all survived", flush=True)
+            for work, far in ((crash, False), (lose, False), (recover, False), (crash, True), (lose, True)):
+                died = every_point(base, work, all_hits=True, far=far)
+                where = ", far hosts" if far else ""
+                print(f"{work.__name__}{where}: {sum(died.values())} crashes at {len(died)} kinds of points, all survived", flush=True)
             return 0
         count, seed = int(arguments[0]), int(arguments[1]) if len(arguments) > 1 else random.SystemRandom().getrandbits(32)
         print(f"seed {seed}")

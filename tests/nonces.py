@@ -112,11 +112,15 @@ class RecordingHost(FaultyHost):
 
 
 class RecordingOpener(FaultyOpener):
-    """As FaultyOpener, with hosts that record."""
+    """As FaultyOpener, with hosts that record; and are, as far as the volume knows, `far` away."""
 
-    def __init__(self, nonces: Nonces) -> None:
+    def __init__(self, nonces: Nonces, *, far: bool = False) -> None:
         super().__init__()
         self._nonces = nonces
+        self._far = far
+
+    def remote(self, url: HostURL) -> bool:
+        return self._far or super().remote(url)
 
     async def __call__(self, url: HostURL, seams: Seams, *, create: bool = False) -> Host:
         host = RecordingHost(await open_host(url, seams, create=create), seams, self._nonces)

@@ -23,6 +23,7 @@ QUIET = VolumeOptions(
     journal_segment=1024 * 1024,
     journal_limit=32 * 1024 * 1024,
     cache=8 * 1024 * 1024,
+    staging=0,
 )
 
 

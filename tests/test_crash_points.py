@@ -30,15 +30,17 @@ def base() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("work", "step"),
+    ("work", "step", "far"),
     [
-        pytest.param(crash_points.crash, 1, id="a crash, then the next mount"),
-        pytest.param(crash_points.lose, 6, id="the machine lost instead of mounted again"),
-        pytest.param(crash_points.recover, 1, id="a crash during a recovery, then another one"),
+        pytest.param(crash_points.crash, 1, False, id="a crash, then the next mount"),
+        pytest.param(crash_points.lose, 6, False, id="the machine lost instead of mounted again"),
+        pytest.param(crash_points.recover, 1, False, id="a crash during a recovery, then another one"),
+        pytest.param(crash_points.crash, 3, True, id="a crash, with hosts that are far away"),
+        pytest.param(crash_points.lose, 6, True, id="the machine lost, with hosts that are far away"),
     ],
 )
-def test_nothing_acknowledged_is_lost_and_nothing_is_left_behind_after_a_crash(base: Path, work: Work, step: int) -> None:
-    died = crash_points.every_point(base, work, step=step)
+def test_nothing_acknowledged_is_lost_and_nothing_is_left_behind_after_a_crash(base: Path, work: Work, step: int, far: bool) -> None:
+    died = crash_points.every_point(base, work, step=step, far=far)
     assert sum(died.values()) > 20
     assert len(died) > 5
 
@@ -57,6 +59,9 @@ def test_the_script_comes_by_every_failpoint_there_is(base: Path) -> None:
             await run.make(failpoints)
             await run.live(failpoints, Script.short)
             await run.lose_machine(failpoints)
+            far = Run(base / "far", far=True)
+            await far.make()
+            await far.live(failpoints, Script.short)
 
         trio.run(everything)
         met = set(failpoints.hits)

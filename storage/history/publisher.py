@@ -1,17 +1,24 @@
 """Publishing the volume's history: what makes the volume survive this machine.
 
-    cut (between two batches) -> local commit -> log objects on every host -> superblock, next generation, conditionally, on every host (I4)
+    cut (between two batches) -> local commit -> every sector it knows on its write quorum -> log objects on every host
+        -> superblock, next generation, conditionally, on every host (I4)
         on a majority of the hosts that can do that, and re-read there as the newest: published (I5)
         another history on a majority: fenced. On a minority, while a majority is ours: passed over with a higher generation.
 
 One round at a time; a host that was away is brought up to date when it is back. Also here: the gate for deletions (I3).
+
+A cut that knows sectors which are only in staging is *held* until they are on their write quorum: else, with this machine lost, what was
+published would lack bytes that an earlier superblock had, as tails or in sectors that were merged since. No further cut is made
+meanwhile, so that steady writing does not put the end off; superblocks that are needed for another reason (a new host, other key slots,
+a host that was behind) name what was *ready* last.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
@@ -25,9 +32,9 @@ from storage.history.fleet import Fleet
 from storage.history.host_side import HostSide
 from storage.history.log import Log, TailWanted
 from storage.history.objects import INDEX, Delta, Ref, SealedObject, Tail, Writer, decode_index, open_object
-from storage.history.superblock import BODY_VERSION, Body, KnownEpoch, KnownHost, Superblock, encode_superblock
+from storage.history.superblock import BODY_VERSION, Body, KnownEpoch, KnownHost, LogEntry, Superblock, encode_superblock
 from storage.hosts.registry import HostRegistry
-from storage.interfaces import Batch
+from storage.interfaces import Backlog, Batch
 from storage.keyfile import KEY_FILE, KeyFile, load_keyfile
 from storage.keys import Keys
 from storage.metadata.keys import LOCAL, u64
@@ -49,6 +56,18 @@ ATTEMPTS = 4
 TakeTails = Callable[[bool], list[Tail]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """What superblocks may name: every sector it knows is on its write quorum."""
+
+    base: Checkpoint
+    entries: Sequence[LogEntry]
+    sequence: int
+
+    def refs(self) -> list[Ref]:
+        return [*self.base.refs(), *(ref for entry in self.entries for ref in entry.parts)]
+
+
 class Publisher:
     """See the module. `run` in the volume's nursery; everything else may be called at any time by its tasks."""
 
@@ -67,9 +86,11 @@ class Publisher:
         take_tails: TakeTails,
         tail_wanted: TailWanted,
         nursery: trio.Nursery,
+        staged: Backlog,
         passed_over: frozenset[bytes] = frozenset(),
     ) -> None:
         self._nursery = nursery
+        self._staged = staged
         self._directory, self._config, self._keys, self._keyfile = directory, config, keys, keyfile
         self._store, self._epochs, self._registry, self._seams = store, epochs, registry, seams
         self._interval = interval
@@ -105,6 +126,10 @@ class Publisher:
         #: Of the newest superblock of this history, and its digest; 0: there is none.
         self.generation = 0
         self._digest = b""
+        #: What was ready last; None before anything was.
+        self._ready: _Ready | None = None
+        #: The last cut waits until what it knows is on enough hosts. Invariant: then no other is made but a checkpoint's.
+        self._held = False
         #: The one that hosts are to have.
         self._current: Superblock | None = None
         self._current_refs: list[Ref] = []
@@ -125,6 +150,7 @@ class Publisher:
         self._wanted = trio.Event()
         self._again = False
         store.changes.on_many = self.want
+        staged.on_reached = self.want
 
     # ------------------------------------------------------------------------------------------------------------
     # Who we are
@@ -211,6 +237,7 @@ class Publisher:
         if checkpoint is not None:
             self._log.entries = list(newest.body.log)
             self.sequence = newest.block.sequence
+            self._make_ready()
             names = frozenset(ref.name for ref in self._refs())
             for side in self.fleet.every():
                 if side.newest is not None and side.newest.block.digest == newest.block.digest:
@@ -280,7 +307,7 @@ class Publisher:
     async def claim(self) -> None:
         """At open: put the new epoch on the hosts, with the history as they have it (none: nothing is done). Fenced, Unavailable."""
         async with self._lock:
-            if self._base is not None:
+            if self._ready is not None:
                 await self._round()
 
     async def publish(self, *, wait: bool = True) -> None:
@@ -290,7 +317,8 @@ class Publisher:
         """
         version = self._store.changes.version
         await self._refresh_keys()
-        for _ in range(ATTEMPTS):
+        attempts = 0
+        while attempts < ATTEMPTS:
             async with self._lock:
                 if self.fenced is not None:
                     raise Fenced(self.fenced)
@@ -299,24 +327,50 @@ class Publisher:
                     if not self._again:
                         return
                 writing = await self._publish()
-            if writing is None or not wait:
+            if not wait:
                 return
-            await writing.wait()
-            if self._failure is not None:
-                raise type(self._failure)(str(self._failure))
+            if self._held:
+                # Each sector's upload has its time limit; where none gets anywhere this raises.
+                await self._staged.reached_all()
+            elif writing is None:
+                if self._cut_version >= version:
+                    return
+                # What went out was a cut that had been held.
+            else:
+                attempts += 1
+                await writing.wait()
+                if self._failure is not None:
+                    raise type(self._failure)(str(self._failure))
         raise Unavailable("checkpoints do not keep up with what changes; see that hosts are reachable, and quick enough")
 
     async def confirm_majority(self) -> None:
         """A new superblock is on a majority when it returns, whether or not there was anything new. Fenced, Unavailable."""
         self._again = True
+        async with self._lock:
+            if self.fenced is not None:
+                raise Fenced(self.fenced)
+            await self._look()
+            if self._held and self._ready is not None:
+                # Not what is held: hosts that are full are a reason to add one.
+                await self._round()
+                return
         await self.publish()
 
     async def _publish(self) -> trio.Event | None:
         """One round; or, where nothing can be published without a new checkpoint, the end of that one."""
         await self._look()
+        if self._held and self._staged.waiting():
+            await self._while_held()
+            return None
         if self._base is not None and not self._gap:
-            await self._cut()
+            # What was held goes out before anything newer is looked at.
+            if not self._held:
+                await self._cut()
+                if self._hold():
+                    await self._while_held()
+                    return None
             await self._log.merge(self.fleet.fetch)
+            self._make_ready()
         if self._base is not None and not self._gap:
             try:
                 await self._round()
@@ -334,6 +388,29 @@ class Publisher:
             await self._cut()
             await self._spread_log()
         return self._writing
+
+    def _hold(self) -> bool:
+        """After a cut: is something it knows on too few hosts? Then it is held."""
+        self._held = self._staged.waiting() > 0
+        return self._held
+
+    def _make_ready(self) -> None:
+        """Superblocks may name what there is now."""
+        if self._base is not None:
+            self._ready = _Ready(self._base, list(self._log.entries), self.sequence)
+            self._held = False
+            if self._writing is None:
+                self._spreading.clear()
+
+    async def _while_held(self) -> None:
+        """A cut is held: what was ready before it is what hosts are to have, and whether they still say that it is ours is asked (I5)."""
+        ready = self._ready
+        if ready is not None and (self._again or ready.sequence > self.published_sequence):
+            await self._round()
+            return
+        await self.fleet.on_each(self.fleet.sides(), HostSide.examine)
+        self._judge()
+        await self._catch_up()
 
     async def _catch_up(self) -> None:
         """Hosts that were away get the superblock the others have; nobody else is sent anything. Fenced."""
@@ -370,7 +447,7 @@ class Publisher:
         """Take what changed, and what hosts lack of the tails, as of one moment, into the log; durable here when this returns."""
         changes = self._store.changes
         self._store.run_hooks()
-        # No await from here to the end of the cut: it falls between two batches.
+        # No await from here to the end of the cut: it falls between two batches, and the backlog is as of that moment.
         if changes.broken:
             self._lose()
         if not changes.reason and not self._tails_anew and not force and self.sequence == self._store.applied_sequence:
@@ -380,6 +457,7 @@ class Publisher:
         ops = changes.cut()
         tails = self._take_tails(self._tails_anew)
         self._tails_anew = False
+        self._staged.begin()
         self.sequence = self._store.applied_sequence
         self.published_all = False
         try:
@@ -393,6 +471,8 @@ class Publisher:
         if self._log.held.size > MAX_UNPLACED:
             # Hosts stay away: the journal has it all, and they will get a checkpoint.
             self._lose()
+            if self._ready is not None and any(ref.name in self._log.held.unplaced for ref in self._ready.refs()):
+                self._ready = None
             self._log.held.forget(list(self._log.held.unplaced))
 
     def _lose(self) -> None:
@@ -400,15 +480,14 @@ class Publisher:
         self._gap = True
         self._losses += 1
 
-    def _encode(self) -> Superblock:
-        base = self._base
+    def _encode(self, ready: _Ready) -> Superblock:
         lost = self.fleet.lost()
         body = Body(
             version=BODY_VERSION,
             predecessor=self._digest,
             config=encode_config(self._config),
-            checkpoint=base.index if base is not None else None,
-            log=list(self._log.entries),
+            checkpoint=ready.base.index,
+            log=list(ready.entries),
             hosts=[KnownHost(r.number, r.host_id, r.url, r.number in lost) for r in self._registry.records()],
             epochs=self.lineage().latest(),
             machine=socket.gethostname()[:200],
@@ -418,7 +497,7 @@ class Publisher:
             self._keys.superblock_key(),
             volume_id=self._volume_id,
             generation=max(self.generation, self.fleet.highest_generation()) + 1,
-            sequence=self.sequence,
+            sequence=ready.sequence,
             written_ns=self._seams.clock.time_ns(),
             keys=self._keyfile,
             body=body,
@@ -427,9 +506,12 @@ class Publisher:
 
     async def _round(self) -> None:
         """A new superblock, with all it names, on every host that can be reached. Returns on a majority. Fenced, Unavailable."""
+        ready = self._ready
+        if ready is None:
+            raise RuntimeError("nothing is ready to be published")
         over = False
         for _ in range(ATTEMPTS):
-            block, refs = self._encode(), self._refs()
+            block, refs = self._encode(ready), ready.refs()
             self.generation = block.generation
             done: set[int] = set()
             self._busy = {ref.name for ref in refs}
@@ -489,7 +571,7 @@ class Publisher:
         return again
 
     def _published(self, block: Superblock) -> None:
-        self.published_all, self._again = True, False
+        self.published_all, self._again = not self._held, False
         self.published_sequence, self.published_ns = block.sequence, block.written_ns
         self.trouble = ""
         if self._store.failure is None:
@@ -520,6 +602,7 @@ class Publisher:
             self._log.entries = []
             self._store.changes.cut()
             self.sequence = self._store.applied_sequence
+            self._held = False
         # The last cut has just been made, or nothing before it counts: either way the new log begins here, with all tails anew.
         self._tails_anew = True
         self._log.boundary = len(self._log.entries)
@@ -541,9 +624,12 @@ class Publisher:
                 self._log.entries = self._log.entries[boundary:]
                 self._log.boundary = None
                 self._base, self._gap, self._next = checkpoint, False, None
-                self._spreading.clear()
                 seconds = self._seams.clock.monotonic() - started
                 log.info("checkpoint of %d records, %d bytes stored, in %.1f s", checkpoint.records, checkpoint.stored, seconds)
+                if self._hold():
+                    return
+                self._spreading.clear()
+                self._make_ready()
                 await self._round()
         except FusefsError as error:
             log.warning("writing a checkpoint is postponed: %s", error)
@@ -553,7 +639,9 @@ class Publisher:
         finally:
             self._log.boundary = None
             self._next = None
-            self._spreading.clear()
+            if not self._held:
+                # Else until superblocks name them.
+                self._spreading.clear()
             writing, self._writing = self._writing, None
             if writing is not None:
                 writing.set()
@@ -587,6 +675,8 @@ class Publisher:
 
     def want_release(self, sequence: int) -> None:
         """Something freed by this commit waits for an older generation to go: publish once more, if that can help."""
+        if self._held:
+            return
         sides = self.fleet.sides()
         if not all(side.examined and side.foreign is None and self.fleet.available(side) for side in sides):
             return

@@ -48,6 +48,9 @@ OPEN_TIMEOUT = 10.0
 #: Between two looks at what is not usable.
 RETRY_SECONDS = 15.0
 
+#: Of hosts that answer as this machine's own disks do.
+LOCAL_SCHEMES = ("dir", "mem")
+
 State = Literal["ok", "unavailable", "foreign"]
 
 
@@ -56,6 +59,10 @@ class Opener:
 
     async def __call__(self, url: HostURL, seams: Seams, *, create: bool = False) -> Host:
         return await open_host(url, seams, create=create)
+
+    def remote(self, url: HostURL) -> bool:
+        """Is what goes there staged first, since it takes its time, or may be cut off?"""
+        return url.scheme not in LOCAL_SCHEMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +171,10 @@ class HostRegistry:
         """For messages; never fails."""
         record = self._records.get(number)
         return f"{number}" if record is None else record.url
+
+    def remote(self, number: int) -> bool:
+        """See Opener. NotFound."""
+        return self._opener.remote(parse_url(self.record(number).url))
 
     def resolve(self, text: str) -> int:
         """The number of the host with this number, id or URL. NotFound names the ones there are."""

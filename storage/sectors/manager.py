@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import trio
 
-from storage.errors import BadArgument, Corrupt, Exists, Fenced, NotFound
+from storage.errors import BadArgument, Corrupt, Exists, Fenced, FusefsError, NoSpace, NotFound, Unavailable
 from storage.host_io import HostIO
 from storage.interfaces import Batch, Buffer, HostSpace, MetadataStore, SealedShard
 from storage.metadata.counters import Counter
@@ -19,12 +19,14 @@ from storage.sealing import BLOCK
 from storage.seams import Seams
 from storage.sectors.cache import BlockCache
 from storage.sectors.deleter import Deleter
+from storage.sectors.drain import Drain
 from storage.sectors.partial import PartialIndex
 from storage.sectors.placement import Placement
 from storage.sectors.reader import SectorReader
-from storage.sectors.reconcile import MOVING
+from storage.sectors.reconcile import MOVING, Regenerate
 from storage.sectors.records import VERSION, SectorRecord, ShardRecord
 from storage.sectors.redundancy import Layout, layout_of
+from storage.sectors.staging import Staging
 from storage.sectors.upload import Upload, Way
 
 log = logging.getLogger("fusefs.sectors")
@@ -55,6 +57,8 @@ class SectorManager:
         seams: Seams,
         nursery: trio.Nursery,
         sector_size: int,
+        staging: Staging,
+        regenerate: Regenerate,
     ) -> None:
         self._store = store
         self._host_io = host_io
@@ -80,6 +84,14 @@ class SectorManager:
         self.notes: deque[str] = reader.notes
         reader.in_flight = self._in_flight
         self._way = Way(host_io, placement, deleter, store, self._landed, self.notes.append)
+        self.staging = staging
+        self.drain = Drain(
+            staging=staging,
+            way=Way(host_io, placement, deleter, store, self._drained, self.notes.append),
+            regenerate=regenerate,
+            store=store,
+            seams=seams,
+        )
 
     # ------------------------------------------------------------------------------------------------------------
     # Reading
@@ -132,18 +144,66 @@ class SectorManager:
         await self._uploads.acquire_on_behalf_of(slot)
         upload = Upload(self._way, sector_id, replication, layout, lambda: self._end_upload(upload, slot))
         self._under_way[upload] = trio.Event()
+        tried = False
         try:
             shards, plaintexts = await self._seams.threads.run(self._seal, sector_id, layout, parts)
+            if self._staged_first(layout.spec):
+                tried = True
+                if await self._stage(sector_id, replication, layout, shards):
+                    upload.finish()
+                    self._keep_written(shards, plaintexts, layout)
+                    return
             upload.start(shards, self._nursery)
+        except Unavailable as error:
+            upload.finish()
+            raise self._refused(error) from error
         except BaseException:
             upload.finish()
             raise
-        await upload.wait_quorum()
-        if length <= KEEP_WRITTEN:
-            for shard, buffers in list(zip(shards, plaintexts, strict=True))[: layout.needed]:
-                plain, root = b"".join(buffers), bytes.fromhex(shard.root)
-                for block in range(0, len(plain), BLOCK):
-                    self.cache.put(root, block // BLOCK, plain[block : block + BLOCK])
+        try:
+            await upload.wait_quorum()
+        except Unavailable as error:
+            if tried or not await self._stage(sector_id, replication, layout, shards):
+                raise self._refused(error) from error
+        self._keep_written(shards, plaintexts, layout)
+
+    def _keep_written(self, shards: Sequence[SealedShard], plaintexts: Sequence[Sequence[Buffer]], layout: Layout) -> None:
+        """What is likely to be read again soon stays in the block cache."""
+        if layout.length > KEEP_WRITTEN:
+            return
+        for shard, buffers in list(zip(shards, plaintexts, strict=True))[: layout.needed]:
+            plain, root = b"".join(buffers), bytes.fromhex(shard.root)
+            for block in range(0, len(plain), BLOCK):
+                self.cache.put(root, block // BLOCK, plain[block : block + BLOCK])
+
+    def _staged_first(self, spec: Replication) -> bool:
+        """Where a host is remote, or too few can be reached. Not while hosts are full: then who writes is to know at once."""
+        if not self.staging.limit or self.drain.full:
+            return False
+        try:
+            return any(map(self._placement.remote, self._placement.candidates(spec)[: spec.hosts_needed]))
+        except Unavailable:
+            return True
+
+    async def _stage(self, sector_id: int, replication: str, layout: Layout, shards: Sequence[SealedShard]) -> bool:
+        """True: the sector is durable in staging, on record, and goes to its hosts from there (I2)."""
+        if not await self.staging.take(shards):
+            return False
+        there = [ShardRecord(shard.sector_id, shard.plaintext_length, bytes.fromhex(shard.root), []) for shard in shards]
+        try:
+            self._landed(sector_id, replication, layout.length, there, full=False, staged=True)
+        except BaseException:
+            self.staging.release(shards)
+            raise
+        return True
+
+    def _refused(self, error: Unavailable) -> FusefsError:
+        """Why a sector is stored nowhere: neither on hosts nor, for want of room, in staging."""
+        staging = self.staging
+        if not staging.limit or not staging.below:
+            return error
+        why = staging.trouble or f"{staging.size} of {staging.limit} bytes are used"
+        return NoSpace(f"staging takes no more until hosts do ({why}; {error})")
 
     def _seal(self, sector_id: int, layout: Layout, parts: Sequence[Buffer]) -> tuple[list[SealedShard], list[list[Buffer]]]:
         """The shards, sealed, and their plaintexts. Blocking. Shard i goes under the sector's id + i (I1)."""
@@ -154,13 +214,16 @@ class SectorManager:
         return [replace(shard, lasting=lasting) for shard in sealed], plaintexts
 
     async def wait_uploads(self) -> None:
-        """Until none of the copies that are on their way now is any more. Each has the time limit of HostIO."""
+        """Until none of the copies that are on their way now is any more. Each has the time limit of HostIO. What is in staging is at write
+        quorum, or hosts do not take it."""
         for ended in list(self._under_way.values()):
             await ended.wait()
+        self.drain.kick()
+        await self.drain.wait([entry.sector_id for entry in self.staging.entries()])
 
     def uploading(self, sector_id: int) -> bool:
-        """Is some shard of its first upload still on its way?"""
-        return any(upload.sector_id == sector_id for upload in self._under_way)
+        """Is some shard of its first upload still on its way, or in staging?"""
+        return self.staging.on_its_way(sector_id) or any(upload.sector_id == sector_id for upload in self._under_way)
 
     def _in_flight(self, sector_id: int, number: int) -> SealedShard | None:
         """For the reader: a shard's sealed bytes while its sector's upload goes on."""
@@ -203,7 +266,9 @@ class SectorManager:
             batch.delete(doubt)
         self.partials.remove(batch, sector_id)
         self._counted(batch, -1)
-        self._deleter.enqueue(batch, sector_id, record)
+        self.staging.freed(batch, sector_id, record)
+        if any(shard.hosts for shard in record.shards):
+            self._deleter.enqueue(batch, sector_id, record)
 
     def _counted(self, batch: Batch, change: int) -> None:
         self.count += change
@@ -245,7 +310,9 @@ class SectorManager:
         """The manager's own loop: deletes freed sectors on their hosts. Runs until cancelled."""
         await self._deleter.run()
 
-    def _landed(self, sector_id: int, replication: str, length: int, shards: list[ShardRecord], *, full: bool) -> None:
+    def _landed(
+        self, sector_id: int, replication: str, length: int, shards: list[ShardRecord], *, full: bool, staged: bool = False
+    ) -> None:
         """Write or rewrite the record after a shard has become durable. No await: one task at a time sees the record."""
         batch = Batch()
         raw = self._store.get(SECTOR + u64(sector_id))
@@ -259,9 +326,23 @@ class SectorManager:
         batch.put(SECTOR + u64(sector_id), record.encode())
         if full and self._placement.keep(host for shard in shards for host in shard.hosts):
             batch.delete(UNDERREPLICATED + u64(sector_id))
+            self.staging.settled(batch, sector_id)
         elif full:
             # Some on a host whose contract is ending, for want of another.
             batch.put(UNDERREPLICATED + u64(sector_id), MOVING)
         else:
             batch.put(UNDERREPLICATED + u64(sector_id), b"")
+        if staged:
+            self.staging.enter(batch, sector_id, record)
         self._store.apply(batch)
+
+    def _drained(self, sector_id: int, replication: str, length: int, shards: list[ShardRecord], *, full: bool) -> None:
+        """As `_landed`, for a sector that comes out of staging: it may have been freed meanwhile."""
+        if self._store.get(SECTOR + u64(sector_id)) is not None:
+            self._landed(sector_id, replication, length, shards, full=full)
+        else:
+            # A cut that is to be published knows it: the gate keeps its shards until none that is kept does (I3).
+            batch = Batch()
+            self._deleter.enqueue(batch, sector_id, SectorRecord(VERSION, replication, length, 0, 0, shards))
+            self._store.apply(batch)
+        self.staging.reached(sector_id)

@@ -72,6 +72,10 @@ class Placement:
         apart = [number for number in ranked if self._standing.domain(number) not in domains]
         return [usable[number] for number in [*apart, *(number for number in ranked if number not in apart)]]
 
+    def remote(self, contract: Contract) -> bool:
+        """Is its host behind a network, as far as its URL tells?"""
+        return self._registry.remote(contract.host_number)
+
     def takes(self, number: int) -> bool:
         """Could the host take a shard now, as far as is known?"""
         space = self._space.get(number)

@@ -24,6 +24,8 @@ from storage.sectors.hedging import Attempt, Hedging
 from storage.sectors.preamble import PREAMBLE_SIZE
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector, layout_for
 from storage.sectors.redundancy import Layout, Part
+from storage.sectors.staging import Staging
+from storage.sectors.strays import Strays
 
 log = logging.getLogger("fusefs.sectors")
 
@@ -49,6 +51,9 @@ class SectorReader:
         #: The sealed bytes of a shard (sector id, number) that is still on its way to a host, for as long as they are in memory anyhow. At
         #: write quorum a sector can be read, and some of its shards are nowhere yet: without this, reading one of k+m would touch k hosts.
         self.in_flight: Callable[[int, int], SealedShard | None] = lambda _sector_id, _number: None
+        #: Shards on the local disk, and shards that no record says where they are; None: there are none.
+        self.staging: Staging | None = None
+        self.strays: Strays | None = None
         self.notes: deque[str] = deque(maxlen=50)
         #: (sector id, root, host): the copy was not there, or did not verify. Told once per read; no await, never fails.
         self.on_damage: Callable[[int, bytes, int], None] = lambda _sector_id, _root, _host: None
@@ -58,6 +63,12 @@ class SectorReader:
         if raw is None:
             raise NotFound(f"sector {sector_id} does not exist")
         return decode_sector(raw, sector_id)
+
+    async def _located(self, sector_id: int) -> SectorRecord:
+        record = self.record(sector_id)
+        if self.strays is None or not self.strays.is_stray(record):
+            return record
+        return await self.strays.locate(sector_id, record)
 
     def cached(self, sector_id: int, offset: int) -> bool:
         try:
@@ -71,7 +82,7 @@ class SectorReader:
 
     async def read_sector(self, sector_id: int) -> bytes:
         """The whole sector, each shard from the first host whose copy verifies, or else made of others."""
-        record = self.record(sector_id)
+        record = await self._located(sector_id)
         layout = layout_for(record, sector_id)
         parts = layout.whole()
         if len(parts) == 1:
@@ -83,7 +94,7 @@ class SectorReader:
 
     async def read_range(self, sector_id: int, offset: int, length: int) -> bytes:
         """Bytes [offset, offset + length) of the sector, clipped, block by block from the cache or one request per gap."""
-        record = self.record(sector_id)
+        record = await self._located(sector_id)
         if offset < 0 or length <= 0 or offset >= record.length:
             return b""
         layout = layout_for(record, sector_id)
@@ -137,6 +148,7 @@ class SectorReader:
 
     async def _prefetch(self, sector_id: int, record: SectorRecord, shards: list[int]) -> None:
         try:
+            record = await self._located(sector_id)
             plains = await _together([partial(self.read_shard, sector_id, record, shard) for shard in shards])
             for shard, plain in zip(shards, plains, strict=True):
                 for block in range(-(-len(plain) // BLOCK)):
@@ -186,9 +198,9 @@ class SectorReader:
     async def _good(self, wanted: _Wanted, number: int) -> bytes:
         """Of shard `number`: from memory while it is on its way to a host, from the host that is best, or made of others; another way is
         tried when one fails or is slow."""
-        sealed = self.in_flight(wanted.sector_id, number)
-        if sealed is not None:
-            return await self._host_io.open_part(sealed, wanted.first, wanted.length)
+        here = await self._here(wanted, number)
+        if here is not None:
+            return here
         stored, errors = self._stored(wanted, number)
         others = self._best_first(wanted, number)
         attempts = stored
@@ -202,6 +214,22 @@ class SectorReader:
             return found
         errors += outcome.errors
         raise self._no_good(wanted, errors)
+
+    async def _here(self, wanted: _Wanted, number: int) -> bytes | None:
+        """Without asking a host: from memory, or from the local disk; None: hosts are to be asked."""
+        sealed = self.in_flight(wanted.sector_id, number)
+        if sealed is not None:
+            return await self._host_io.open_part(sealed, wanted.first, wanted.length)
+        if self.staging is None or not self._is_staged(wanted, number):
+            return None
+        try:
+            return await self.staging.read(wanted.record.shards[number], wanted.first, wanted.length)
+        except FusefsError as error:
+            log.warning("sector %d: what is staged of it cannot be used: %s", wanted.sector_id, error)
+            return None
+
+    def _is_staged(self, wanted: _Wanted, number: int) -> bool:
+        return self.staging is not None and self.staging.has(wanted.record.shards[number].root)
 
     def _stored(self, wanted: _Wanted, number: int) -> tuple[list[Attempt], list[FusefsError]]:
         """Ways to read a shard as it is stored, best first; and why some hosts cannot be asked."""
@@ -255,9 +283,9 @@ class SectorReader:
 
     async def _column(self, wanted: _Wanted, number: int) -> bytes:
         """Of one of the shards that another is made of, from whichever host has it."""
-        sealed = self.in_flight(wanted.sector_id, number)
-        if sealed is not None:
-            return await self._host_io.open_part(sealed, wanted.first, wanted.length)
+        here = await self._here(wanted, number)
+        if here is not None:
+            return here
         stored, errors = self._stored(wanted, number)
         for attempt in stored:
             try:
@@ -268,9 +296,9 @@ class SectorReader:
         raise kind(f"shard {number}: {'; '.join(map(str, errors)) or 'no host holds it'}")
 
     def _best_first(self, wanted: _Wanted, number: int) -> list[int]:
-        """The other shards that are somewhere: those in memory first, then those on the best hosts."""
+        """The other shards that are somewhere: those in memory or on the local disk first, then those on the best hosts."""
         others = [other for other in range(len(wanted.record.shards)) if other != number]
-        at_hand = [other for other in others if self.in_flight(wanted.sector_id, other) is not None]
+        at_hand = [other for other in others if self.in_flight(wanted.sector_id, other) is not None or self._is_staged(wanted, other)]
         of_host = {host: other for other in others for host in wanted.record.shards[other].hosts}
         return list(dict.fromkeys([*at_hand, *(of_host[host] for host in self._hostdb.rank(of_host))]))
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import msgspec
 import trio
 
+from storage.contractor import Contractor
 from storage.errors import Busy, Corrupt, Fenced, FusefsError, Unavailable
 from storage.host_io import HostIO
 from storage.interfaces import Batch, MetadataStore, SealedShard
@@ -38,6 +39,7 @@ from storage.sectors.doubts import Doubts
 from storage.sectors.placement import Placement
 from storage.sectors.plan import Plan, make_plan
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
+from storage.sectors.strays import Strays
 from storage.sectors.walking import walk
 from storage.standing import Standing
 
@@ -98,6 +100,8 @@ class Reconciler:
         deleter: Deleter,
         doubts: Doubts,
         regenerate: Regenerate,
+        contractor: Contractor,
+        strays: Strays,
         seams: Seams,
         rate: float | None = None,
     ) -> None:
@@ -109,6 +113,8 @@ class Reconciler:
         self._deleter = deleter
         self._doubts = doubts
         self._regenerate = regenerate
+        self._contractor = contractor
+        self._strays = strays
         self._seams = seams
         self.pace = Pace(seams.clock, rate)
         self.status = ReconcileStatus()
@@ -125,6 +131,8 @@ class Reconciler:
         self.uploading: Callable[[int], bool] = lambda _sector_id: False
         #: Hosts whose copy of a sector is known to be bad, and is being put right (sectors.damage).
         self.bad: Callable[[int], Set[int]] = lambda _sector_id: frozenset()
+        #: Told in the batch that says a sector is at full replication.
+        self.settled: Callable[[Batch, int], None] = lambda _batch, _sector_id: None
 
     def wake(self) -> None:
         """Look again now; what failed lately is tried again too."""
@@ -308,10 +316,44 @@ class Reconciler:
             await self._doubts.look(sector_id, record)
         while (record := self._record(sector_id)) is not None:
             plan = self._plan(sector_id, record, keeping)
+            if self._strays.is_stray(record):
+                await self._adopt(sector_id, record)
+                record = self._record(sector_id) or record
+            plan = make_plan(record, keeping, self._standing.domain)
             if not plan.missing:
                 self._settle(sector_id, record, plan)
                 return
             await self._add(sector_id, record, plan.missing[0], plan.hosts, keeping)
+
+    async def _adopt(self, sector_id: int, record: SectorRecord) -> None:
+        """A sector whose record names too few hosts: those that have its shards are put on record."""
+        located = await self._strays.locate(sector_id, record)
+        for shard, known in zip(located.shards, record.shards, strict=True):
+            for host in set(shard.hosts) - set(known.hosts):
+                contract = self._contractor.contract_for(host)
+                if contract is None:
+                    continue
+                with self._deleter.spared(shard.root, host):
+                    await self._host_io.adopt(contract.contract_id, shard.root.hex())
+                    self._landed(sector_id, shard, host)
+
+    async def find_strays(self) -> None:
+        """After a recovery: every sector that hosts have, and whose record does not say so, is on record as there. Fenced."""
+        start = UNDERREPLICATED
+        while found := self._store.scan(start, prefix_end(UNDERREPLICATED), SLICE):
+            for key, _ in found:
+                sector_id = _sector_of(key)
+                raw = self._store.get(SECTOR + key[1:])
+                if sector_id is None or raw is None:
+                    continue
+                try:
+                    record = decode_sector(raw, sector_id)
+                    if self._strays.is_stray(record):
+                        await self._adopt(sector_id, record)
+                except Corrupt as error:
+                    log.error("%s", error)
+            start = found[-1][0] + b"\0"
+            await trio.lowlevel.checkpoint()
 
     def _record(self, sector_id: int) -> SectorRecord | None:
         raw = self._store.get(SECTOR + u64(sector_id))
@@ -387,6 +429,7 @@ class Reconciler:
             self.status.moved += len(plan.surplus)
         batch.delete(UNDERREPLICATED + u64(sector_id))
         self._doubts.clear(batch, sector_id)
+        self.settled(batch, sector_id)
         self._store.apply(batch)
 
     def _queue(self, batch: Batch, sector_id: int, record: SectorRecord | None, shards: list[tuple[ShardRecord, list[int]]]) -> None:

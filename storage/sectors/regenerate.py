@@ -34,6 +34,12 @@ class Regenerator:
         """Shard `index` of the record. Corrupt: every copy there is fails to verify; Unavailable: hosts that may have one are away."""
         shard = record.shards[index]
         error: FusefsError | None = None
+        staging = self._reader.staging
+        if staging is not None and staging.has(shard.root):
+            try:
+                return await staging.sealed(shard)
+            except FusefsError as failed:
+                error = failed
         for number in self._hostdb.rank(host for host in shard.hosts if self._registry.available(host)):
             contract = self._contractor.contract_for(number)
             if contract is None:

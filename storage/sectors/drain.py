@@ -1,0 +1,201 @@
+"""Drain: what is in staging goes to its hosts, for the first time.
+
+    staging.following -> sealed bytes from the disk -> Upload (as for a sector that goes to its hosts directly) -> record names its hosts
+       the cut that waits to be published, then small sectors, then the oldest; several at a time, within a budget of bytes (I7)
+
+At write quorum its part is done: what is missing to full replication then is reconcile's. While hosts fail, one sector at a time is tried,
+less and less often; when they are back it goes on by itself. A volume that is fenced or failed keeps what it staged.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import trio
+
+from storage.errors import FusefsError, NoSpace
+from storage.interfaces import MetadataStore, SealedShard
+from storage.replication import Replication
+from storage.seams import Seams
+from storage.sectors.reconcile import Regenerate
+from storage.sectors.records import VERSION, SectorRecord
+from storage.sectors.redundancy import layout_of
+from storage.sectors.staging import Staged, Staging
+from storage.sectors.upload import Upload, Way
+
+log = logging.getLogger("fusefs.staging")
+
+#: Sectors on their way at a time, and sealed bytes of theirs in memory, at most (I7); one sector always may.
+UPLOADS = 16
+BUDGET = 64 * 1024 * 1024
+#: Seconds until hosts that failed are tried again: doubling from the first to the last.
+RETRY_FIRST, RETRY_LAST = 1.0, 60.0
+#: Seconds between two looks whether enough hosts can be reached, while they cannot.
+LOOK_SECONDS = 2.0
+#: Seconds until a sector is looked for again whose shards are neither here nor on a host.
+LOST_SECONDS = 60.0
+#: Seconds over which the rate is taken.
+RATE_WINDOW = 30.0
+
+
+@dataclass(slots=True)
+class DrainStatus:
+    """For `status`: what is below write quorum, and how quickly it gets there."""
+
+    sectors: int = 0
+    #: Still to be sent.
+    bytes: int = 0
+    #: Bytes per second lately; 0.0 while nothing gets anywhere.
+    rate: float = 0.0
+    #: Why nothing does; "" while something does.
+    trouble: str = ""
+
+
+class Drain:
+    """See the module. `run` once, in the volume's nursery."""
+
+    def __init__(self, *, staging: Staging, way: Way, regenerate: Regenerate, store: MetadataStore, seams: Seams) -> None:
+        self._staging, self._way, self._regenerate, self._store, self._seams = staging, way, regenerate, store, seams
+        self._wake = trio.Event()
+        self._uploads = 0
+        self._bytes = 0
+        #: Why too few hosts can be reached, at the last look; "" if they can.
+        self._unreachable = ""
+        #: Why the last attempt failed; "" since one succeeded, or since somebody asked for another.
+        self._trouble = ""
+        #: The last attempt failed because hosts are full.
+        self.full = False
+        self._retry = RETRY_FIRST
+        self._due = 0.0
+        #: (monotonic time, bytes) of what got there lately; and all of it since the volume was opened.
+        self._lately: deque[tuple[float, int]] = deque()
+        self.sent = 0
+        staging.on_staged = self.wake
+        staging.stalled = self.stalled
+
+    def wake(self) -> None:
+        """There is something new to send."""
+        self._wake.set()
+
+    def kick(self) -> None:
+        """Try everything now, whatever failed lately."""
+        self._due, self._trouble, self._unreachable = 0.0, "", ""
+        for entry in self._staging.entries():
+            entry.due = 0.0
+        self._wake.set()
+
+    async def wait(self, sectors: Iterable[int]) -> None:
+        """Until none of these is on its way any more: it is on its write quorum, gone, or hosts do not take it now."""
+        left = set(sectors)
+        while left := {sector_id for sector_id in left if self._staging.on_its_way(sector_id)}:
+            if not self._uploads and self.stalled():
+                return
+            await self._staging.changed()
+
+    def stalled(self) -> str:
+        """Why nothing gets to the hosts; "" while something does, or will be tried at once."""
+        if not self._staging.below or (self._uploads and not self._trouble):
+            return ""
+        return self._trouble or self._unreachable
+
+    def status(self) -> DrainStatus:
+        """A snapshot."""
+        now = self._seams.clock.monotonic()
+        while self._lately and self._lately[0][0] < now - RATE_WINDOW:
+            self._lately.popleft()
+        span = now - self._lately[0][0] if self._lately else 0.0
+        rate = sum(size for _, size in self._lately) / max(span, 1.0)
+        below: list[Staged] = list(self._staging.below.values())
+        return DrainStatus(len(below), sum(entry.to_send for entry in below), rate, self.stalled())
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled, or the volume can be written no more."""
+        async with trio.open_nursery() as nursery:
+            while self._store.failure is None:
+                self._wake = trio.Event()
+                with trio.move_on_after(self._start(nursery)):
+                    await self._wake.wait()
+            log.info("what is staged stays there: %s", self._store.failure)
+
+    def _start(self, nursery: trio.Nursery) -> float:
+        """Start what may be started now; seconds until to look again, unless woken."""
+        now = self._seams.clock.monotonic()
+        if now < self._due:
+            return self._due - now
+        unreachable: dict[str, str] = {}
+        # After a failure one at a time, until one succeeds.
+        while self._uploads < (1 if self._trouble else UPLOADS):
+            entry = self._staging.following(now, unreachable)
+            if entry is None or (self._uploads and self._bytes + entry.bytes > BUDGET):
+                break
+            why = self._look(layout_of(entry.replication, entry.length).spec)
+            if why:
+                # Nothing is read from the disk for hosts that are not there.
+                unreachable[entry.replication] = why
+                continue
+            entry.under_way = True
+            self._uploads += 1
+            self._bytes += entry.bytes
+            nursery.start_soon(self._send, entry, nursery)
+        self._unreachable = next(iter(unreachable.values()), "")
+        if unreachable:
+            self._staging.attempted()
+        return LOOK_SECONDS if self._staging.below else RATE_WINDOW
+
+    def _look(self, spec: Replication) -> str:
+        """Why too few hosts can be used; "" if they can."""
+        try:
+            self._way.placement.candidates(spec)
+        except FusefsError as error:
+            return str(error)
+        return ""
+
+    async def _send(self, entry: Staged, nursery: trio.Nursery) -> None:
+        try:
+            await self._upload(entry, nursery)
+            self._trouble, self.full, self._retry = "", False, RETRY_FIRST
+            self.sent += entry.to_send
+            self._lately.append((self._seams.clock.monotonic(), entry.to_send))
+        except FusefsError as error:
+            now = self._seams.clock.monotonic()
+            if self._trouble != str(error):
+                log.warning("sector %d stays in staging for now: %s", entry.sector_id, error)
+            self._trouble, self.full = str(error), isinstance(error, NoSpace)
+            self._due = now + self._retry
+            self._retry = min(2 * self._retry, RETRY_LAST)
+        finally:
+            entry.under_way = False
+            self._uploads -= 1
+            self._bytes -= entry.bytes
+            self._staging.attempted()
+            self._wake.set()
+
+    async def _upload(self, entry: Staged, nursery: trio.Nursery) -> None:
+        """Its shards from the disk to hosts; on its write quorum when it returns, and no shard is on its way any more."""
+        shards: list[SealedShard] = []
+        record = SectorRecord(VERSION, entry.replication, entry.length, 0, 0, list(entry.shards))
+        try:
+            for index in range(len(entry.shards)):
+                shards.append(await self._regenerate(entry.sector_id, record, index))
+        except FusefsError as error:
+            if self._staging.is_whole(entry):
+                raise
+            # Nowhere any more: nothing else that is to be published waits for it.
+            log.error("sector %d is lost: %s", entry.sector_id, error)
+            self._staging.lost(entry, self._seams.clock.monotonic() + LOST_SECONDS)
+            return
+        ended = trio.Event()
+        self._seams.failpoints.hit("staging.before_upload")
+        upload = Upload(self._way, entry.sector_id, entry.replication, layout_of(entry.replication, entry.length), ended.set)
+        try:
+            upload.start(shards, nursery)
+        except FusefsError:
+            upload.finish()
+            raise
+        await upload.wait_quorum()
+        await ended.wait()

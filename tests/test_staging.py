@@ -1,0 +1,210 @@
+"""Staging: what hosts that are far or away do not have yet is durable here, and nothing that is published depends on this machine."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from storage.hosts.faults import Faults
+from storage.hosts.urls import HostURL
+from storage.keyfile import CHEAP
+from storage.metadata.keys import SECTOR, UNDERREPLICATED, prefix_end, read_u64
+from storage.recovery import recover_volume
+from storage.sectors.records import SectorRecord, decode_sector
+from storage.volume import Volume, VolumeOptions, open_volume
+from tests.fakes import make_seams
+from tests.host_rig import FaultyOpener
+from tests.recovery_rig import tree
+from tests.rig import PASSPHRASE, QUIET, append, contents, host_dirs, make, new_value, noise
+
+SIZE = 100_000
+
+
+class RemoteOpener(FaultyOpener):
+    """Every host is behind a network."""
+
+    def remote(self, url: HostURL) -> bool:
+        return True
+
+
+class Remote:
+    """A volume with hosts that are directories, and behave as if they were far away."""
+
+    def __init__(self, tmp_path: Path, hosts: int) -> None:
+        self.path = tmp_path / "volume"
+        self.urls = host_dirs(tmp_path, hosts)
+        self.opener = RemoteOpener()
+        self.seed = 1
+        for url in self.urls:
+            self.opener.faults[url] = Faults()
+
+    def each(self, **faults: object) -> None:
+        """Set faults of all hosts."""
+        for fault in self.opener.faults.values():
+            for name, value in faults.items():
+                setattr(fault, name, value)
+
+    @asynccontextmanager
+    async def opened(self, **options: object) -> AsyncIterator[Volume]:
+        self.seed += 1
+        wanted: VolumeOptions = replace(QUIET, **{"staging": 1 << 30, **options})  # type: ignore[arg-type]
+        async with open_volume(
+            self.path, passphrase=PASSPHRASE, options=wanted, opener=self.opener, seams=make_seams(seed=self.seed)
+        ) as volume:
+            yield volume
+
+    def shards(self, number: int) -> set[str]:
+        """Roots on one host."""
+        return {path.name for path in Path(self.urls[number].removeprefix("dir:")).glob("volumes/*/sectors/*/*")}
+
+    def staged(self) -> set[str]:
+        """Roots in staging, as the disk tells."""
+        return {path.name for path in self.path.glob("staging/volumes/*/sectors/*/*")}
+
+
+async def remote(tmp_path: Path, hosts: int = 3, replication: str = "3") -> Remote:
+    made = Remote(tmp_path, hosts)
+    await make(made.path, made.urls, replication, seams=make_seams(seed=1))
+    return made
+
+
+def records(volume: Volume) -> dict[int, SectorRecord]:
+    found = volume.store.scan(SECTOR, prefix_end(SECTOR), 10_000)
+    return {read_u64(key, 1): decode_sector(raw, read_u64(key, 1)) for key, raw in found}
+
+
+def is_full(volume: Volume) -> bool:
+    return not volume.store.scan(UNDERREPLICATED, prefix_end(UNDERREPLICATED), 10)
+
+
+async def ship(volume: Volume, data: bytes, replication: str | None = None) -> int:
+    """A value whose bytes are in a sector when it returns."""
+    value = new_value(volume, replication)
+    await append(volume, value, data)
+    volume.values.shipper.gather()
+    await volume.values.settle(value, len(data))
+    await volume.commit()
+    return value
+
+
+def forget(volume: Volume) -> None:
+    """The block cache is empty."""
+    volume.sectors.cache._blocks.clear()
+
+
+async def until(condition: object, limit: float = 600.0) -> None:
+    assert callable(condition)
+    with trio.fail_after(limit):
+        while not condition():
+            await trio.sleep(0.5)
+
+
+@pytest.mark.parametrize("replication", ["3", "2+1"])
+async def test_a_sector_is_durable_here_before_any_far_host_has_it_and_gets_there_by_itself(
+    tmp_path: Path, autojump_clock: object, replication: str
+) -> None:
+    made = await remote(tmp_path, 3, replication)
+    data = noise(SIZE)
+    made.each(gone="the network is down")
+    async with made.opened() as volume:
+        value = await ship(volume, data)
+        assert made.staged() and not made.shards(0)
+        assert await contents(volume, value) == data
+        made.each(gone=None)
+        await until(lambda: is_full(volume))
+        assert all(len(made.shards(host)) == 1 for host in range(3))
+        made.each(gone="the network is down")
+        forget(volume)
+        assert await contents(volume, value) == data, "what was staged is a read cache afterwards"
+
+
+def puts_of_shards(operation: str, name: str) -> bool:
+    return "/sectors/" in name and operation == "put"
+
+
+async def recovered(made: Remote, name: str) -> dict[bytes, bytes]:
+    """path -> content, as a new machine gets it back from a copy of the hosts as they are now, and reads it."""
+    base = made.path.parent / name
+    urls = []
+    for number, url in enumerate(made.urls):
+        shutil.copytree(url.removeprefix("dir:"), base / f"host{number}")
+        urls.append(f"dir:{base / f'host{number}'}")
+    await recover_volume(base / "v", urls, passphrase=PASSPHRASE, seams=make_seams(seed=hash(name) % 1000), argon2=CHEAP)
+    async with open_volume(base / "v", passphrase=PASSPHRASE, options=QUIET, seams=make_seams(seed=hash(name) % 1000 + 1000)) as volume:
+        assert not (base / "v" / "staging").exists() or not volume.staging.entries()
+        return {path: node.content for path, node in (await tree(volume)).items()}
+
+
+async def test_nothing_that_is_published_depends_on_this_machine(tmp_path: Path, autojump_clock: object) -> None:
+    """Breaks if a superblock goes out before the sectors its cut knows are on hosts: the log has dropped tails that are in them."""
+    made = await remote(tmp_path, 3, "2")
+    async with made.opened() as volume:
+        publisher = volume.publisher
+        assert publisher is not None
+        ino = volume.namespace.create(1, b"file", 0o100644, 0, 0)
+        await volume.namespace.append(ino, b"first" * 1000)
+        await volume.namespace.commit(ino)
+        # As a tail, in the log.
+        await publisher.publish()
+        # From now on shards do not get anywhere, superblocks do.
+        made.each(hang=True, only=puts_of_shards)
+        volume.values.shipper.gather()
+        await volume.namespace.append(ino, b"second" * 1000)
+        volume.values.shipper.gather()
+        await volume.commit()
+        for _ in range(3):
+            await publisher.tick()
+        assert publisher.published_sequence < volume.store.durable_sequence
+        assert (await recovered(made, "held"))[b"file"] == b"first" * 1000
+        made.each(hang=False)
+        await until(lambda: volume.sectors.drain.status().sectors == 0)
+        # What goes out first is the cut as it was: its records name no host.
+        await publisher.tick()
+        assert (await recovered(made, "reached"))[b"file"] == b"first" * 1000 + b"second" * 1000
+
+
+@pytest.mark.parametrize("replication", ["2", "2+1"])
+async def test_a_machine_lost_at_any_moment_leaves_what_was_published(tmp_path: Path, autojump_clock: object, replication: str) -> None:
+    """Merges, replaced and removed files, with hosts that take longer than all of it. Breaks without the wait before superblocks, and
+    where a cut is superseded as often as something it knows is freed."""
+    made = await remote(tmp_path, 4, replication)
+    dice = random.Random(5)
+    written: dict[bytes, list[bytes]] = {}
+    made.each(throughput=20_000.0, only=puts_of_shards)
+    seen: dict[int, dict[bytes, bytes]] = {}
+    async with made.opened(flush_interval=5.0, commit_interval=1.0) as volume:
+        publisher = volume.publisher
+        assert publisher is not None
+        for step in range(40):
+            name = b"log%d" % dice.randrange(3)
+            if name not in written:
+                written[name] = [b""]
+                volume.namespace.create(1, name, 0o100644, 0, 0)
+            data = dice.randbytes(dice.choice((300, 3000, 30_000)))
+            await volume.namespace.append(volume.namespace.lookup(1, name), data)
+            written[name][-1] += data
+            if step % 8 == 7:
+                # Replaced by another, in one commit.
+                volume.namespace.create(1, b"new", 0o100644, 0, 0)
+                await volume.namespace.append(volume.namespace.lookup(1, b"new"), data)
+                await volume.namespace.rename(1, b"new", 1, name)
+                written[name].append(data)
+            await trio.sleep(3.0)
+            if publisher.published_sequence not in seen and step % 4 == 0:
+                seen[publisher.published_sequence] = await recovered(made, f"then{step}")
+    assert len(seen) >= 4, "steady writing puts publication off"
+    last: dict[bytes, int] = {}
+    for sequence, found in sorted(seen.items()):
+        for name, content in found.items():
+            if name == b"new":
+                continue
+            versions = [number for number, whole in enumerate(written[name]) if whole.startswith(content) and number >= last.get(name, 0)]
+            assert versions, (sequence, name, len(content))
+            last[name] = versions[0]
