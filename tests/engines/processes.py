@@ -76,7 +76,9 @@ def is_running(pid: int, mark: str) -> bool:
     """Is that process alive, and one whose command line has `mark`? Numbers of processes are used again."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state != "Z" and mark.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+        # Between exec and its first instruction a process has no command line yet.
+        return state != "Z" and (not line or mark.encode() in line)
     except (FileNotFoundError, ProcessLookupError):
         return False
 

@@ -1,0 +1,142 @@
+"""Volumes and mounts on real engines: SeaweedFS, moto, azurite, rclone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from storage.checking import Finding, check_volume
+from storage.keyfile import CHEAP
+from storage.recovery import recover_volume
+from tests.engines.fixtures import Engine
+from tests.engines.seaweedfs import Cluster
+from tests.mount_child import PASSPHRASE as MOUNT_PASSPHRASE
+from tests.mounting import Mounting, mounting_in, wait_until
+from tests.rig import PASSPHRASE, QUIET, SECTOR, append, contents, make, new_value, noise, opened
+
+#: Nothing is served from memory.
+COLD = replace(QUIET, cache=1)
+
+
+@pytest.fixture
+def mounting(tmp_path: Path) -> Iterator[Mounting]:
+    with mounting_in(tmp_path) as made:
+        yield made
+
+
+@pytest.mark.parametrize("name", ["seaweedfs", "moto", "azurite", "rclone"])
+async def test_a_volume_is_kept_checked_and_recovered_on_every_engine(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    engine: Engine = request.getfixturevalue(name)
+    urls = [engine.url(), engine.url()]
+    await make(tmp_path / "volume", urls, "2")
+    content = {}
+    async with opened(tmp_path / "volume", options=COLD) as volume:
+        for size in (2 * SECTOR + 5, 30_000, 7):
+            value = new_value(volume)
+            content[value] = noise(size)
+            await append(volume, value, content[value])
+        await volume.flush()
+    async with opened(tmp_path / "volume", options=COLD) as volume:
+        for value, data in content.items():
+            assert await contents(volume, value) == data
+        able = [record.capabilities.conditional_put for record in volume.hosts.records()]
+        assert able == [name != "rclone"] * 2
+    findings: list[Finding] = []
+    await check_volume(tmp_path / "volume", passphrase=PASSPHRASE, data=True, on_finding=findings.append)
+    # That these values belong to no file is found; and nothing else is.
+    assert [found for found in findings if "value" not in str(found)] == []
+    # And from nothing but one of the hosts and the passphrase.
+    await recover_volume(tmp_path / "again", urls[1:], passphrase=PASSPHRASE, argon2=CHEAP)
+    async with opened(tmp_path / "again", options=COLD) as volume:
+        for value, data in content.items():
+            assert await contents(volume, value) == data
+
+
+async def test_a_host_without_true_conditional_puts_has_no_vote(rclone: Engine, tmp_path: Path) -> None:
+    """Of one such host and two others, these two decide (I5); what it holds counts as copies all the same."""
+    hosts = [f"dir:{tmp_path}/one", rclone.url(), f"dir:{tmp_path}/two"]
+    await make(tmp_path / "volume", hosts, "3")
+    async with opened(tmp_path / "volume", options=COLD) as volume:
+        assert volume.publisher is not None
+        assert [side.number for side in volume.publisher.fleet.voters()] == [1, 3]
+        value = new_value(volume)
+        await append(volume, value, data := noise(2 * SECTOR))
+        await volume.flush()
+    for gone in ("one", "two"):
+        (tmp_path / gone).rename(tmp_path / f"{gone}.away")
+    await recover_volume(tmp_path / "again", hosts[1:2], passphrase=PASSPHRASE, argon2=CHEAP)
+    async with opened(tmp_path / "again", options=COLD) as volume:
+        assert await contents(volume, value) == data
+
+
+def test_a_volume_server_is_killed_and_restarted_under_load(seaweedfs: Engine, mounting: Mounting, tmp_path: Path) -> None:
+    """Through a mount: a writer and a reader go on, nothing is wrong in between, and everything compares, also mounted anew."""
+    cluster = seaweedfs.server
+    assert isinstance(cluster, Cluster)
+    hosts = [seaweedfs.url(), seaweedfs.url()]
+    volume = mounting.volume(hosts=hosts, replication="2", sector_size=256 * 1024)
+    mounted = mounting.mount("commit_interval=1,flush_interval=1", volume=volume)
+    expected: dict[str, str] = {}
+    wrong: list[str] = []
+    stop = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.is_set() and number < 400:
+            data = os.urandom(200_000 + number)
+            (mounted.path / f"file{number}").write_bytes(data)
+            expected[f"file{number}"] = hashlib.sha256(data).hexdigest()
+            number += 1
+            time.sleep(0.02)
+
+    def read() -> None:
+        while not stop.is_set():
+            for name, digest in list(expected.items()):
+                if hashlib.sha256((mounted.path / name).read_bytes()).hexdigest() != digest:
+                    wrong.append(name)
+            time.sleep(0.01)
+
+    threads = [threading.Thread(target=write, daemon=True), threading.Thread(target=read, daemon=True)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_until(lambda: len(expected) >= 15, "a load")
+        cluster.kill("volume1")
+        before = len(expected)
+        wait_until(lambda: len(expected) >= before + 30, "writing goes on", 60)
+        cluster.start("volume1")
+        before = len(expected)
+        wait_until(lambda: len(expected) >= before + 10, "writing goes on", 60)
+    finally:
+        stop.set()
+        if not cluster.running()["volume1"]:
+            cluster.start("volume1")
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert wrong == []
+    with mounted.control() as control:
+        report = control.flush()
+    assert report.degraded_sectors == 0, report
+    mounted.unmount()
+    again = mounting.mount(volume=volume)
+    for name, digest in expected.items():
+        assert hashlib.sha256((again.path / name).read_bytes()).hexdigest() == digest
+    again.unmount()
+    checked = subprocess.run(
+        [sys.executable, "-m", "fusefs", "check", volume, "--data"],
+        env={**os.environ, "FUSEFS_PASSPHRASE": MOUNT_PASSPHRASE},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
