@@ -376,7 +376,9 @@ async def test_salvage_puts_sectors_together_from_any_k_shards(tmp_path: Path) -
             await volume.files.close(fd)
             await volume.flush()
     for url in urls:
-        for path in Path(url.removeprefix("dir:")).glob("volumes/*/superblocks/*"):
+        superblocks = list(Path(url.removeprefix("dir:")).glob("volumes/*/superblock.*"))
+        assert superblocks
+        for path in superblocks:
             path.unlink()
     shutil.rmtree(urls[0].removeprefix("dir:"))
     report = await salvage_volume(tmp_path / "out", [urls[1], urls[2]], passphrase=PASSPHRASE, keyfile=tmp_path / "volume" / "keys.json")

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import BadArgument, FusefsError, NotFound, WrongPassphrase
-from storage.salvage import INDEX_DIRECTORY, SalvageReport, _gaps, salvage_volume
+from storage.salvage import INDEX_DIRECTORY, LOST_AND_FOUND, SalvageReport, _gaps, _Index, _Sector, salvage_volume
+from storage.values.packing import TableEntry
 from tests import rig
 from tests.recovery_rig import FILE, ROOT, Lost, lose
 
@@ -167,6 +168,28 @@ async def test_merged_sectors_agree_with_what_they_were_merged_from(tmp_path: Pa
     report = await salvage(lost, tmp_path / "out", 0)
     assert contents(tmp_path / "out") == {b"log": content}
     assert report.with_holes == 0
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_of_two_sectors_with_other_bytes_at_one_place_the_later_counts_in_whatever_order_they_come(
+    tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    """One was put on hosts and never committed; its process died, and what came after it appended something else there."""
+    (tmp_path / LOST_AND_FOUND).mkdir()
+    (tmp_path / INDEX_DIRECTORY).mkdir()
+    index = _Index(tmp_path)
+    never, later, end = rig.noise(100), rig.noise(60), rig.noise(40)
+    sectors = [
+        _Sector(1, memoryview(never), [TableEntry(b"old name", 7, 0, 100, 0, 9)]),
+        _Sector(2, memoryview(later), [TableEntry(b"name", 7, 0, 60, 0, 9)]),
+        _Sector(2, memoryview(end), [TableEntry(b"name", 7, 60, 40, 0, 10)]),
+    ]
+    for at in order:
+        index.take(sectors[at])
+    report = index.finish("", 3, 0, [])
+    index.close()
+    assert (report.files, report.versions, report.with_holes) == (1, 0, 0)
+    assert (tmp_path / "name").read_bytes() == later + end
 
 
 async def test_nothing_is_written_outside_or_over(tmp_path: Path) -> None:
