@@ -315,11 +315,12 @@ class Reconciler:
         if (record := self._record(sector_id)) is not None:
             await self._doubts.look(sector_id, record)
         while (record := self._record(sector_id)) is not None:
-            plan = self._plan(sector_id, record, keeping)
             if self._strays.is_stray(record):
                 await self._adopt(sector_id, record)
-                record = self._record(sector_id) or record
-            plan = make_plan(record, keeping, self._standing.domain)
+                record = self._record(sector_id)
+                if record is None:
+                    return
+            plan = self._plan(sector_id, record, keeping)
             if not plan.missing:
                 self._settle(sector_id, record, plan)
                 return
