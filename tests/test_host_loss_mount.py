@@ -133,14 +133,14 @@ def test_any_two_hosts_may_be_deleted_under_a_writer_and_a_reader(mounting: Moun
                 delete(hosts.pop(number))
                 steady.go_on(chance.randrange(MIB // 4))
             steady.go_on(MIB)
-            for number in victims:
-                fusefs("hosts", volume, "lost", str(number))
             needed = 6 if replication == "4+2" else 3
-            for _ in range(chance.randint(max(1, needed - len(hosts)), 2)):
-                path = tmp_path / f"host{count + 1}"
-                count += 1
-                fusefs("hosts", volume, "add", f"dir:{path}")
-                hosts[count] = path
+            with mounted.control() as client:
+                for number in victims:
+                    client.mark(str(number), "lost")
+                for _ in range(chance.randint(max(1, needed - len(hosts)), 2)):
+                    count += 1
+                    hosts[count] = tmp_path / f"host{count}"
+                    assert client.add_host(f"dir:{hosts[count]}", None) == count
             repaired = fusefs("repair", mounted.path, expect=None)
             assert repaired.text == "every sector is as it should be\n", f"{repaired}, {mounted.logged()[-5000:]}"
             steady.go_on(MIB)
@@ -148,7 +148,6 @@ def test_any_two_hosts_may_be_deleted_under_a_writer_and_a_reader(mounting: Moun
         finally:
             steady.kill()
         size = steady.done("write")
-        fusefs("flush", mounted.path)
         assert same(mounted.path / f"file{lap}", steady.seed, size)
         mounted.unmount()
         assert trio.run(complete, volume, set(hosts)) == []
