@@ -36,6 +36,8 @@ class HostStatus(msgspec.Struct, frozen=True):
     latency_ms: a moving average of small requests; median_ms, p95_ms: what half, and 95 of 100, of small reads did not exceed; read_rate,
     write_rate: bytes per second of larger requests; each None before the first success. failures: a score that halves every minute; failed:
     how many ever. hedged: reads for which another host was asked too because this one was slow; overtaken: those where the other won.
+
+    error: why it cannot be used, or what was wrong with it within the last hour; error_ns: when that was, 0 for now.
     """
 
     number: int
@@ -60,6 +62,7 @@ class HostStatus(msgspec.Struct, frozen=True):
     overtaken: int = 0
     #: Requests for sectors and metadata, and their bytes; days are UTC's, oldest first.
     days: list[DayStatus] = []
+    error_ns: int = 0
 
 
 class ContractStatus(msgspec.Struct, frozen=True):

@@ -90,6 +90,8 @@ HUNG = 0.5
 SAVE_INTERVAL = 3600.0
 #: See `VolumeOptions.staging`.
 STAGING = 10 * 1024 * 1024 * 1024
+#: Seconds for which `status` shows what was wrong with a host that answers well now.
+RECENT = 3600.0
 #: Refusals kept for `status`.
 REFUSALS = 100
 
@@ -326,6 +328,7 @@ class Volume:
         failure = self.store.failure
         publisher = self.publisher
         lost = publisher.fleet.lost() if publisher is not None else {}
+        histories = publisher.fleet.trouble_of() if publisher is not None else {}
         left = "leaving" if self.reconciler.unsettled() else "left"
         leaving = dict.fromkeys(self.standing.leaving(), left)
         ending, ended = self.standing.ending(), self.standing.ended()
@@ -333,6 +336,9 @@ class Volume:
         for record in self.hosts.records():
             space, stats = self.placement.space(record.number), self.hostdb.stats(record.number)
             spoiled = self.damages.failing(record.number)
+            error, error_ns = self.hosts.reason(record.number) or spoiled or histories.get(record.number, ""), 0
+            if not error and now - stats.last_error_ns < RECENT * 1e9:
+                error, error_ns = stats.last_error, stats.last_error_ns
             hosts.append(
                 HostStatus(
                     number=record.number,
@@ -348,7 +354,7 @@ class Volume:
                         ending=record.number in ending,
                         ended=record.number in ended,
                     ),
-                    error=self.hosts.reason(record.number) or spoiled or (stats.last_error if stats.failures >= FAILING else ""),
+                    error=error,
                     free=space.free if space else None,
                     total=space.total if space else None,
                     latency_ms=_milliseconds(stats.latency),
@@ -365,6 +371,7 @@ class Volume:
                     hedged=stats.hedged,
                     overtaken=stats.overtaken,
                     days=[DayStatus(date_of(day), day.requests, day.sent, day.received) for day in stats.days],
+                    error_ns=error_ns,
                 )
             )
         urls = {record.number: record.url for record in self.hosts.records()}
@@ -894,7 +901,10 @@ async def check_servable(volume: Volume) -> None:
     away = {record.number: record.url for record in volume.hosts.records() if not volume.hosts.available(record.number)}
     if not away:
         return
+    given_up = volume.standing.lost()
     for number, url in away.items():
+        if number in given_up:
+            continue
         message = f"host {url} cannot be used: {volume.hosts.reason(number)}"
         log.warning("%s", message)
         volume.warnings.append(message)

@@ -209,10 +209,19 @@ def warnings(now: VolumeStatus, now_ns: int) -> list[str]:
         why = f": {now.scrub.trouble}" if now.scrub.trouble else ""
         found.append(f"{_count(now.scrub.pending, 'copy', 'copies')} on hosts known to be damaged or missing, and not repaired yet{why}")
     for host in now.hosts:
-        if host.error and not any(host.url in text for text in found):
-            found.append(f"host {host.url} cannot be used: {host.error}")
+        # One that was given up, or left, may be away.
+        if host.error and host.state not in ("lost", "left") and not any(host.url in text for text in found):
+            found.append(_host_warning(host, now_ns))
         found += _contract_warnings(host, [c for c in now.contracts if c.host_number == host.number], now_ns)
     return list(dict.fromkeys(found))
+
+
+def _host_warning(host: HostStatus, now_ns: int) -> str:
+    if host.error_ns:
+        return f"host {host.url} had an error {human_span(max(0.0, (now_ns - host.error_ns) / 1e9))} ago: {host.error}"
+    if host.state in ("ok", "failing"):
+        return f"host {host.url} does not have its part of the metadata: {host.error}"
+    return f"host {host.url} cannot be used: {host.error}"
 
 
 def _contract_warnings(host: HostStatus, contracts: list[ContractStatus], now_ns: int) -> list[str]:

@@ -129,6 +129,10 @@ class Fleet:
         """Why hosts did not do what they were asked, for messages; "" if all did."""
         return "; ".join(filter(None, (side.trouble for side in self.sides())))
 
+    def trouble_of(self) -> dict[int, str]:
+        """By host number: why it does not have its part of the history."""
+        return {side.number: side.trouble for side in self.sides() if side.trouble}
+
     def latest_epoch_seen(self) -> int:
         """The highest number of an epoch on any host: a new one is above it."""
         return max((side.newest.block.epoch for side in self._sides.values() if side.newest is not None), default=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 from blake3 import blake3
@@ -61,6 +61,8 @@ class Kept:
     #: Of its objects on the host; None: not known, so nothing is deleted while it stands.
     names: frozenset[str] | None
     ours: bool
+    #: False: it was put there by this process, and cannot be read now.
+    readable: bool = True
 
 
 class HostSide:
@@ -97,6 +99,10 @@ class HostSide:
         #: The highest number in a superblock's name here, whatever stands there. The next one goes right above it, if nobody was quicker:
         #: so whoever writes here contends for the same name, and nobody's goes unseen (I5).
         self.top = 0
+        #: What this process has put there and not deleted since, by number: it counts also while the host answers with something else (I3).
+        self._put: dict[int, Kept] = {}
+        #: What was wrong with superblocks, as it was last said.
+        self._said: set[str] = set()
         #: Metadata objects that are there, with their sizes: one of another size is not the one that was put.
         self.present: dict[str, int] = {}
         #: It has a superblock that a newer fusefs wrote.
@@ -106,8 +112,8 @@ class HostSide:
 
     @property
     def generation(self) -> int:
-        """Of our newest superblock on the host; 0 if it has none, or another history's is newer."""
-        return self.kept[0].generation if self.kept and self.foreign is None else 0
+        """Of our newest superblock on the host that can be read; 0 if it has none, or another history's is newer."""
+        return next((kept.generation for kept in self.kept if kept.readable), 0) if self.foreign is None else 0
 
     def oldest_sequence(self) -> int | None:
         """Of the oldest generation it keeps, 0 if that is not known or of another history; None if it keeps none."""
@@ -121,8 +127,7 @@ class HostSide:
         """Look what is there. Unavailable; BadArgument for a superblock of a newer fusefs."""
         host = self._registry.get(self.number)
         slots = await slots_on(host, self._volume_id)
-        for note in slots.notes:
-            log.warning("%s; it is not used", note)
+        notes = list(slots.notes)
         opened: dict[int, Found] = {}
         for slot, block in slots.blocks.items():
             if block is None:
@@ -130,7 +135,8 @@ class HostSide:
             try:
                 opened[slot] = Found(block, block.open(self._key, f"host {host.url}: superblock {slot}"))
             except Corrupt as error:
-                log.warning("%s; it is not used", error)
+                notes.append(str(error))
+        self._say(notes)
         with self._request(host):
             level = await host.level(metadata_prefix(self._volume_id))
         self.highest = max((found.block.generation for found in opened.values()), default=0)
@@ -143,8 +149,18 @@ class HostSide:
             Kept(slot, found.block.generation, found.block.sequence, found.block.digest, None, lineage.contains(point_of(found.block)))
             for slot, found in opened.items()
         ]
+        self._put = {slot: kept for slot, kept in self._put.items() if slot in slots.blocks}
+        self.kept += [replace(kept, readable=False) for slot, kept in self._put.items() if slot not in opened]
+        self.kept.sort(key=lambda kept: -kept.slot)
         self.examined = True
         self.trouble = ""
+
+    def _say(self, notes: list[str]) -> None:
+        """Once, not at every look."""
+        for note in notes:
+            if note not in self._said:
+                log.warning("%s; it is not used", note)
+        self._said = set(notes)
 
     def _known(self, lineage: Lineage, block: Superblock) -> bool:
         return lineage.contains(point_of(block)) or block.digest in self._passed_over
@@ -216,7 +232,8 @@ class HostSide:
         names = frozenset(ref.name for ref in refs)
         # Another history's, which a majority has passed over, hold nothing back any more.
         earlier = [kept for kept in self.kept if kept.ours and kept.slot != slot]
-        self.kept = [Kept(slot, block.generation, block.sequence, block.digest, names, True), *earlier]
+        self._put[slot] = Kept(slot, block.generation, block.sequence, block.digest, names, True)
+        self.kept = [self._put[slot], *earlier]
         self.highest, self.top = block.generation, slot
         self.foreign = None
         self.trouble = ""
@@ -230,7 +247,7 @@ class HostSide:
 
     async def confirm(self) -> bool:
         """Re-read: is the newest superblock the one we put there? False too where the host does not answer."""
-        if not self.examined or self.foreign is not None or not self.kept or not self.kept[0].ours:
+        if not self.examined or self.foreign is not None or not self.kept or not (self.kept[0].ours and self.kept[0].readable):
             return False
         newest = self.kept[0]
         try:
@@ -246,6 +263,7 @@ class HostSide:
             return False
         same = blake3(raw).digest() == newest.digest
         self.examined = same
+        self.trouble = "" if same else f"host {host.url}: superblock {newest.slot} is not as it was put there"
         return same
 
     async def tidy(self, busy: set[str]) -> None:
@@ -255,10 +273,13 @@ class HostSide:
         """
         host = self._registry.get(self.number)
         ours = [kept for kept in self.kept if kept.ours]
-        for kept in ours[GENERATIONS:]:
+        # Of those that can be read, too: what the host answers to the newest may be true.
+        stay = [*ours[:GENERATIONS], *[kept for kept in ours if kept.readable][:GENERATIONS]]
+        for kept in [kept for kept in ours if kept not in stay]:
             self._hit("history.superblock.before_delete")
             await self._delete(host, superblock_name(self._volume_id, kept.slot))
             self.kept.remove(kept)
+            self._put.pop(kept.slot, None)
         needed = set(busy)
         for kept in self.kept:
             if kept.names is None:

@@ -1,0 +1,95 @@
+"""Hosts that have bad days, one kind at a time, under a volume in use: nothing lost, nothing wrong returned, mended by itself, and seen in
+`status`. Virtual time throughout."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from trio.testing import MockClock
+
+from storage.hosts.faults import Faults
+from storage.hosts.memory import forget_memory_hosts
+from storage.status import HostStatus
+from tests.bad_days import World
+
+BAD = "mem:bad"
+URLS = [BAD, "mem:b", "mem:c"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    forget_memory_hosts()
+    yield
+    forget_memory_hosts()
+
+
+@asynccontextmanager
+async def good_in_the_end(tmp_path: Path, **options: object) -> AsyncIterator[World]:
+    """In use before, during and after the block, which sees no error; then without faults: whole again by itself, and `check` finds
+    nothing."""
+    world = World(tmp_path, URLS, "2", seed=7, **options)
+    await world.make()
+    async with world.opened():
+        await world.work(60)
+        yield world
+        world.heal()
+        await world.work(30)
+        await world.settled()
+        await world.compare()
+    await world.checked()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a host does, and how that is seen in `status`."""
+
+    name: str
+    faults: Callable[[Faults], None]
+    seen: Callable[[HostStatus], bool]
+
+
+def _set(**what: object) -> Callable[[Faults], None]:
+    def change(faults: Faults) -> None:
+        for name, value in what.items():
+            setattr(faults, name, value)
+
+    return change
+
+
+KINDS = [
+    Kind("slow", _set(latency=3.0), lambda host: host.latency_ms is not None and host.latency_ms > 100),
+    Kind("slower than is waited for", _set(latency=30.0), lambda host: "did not answer" in host.error),
+    Kind("errors", _set(error_rate=0.6), lambda host: "by chance" in host.error),
+    Kind("wrong bytes", _set(lying=1.0), lambda host: "sector" in host.error or "superblock" in host.error),
+    Kind("half an object", _set(truncating=100), lambda host: "sector" in host.error or "superblock" in host.error),
+    # What hosts hold is never replaced under its name, so the old is what there is: nothing to be seen.
+    Kind("old bytes", _set(replay=True), lambda host: host.state == "ok"),
+    Kind("full", _set(quota=0), lambda host: host.free == 0 and "is full" in host.error),
+    Kind("hung", _set(hang=True), lambda host: host.state == "unavailable" and "did not answer" in host.error),
+    Kind("unplugged", _set(gone="unplugged"), lambda host: host.state == "unavailable" and "unplugged" in host.error),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+async def test_a_host_with_a_bad_day(tmp_path: Path, autojump_clock: MockClock, kind: Kind) -> None:
+    async with good_in_the_end(tmp_path) as world:
+        kind.faults(world.faults(BAD))
+        await world.work(240)
+        host = await world.host(BAD)
+        assert kind.seen(host), host
+
+
+async def test_a_host_that_comes_back_after_a_week(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with good_in_the_end(tmp_path) as world:
+        world.faults(BAD).gone = "unplugged"
+        # Longer than the grace, with everything that programs do; then the calendar alone.
+        await world.work(1200)
+        world.clock.jump(7 * 86400)
+        await world.work(60)
+        # Long since, everything is on the others.
+        assert (await world.status()).degraded_sectors == 0
+        assert (await world.host(BAD)).state == "unavailable"
