@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import trio
@@ -14,6 +14,7 @@ from storage.durable import fsync_dir
 from storage.errors import BadArgument, Exists
 from storage.hosts.registry import Opener
 from storage.hosts.urls import parse_url
+from storage.interfaces import HostCapabilities
 from storage.keyfile import KEY_FILE, Argon2Parameters, make_keyfile, make_slot, save_keyfile
 from storage.keys import Keys, phrase_of
 from storage.lock import VolumeLock
@@ -33,10 +34,12 @@ async def create_volume(
     seams: Seams | None = None,
     argon2: Argon2Parameters | None = None,
     opener: Opener | None = None,
+    on_host: Callable[[str, HostCapabilities], None] | None = None,
 ) -> str:
     """Make a volume in the new (or empty) directory `path`; returns the recovery phrase, which is kept nowhere.
 
-    Without `hosts`, one directory host inside it. BadArgument names what is wrong or missing, and then nothing of the volume is left here.
+    Without `hosts`, one directory host inside it. `on_host`: told of each what it can do, as probed.
+    BadArgument names what is wrong or missing, and then nothing of the volume is left here.
     """
     path = absolute(path)
     seams = seams or Seams()
@@ -68,9 +71,11 @@ async def create_volume(
         async with with_layers(path, config, Keys(master), VolumeOptions(purpose="init"), seams, opener, create=True) as volume:
             for url in urls:
                 try:
-                    await volume.add_host(url)
+                    record = volume.hosts.record(await volume.add_host(url))
                 except Exists as error:
                     raise BadArgument(f"replication {config.replication} needs {spec.hosts_needed} different hosts: {error}") from error
+                if on_host is not None:
+                    on_host(record.url, record.capabilities)
             await volume.commit()
             if volume.publisher is not None:
                 await volume.publisher.publish()

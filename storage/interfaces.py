@@ -157,6 +157,13 @@ class HostCapabilities:
     versions: bool = False
     object_lock: bool = False
 
+    def __str__(self) -> str:
+        """For people: "conditional puts, ranges"."""
+        able = (self.conditional_put, self.ranges, self.versions, self.object_lock)
+        found = [word for word, can in zip(("conditional puts", "ranges", "versions", "Object Lock"), able, strict=True) if can]
+        text = ", ".join(found) or "whole objects only"
+        return text if self.conditional_put else f"{text}; no conditional puts: it does not count for a majority"
+
 
 @dataclass(frozen=True, slots=True)
 class HostSpace:

@@ -63,6 +63,8 @@ class HostStatus(msgspec.Struct, frozen=True):
     #: Requests for sectors and metadata, and their bytes; days are UTC's, oldest first.
     days: list[DayStatus] = []
     error_ns: int = 0
+    #: What it can do, as probed when it was added.
+    abilities: str = ""
 
 
 class ContractStatus(msgspec.Struct, frozen=True):

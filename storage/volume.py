@@ -372,6 +372,7 @@ class Volume:
                     overtaken=stats.overtaken,
                     days=[DayStatus(date_of(day), day.requests, day.sent, day.received) for day in stats.days],
                     error_ns=error_ns,
+                    abilities=str(record.capabilities),
                 )
             )
         urls = {record.number: record.url for record in self.hosts.records()}

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from fusefs.cli.arguments import Days, Size, passphrase_option, volume_argument
+from fusefs.cli.hosts import say_what_it_can
 from fusefs.cli.output import OutputClosed, flush_output, out_is_terminal, say, write_line
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run
@@ -44,7 +45,15 @@ def init(volume: Path, hosts: tuple[str, ...], replication: str, sector_size: in
     secret = passphrase(passphrase_file, twice=True)
 
     async def create() -> str:
-        return await create_volume(volume, secret, hosts=hosts, replication=replication, sector_size=sector_size, contract_days=days)
+        return await create_volume(
+            volume,
+            secret,
+            hosts=hosts,
+            replication=replication,
+            sector_size=sector_size,
+            contract_days=days,
+            on_host=lambda url, can: say_what_it_can(url, str(can)),
+        )
 
     phrase = run(create)
     if out_is_terminal():

@@ -12,7 +12,7 @@ import trio
 
 from fusefs.cli import live
 from fusefs.cli.arguments import DAY, DIRECTORY_PATH, Days, passphrase_option, upload_rate_option
-from fusefs.cli.output import Advance, human_bytes, progress_bar, write_line, write_table
+from fusefs.cli.output import Advance, human_bytes, progress_bar, say, write_line, write_table
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
 from fusefs.cli.status import hosts_table, milliseconds, volume_status
@@ -89,12 +89,13 @@ def hosts(path: Path, action: str, host: str | None, days: float | None, long: b
             f"{host.overtaken:,} of {host.hedged:,}",
             f"{host.failures:.2f}",
             f"{host.failed:,}",
+            host.abilities or "?",
             host.error or "-",
         )
         for host in now.hosts
     ]
     columns = ("host", "id", "url", "state", "free", "latency", "p95", "reading", "writing", "reads", "writes", "hedges won", "failures")
-    write_table((*columns, "failed", "error"), rows, right=(0, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13))
+    write_table((*columns, "failed", "can", "error"), rows, right=(0, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13))
     traffic = [
         (day.date, str(host.number), host.url, f"{day.requests:,}", human_bytes(day.sent), human_bytes(day.received))
         for host in now.hosts
@@ -115,15 +116,26 @@ def _add(target: live.Target, url: str, days: float | None, passphrase_file: Pat
     if target.served:
         with live.client(target.volume) as client:
             number = client.add_host(text, days * DAY if days is not None else None)
+            can = next((host.abilities for host in client.hosts() if host.number == number), "")
         write_line(f"host {number}: {text}")
+        say_what_it_can(text, can)
         return
     secret = passphrase(passphrase_file)
 
-    async def work() -> int:
+    async def work() -> tuple[int, str]:
         async with unmounted_volume(target.volume, secret, "hosts") as volume:
-            return await volume.add_host(text, days)
+            number = await volume.add_host(text, days)
+            return number, str(volume.hosts.record(number).capabilities)
 
-    write_line(f"host {run(work)}: {text}")
+    number, can = run(work)
+    write_line(f"host {number}: {text}")
+    say_what_it_can(text, can)
+
+
+def say_what_it_can(url: str, can: str) -> None:
+    """What was found by probing. Of directories only what is unusual: they can all do the same."""
+    if not url.startswith("dir:") or "no conditional puts" in can:
+        say(f"{url}: {can}")
 
 
 def _mark(target: live.Target, host: str, action: str, passphrase_file: Path | None) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pytest
 from storage.checking import Finding, check_volume
 from storage.keyfile import CHEAP
 from storage.recovery import recover_volume
+from tests.cli_runner import fusefs
 from tests.engines.fixtures import Engine
 from tests.engines.seaweedfs import Cluster
 from tests.mount_child import PASSPHRASE as MOUNT_PASSPHRASE
@@ -140,3 +141,35 @@ def test_a_volume_server_is_killed_and_restarted_under_load(seaweedfs: Engine, m
         check=False,
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_what_a_host_can_do_is_said_when_it_is_added_and_shown(seaweedfs: Engine, rclone: Engine, tmp_path: Path) -> None:
+    volume = str(tmp_path / "volume")
+    able, unable = seaweedfs.url(), rclone.url()
+    said = fusefs("init", volume, "--host", able).err
+    assert f"{able}: conditional puts, ranges" in said.splitlines()[0]
+    said = fusefs("hosts", volume, "add", unable).err
+    assert "whole objects only; no conditional puts: it does not count for a majority" in said
+    lines = fusefs("hosts", "-l", volume).text.splitlines()
+    assert "conditional puts, ranges " in next(line for line in lines if able in line)
+    assert "does not count for a majority" in next(line for line in lines if unable in line)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda url: url.replace("s3://fusefs/", "s3://not-there/"), "there is no bucket 'not-there'"),
+        (lambda url: url.replace("credentials=", "credentials=/no"), "cannot be read"),
+        (lambda url: url.replace("endpoint=http://127.0.0.1:", "endpoint=http://127.0.0.1:1#"), "unknown fragment"),
+        (lambda url: url.replace("s3://", "s3://AKIA:HIDE@"), "looks like a secret"),
+    ],
+)
+def test_a_host_that_cannot_be_used_is_one_line_and_no_volume(
+    change: Callable[[str], str], says: str, seaweedfs: Engine, tmp_path: Path
+) -> None:
+    done = fusefs("init", tmp_path / "volume", "--host", change(seaweedfs.url()), expect=None)
+    assert done.status in (2, 10)
+    line = done.error_line
+    assert says in line
+    assert "HIDE" not in line
+    assert not (tmp_path / "volume").exists()
