@@ -56,6 +56,10 @@ if TYPE_CHECKING:
     from storage.interfaces import SectorManager as SectorManager
     from storage.keyfile import KEY_FILE as KEY_FILE
     from storage.keyfile import change_passphrase as change_passphrase
+    from storage.pruning import DEFAULT_GRACE_DAYS as DEFAULT_GRACE_DAYS
+    from storage.pruning import HeldVolume as HeldVolume
+    from storage.pruning import Pruner as Pruner
+    from storage.pruning import open_pruner as open_pruner
     from storage.read_only import ReadOnlySource as ReadOnlySource
     from storage.read_only import ReadOnlyVolume as ReadOnlyVolume
     from storage.read_only import open_read_only as open_read_only
@@ -101,6 +105,7 @@ _HOMES = {
     ),
     "storage.hosts.urls": ("parse_url",),
     "storage.keyfile": ("KEY_FILE", "change_passphrase"),
+    "storage.pruning": ("DEFAULT_GRACE_DAYS", "HeldVolume", "Pruner", "open_pruner"),
     "storage.read_only": ("ReadOnlySource", "ReadOnlyVolume", "open_read_only"),
     "storage.recovery": ("RecoveryReport", "recover_volume"),
     "storage.replication": ("Replication", "parse_replication"),

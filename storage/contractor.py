@@ -103,6 +103,8 @@ class Contractor:
         self._ordinals: dict[str, int] = {}
         self._renewed_from: dict[str, str | None] = {}
         self._latest = 0
+        #: In the batch of a contract that was concluded where all had ended: nothing bound the host to keep what it had meanwhile.
+        self.on_lapsed: Callable[[Batch, int], None] = lambda _batch, _number: None
         #: Called with the host number of each new contract, in order. No await inside.
         self.on_change: list[Callable[[int], None]] = []
         start, stop = CONTRACT, prefix_end(CONTRACT)
@@ -228,6 +230,9 @@ class Contractor:
         ordinal = self._latest + 1
         batch = Batch()
         batch.put(*encode_contract(contract, ordinal, renewed_from))
+        known = self.contract_for(number)
+        if renewed_from is None and known is not None and not known.active(now):
+            self.on_lapsed(batch, number)
         self._store.apply(batch)
         self._know(contract, ordinal, renewed_from)
         self._seams.failpoints.hit("contract.before_commit")

@@ -289,6 +289,15 @@ class LockingHost(Host, Protocol):
         ...
 
 
+@runtime_checkable
+class TidyHost(Protocol):
+    """A host that keeps folders as such, and can do away with empty ones."""
+
+    async def tidy(self, prefix: str) -> None:
+        """Remove what folders below `prefix`, and the one it names, are empty. Not while anybody puts anything there."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Contract:
     """A time-limited agreement to keep this volume's shards on one host. In force from `start` to `end`."""

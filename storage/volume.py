@@ -692,6 +692,9 @@ async def _wire(
     nursery.start_soon(volume.lock_keeper.run)
     nursery.start_soon(volume.sectors.run)
     nursery.start_soon(volume.renewal.run)
+    # Before anything is written, and anybody looks which hosts keep what they have. Where hosts are slow it goes on in the background.
+    with trio.move_on_after(RENEW_LIMIT):
+        await volume.renewal.looked.wait()
     nursery.start_soon(volume.sectors.drain.run)
     nursery.start_soon(volume.staging.run)
     nursery.start_soon(volume.reconciler.run)
@@ -705,9 +708,6 @@ async def _wire(
     nursery.start_soon(_hand_down, volume)
     if options.commit_interval is not None:
         nursery.start_soon(_commit_loop, volume, options.commit_interval)
-    # Where hosts are slow it goes on in the background.
-    with trio.move_on_after(RENEW_LIMIT):
-        await volume.renewal.looked.wait()
 
 
 def make_layers(
@@ -779,6 +779,7 @@ def make_layers(
         forgot=volume.doubts.forgot,
         has_left=lambda _number: not volume.reconciler.unsettled(),
     )
+    volume.contractor.on_lapsed = volume.doubts.forgot
     # A host with a new contract keeps what it has, or keeps it again.
     volume.contractor.on_change.append(lambda _number: volume.reconciler.wake())
     volume.damages = Damages(

@@ -37,7 +37,7 @@ class Volumes:
 
     def seams(self) -> Seams:
         self.opened += 1
-        return make_seams(clock=self.clock, random=SeededRandom(self.opened))
+        return make_seams(clock=self.clock, random=SeededRandom(self.opened + 1000 * sum(self.path.name.encode())))
 
     async def make(self, hosts: str, replication: str) -> None:
         """`hosts`: a letter each."""

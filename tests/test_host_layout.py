@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage import renewal
 from storage.contractor import decode_contract, encode_contract
 from storage.errors import BadArgument, Corrupt
 from storage.hosts import hostdb, layout, registry
@@ -38,6 +39,8 @@ CONTRACT_FILE = ContractFile(
     renewed_from=ONE,
 )
 HOST_RECORD = registry.HostRecord(3, ONE, "dir:/mnt/disk1", "rack1", BASE_NS, HostCapabilities(conditional_put=True, ranges=True))
+PRUNING_FILE = layout.new_pruning_file(VOLUME, ONE, BASE_NS)
+TROUBLE = renewal.Trouble(TWO, BASE_NS, "Unavailable", "host dir:/mnt/disk1 is away")
 CONTRACT_RECORD = Contract(TWO, 3, BASE_NS, BASE_NS + 10**9, ONE)
 HOLDERS = Holders({ONE: {TWO: 7}, TWO: {}})
 LOCKED_HOLDERS = Holders({ONE: {TWO: 7}, TWO: {}}, "3sL4kqtJlcpXroDTDmJ", BASE_NS)
@@ -66,6 +69,8 @@ def host_statistics() -> bytes:
     [
         ("fusefs-host.json", lambda: layout.encode_json(HOST_FILE)),
         ("contract.json", lambda: layout.encode_json(CONTRACT_FILE)),
+        ("pruning.json", lambda: layout.encode_json(PRUNING_FILE)),
+        ("renewal_trouble.bin", TROUBLE.encode),
         ("host_record.bin", lambda: b"".join(registry.encode_record(HOST_RECORD))),
         ("contract_record.bin", lambda: b"".join(encode_contract(CONTRACT_RECORD, 7, ONE))),
         ("holders_record.bin", HOLDERS.encode),
@@ -80,6 +85,8 @@ def test_the_golden_files_are_written_today_as_then(file: str, make: Callable[[]
 def test_the_golden_files_are_read_today_as_then() -> None:
     assert layout.decode_host_file((GOLDEN / "fusefs-host.json").read_bytes(), "x") == HOST_FILE
     assert layout.decode_contract_file((GOLDEN / "contract.json").read_bytes(), "x") == CONTRACT_FILE
+    assert layout.decode_pruning_file((GOLDEN / "pruning.json").read_bytes(), "x") == PRUNING_FILE
+    assert renewal.decode_trouble((GOLDEN / "renewal_trouble.bin").read_bytes()) == TROUBLE
     raw = (GOLDEN / "host_record.bin").read_bytes()
     assert registry.decode_record(raw[:5], raw[5:]) == HOST_RECORD
     raw = (GOLDEN / "contract_record.bin").read_bytes()

@@ -32,7 +32,7 @@ LAYERS: list[set[str]] = [
     {"storage.files"},
     {"storage.checking"},
     {"storage.volume"},
-    {"storage.creation", "storage.recovery", "storage.salvage", "storage.read_only"},
+    {"storage.creation", "storage.recovery", "storage.salvage", "storage.read_only", "storage.pruning"},
     {"storage"},  # storage/__init__.py: the public names
 ]
 #: Besides these, fusefs takes from storage what `storage.__all__` lists.

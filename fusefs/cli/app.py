@@ -13,7 +13,23 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 from click.shell_completion import shell_complete
 
-from fusefs.cli import check, contracts, create, files, hosts, keys, mounting, notices, recover, replication, scrub, shell, status, worm
+from fusefs.cli import (
+    check,
+    contracts,
+    create,
+    files,
+    host,
+    hosts,
+    keys,
+    mounting,
+    notices,
+    recover,
+    replication,
+    scrub,
+    shell,
+    status,
+    worm,
+)
 from fusefs.cli.output import OutputClosed, flush_output, say, standard_output, write_line
 from fusefs.cli.session import Interrupted, leaves
 from storage.errors import FusefsError
@@ -87,6 +103,7 @@ for _command in (
     hosts.hosts,
     contracts.contracts,
     hosts.repair,
+    host.host,
     files.ls,
     files.put,
     files.append,
@@ -100,7 +117,8 @@ for _command in (
     shell.help_command,
 ):
     cli.add_command(_command)
-    _add_help_option(_command)
+    for _each in (_command, *(_command.commands.values() if isinstance(_command, click.Group) else ())):
+        _add_help_option(_each)
 _add_help_option(cli)
 
 

@@ -64,6 +64,13 @@ class Days(click.ParamType[float]):
         return days
 
 
+class Grace(Days):
+    """As Days, or none at all."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return 0.0 if str(value).strip() == "0" else super().convert(value, param, ctx)
+
+
 class DirectoryPath(click.ParamType[Path]):
     """A directory, made absolute without touching the disk. Whether it must exist is for the command to say, with the right exit status."""
 

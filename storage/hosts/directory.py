@@ -92,6 +92,10 @@ class DirectoryHost:
         objects, folders = await self._slots.read(self._tree.entries, check_prefix(prefix))
         return Level(dict(objects), sorted(folders))
 
+    async def tidy(self, prefix: str) -> None:
+        """See `interfaces.TidyHost`."""
+        await self._slots.read(self._tree.tidy, check_prefix(prefix))
+
     async def space(self) -> HostSpace | None:
         return await self._slots.read(self._tree.space)
 

@@ -150,7 +150,8 @@ def root_in(name: str) -> str | None:
 
 
 def write_once(name: str) -> bool:
-    """Is the name one that is given bytes once, and never others? True of everything fusefs stores, its probes aside."""
+    """Is the name one that is given bytes once, and never others? True of everything fusefs stores, its probes and the mark of a pruning
+    aside."""
     return name == HOST_FILE or _WRITTEN_ONCE.match(name) is not None
 
 
@@ -215,3 +216,8 @@ def decode_contract_file(raw: bytes, where: str) -> ContractFile:
     if contract.start_ns >= contract.end_ns:
         raise Corrupt(f"{where}: the contract ends before it starts")
     return contract
+
+
+def decode_pruning_file(raw: bytes, where: str) -> PruningFile:
+    """Corrupt naming `where` if it is damaged or something else, BadArgument if a newer fusefs wrote it."""
+    return decode_document(raw, PruningFile, PRUNING_FORMAT, PRUNING_VERSION, where)

@@ -127,6 +127,25 @@ class Tree:
                 os.close(fd)
         return found, directories
 
+    def tidy(self, parts: list[str]) -> None:
+        """Remove empty directories below, and this one, as far as they are. A put that walks there meanwhile makes them again, or fails."""
+        with self._errors(f"tidying {'/'.join(parts)}"), self._root() as root:
+            try:
+                above = self._walk(root, parts[:-1])
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            try:
+                for _, _, _, directory in os.fwalk(parts[-1], topdown=False, dir_fd=above):
+                    for name in os.listdir(directory):
+                        with suppress(OSError):
+                            os.rmdir(name, dir_fd=directory)
+                with suppress(OSError):
+                    os.rmdir(parts[-1], dir_fd=above)
+                self._durable.clear()
+                _sync_directory(above)
+            finally:
+                os.close(above)
+
     def space(self) -> HostSpace:
         with self._errors("asking for its space"), self._root() as root:
             status = os.fstatvfs(root)

@@ -141,8 +141,7 @@ class Reconciler:
 
     async def make_good(self) -> None:
         """Everything that can be made good now is when it returns; `status` says what could not, and why."""
-        self._later.clear()
-        await self.round()
+        await self.round(again=True)
         await self._count(self._standing.keeping())
 
     def unsettled(self) -> bool:
@@ -171,10 +170,13 @@ class Reconciler:
             with trio.move_on_after(INTERVAL):
                 await self._wake.wait()
 
-    async def round(self) -> None:
-        """What is due now: a look at all sectors if the hosts that keep have changed, mending what is on the list, filling."""
+    async def round(self, *, again: bool = False) -> None:
+        """What is due now: a look at all sectors if the hosts that keep have changed, mending what is on the list, filling.
+
+        `again`: also what could not be mended a moment ago.
+        """
         async with self._lock:
-            if self._standing.look():
+            if self._standing.look() or again:
                 # What could not be mended for want of a host, or from it, can be now.
                 self._later.clear()
             await self._doubts.walk()
