@@ -7,173 +7,172 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.cli_runner import environment, fusefs
+from fusefs.control_client import ControlClient
+from storage import ScrubStatus
+from storage.errors import Busy, FusefsError
+from tests.cli_runner import environment, fusefs, quick
 from tests.mounting import wait_until
 
 
 @dataclass(frozen=True)
 class Rig:
+    """Hosts host1 and host2, the volume, perhaps mounted on mnt."""
+
     base: Path
-    mounted: bool
 
     @property
     def volume(self) -> Path:
         return self.base / "volume"
 
     @property
-    def target(self) -> Path:
-        """What a person names."""
-        return self.base / "mnt" if self.mounted else self.volume
+    def mountpoint(self) -> Path:
+        return self.base / "mnt"
+
+    def make(self, hosts: int = 2) -> None:
+        named = [option for number in range(1, hosts + 1) for option in ("--host", f"dir:{self.base}/host{number}")]
+        fusefs("init", self.volume, "--replication", str(hosts), "--sector-size", "64K", *named)
+        self.mountpoint.mkdir()
+
+    @contextmanager
+    def mounted(self, options: str) -> Iterator[None]:
+        fusefs("mount", self.volume, self.mountpoint, "-o", f"flush_interval=1,commit_interval=1,{options}")
+        try:
+            yield
+        finally:
+            fusefs("umount", self.mountpoint, expect=None)
 
     def shards(self, number: int) -> list[Path]:
         return sorted((self.base / f"host{number}").glob("volumes/*/sectors/*/*"))
 
-    def status(self) -> dict[str, dict[str, int]]:
-        found: dict[str, dict[str, int]] = json.loads(fusefs("status", self.target, "--json").text)
-        return found
+    def everything(self) -> dict[Path, bytes]:
+        return {path: path.read_bytes() for number in (1, 2) for path in self.shards(number)}
 
-    def check(self, content: dict[str, bytes]) -> None:
-        for name, data in content.items():
-            read = (self.base / "mnt" / name).read_bytes() if self.mounted else fusefs("cat", self.volume, name).out
-            assert read == data, name
-
-
-@pytest.fixture(params=[True, False], ids=["mounted", "unmounted"])
-def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Rig, dict[str, bytes]]]:
-    """Two hosts, two copies of every sector, some files."""
-    it = Rig(tmp_path, request.param)
-    hosts = [option for number in (1, 2) for option in ("--host", f"dir:{tmp_path}/host{number}")]
-    fusefs("init", it.volume, "--replication", "2", "--sector-size", "256K", *hosts)
-    content = {"a": os.urandom(700_000), "b": os.urandom(300_000)}
-    if not it.mounted:
-        for name, data in content.items():
-            fusefs("put", it.volume, "-", name, stdin=data)
-        yield it, content
-        return
-    (tmp_path / "mnt").mkdir()
-    fusefs("mount", it.volume, tmp_path / "mnt", "-o", "flush_interval=1,commit_interval=1,cache=1M,scrub_interval=off")
-    try:
-        for name, data in content.items():
-            (tmp_path / "mnt" / name).write_bytes(data)
-        fusefs("flush", tmp_path / "mnt")
-        yield it, content
-    finally:
-        fusefs("umount", tmp_path / "mnt", expect=None)
+    def told(self) -> ScrubStatus:
+        """By the process that has it mounted."""
+        with ControlClient.connect(self.volume) as client:
+            return client.status().volume.scrub
 
 
-def test_what_is_damaged_is_found_told_and_repaired(rig: tuple[Rig, dict[str, bytes]]) -> None:
-    it, content = rig
-    said = fusefs("scrub", it.target).text
-    shards = [it.shards(1), it.shards(2)]
-    assert said.startswith(f"all good: {len(shards[0]) * 2} copies of {len(shards[0])} sectors, a block of each read")
-    good = {path: path.read_bytes() for paths in shards for path in paths}
-    missing, damaged = shards[0][0], shards[1][1]
-    missing.unlink()
-    damaged.write_bytes(bytes(damaged.stat().st_size))
-    report = json.loads(fusefs("scrub", it.target, "--full", "--json", expect=20).text)
-    assert (report["missing"], report["damaged"], report["repaired"], report["lost"], report["left"]) == (1, 1, 2, 0, 0)
-    assert report["full"] is True
-    assert {path: path.read_bytes() for path in good} == good
-    assert fusefs("scrub", it.target, "--full").text.startswith("all good: ")
-    it.check(content)
-    # The copies of one shard on both hosts: nobody has it any more.
-    twins = [paths[0] for paths in shards]
-    for twin in twins:
-        twin.write_bytes(b"nothing")
-    told = fusefs("scrub", it.target, expect=21).text
-    assert "1 sectors cannot be had" in told and "0 missing, 2 damaged, 0 repaired, 2 left" in told
-    status = fusefs("status", it.target).text
-    # Whoever has just opened it knows from the list only that they are bad, and has not tried yet.
-    assert "cannot be had" in status or "not repaired yet" in status
-    # A rescued disk comes back, and a repair makes the other copy of it.
-    twins[0].write_bytes(good[twins[0]])
-    fusefs("repair", it.target)
-    assert {path: path.read_bytes() for path in good} == good
-    assert json.loads(fusefs("scrub", it.target, "--sample", "0.5", "--json").text)["left"] == 0
-    assert it.status()["scrub"]["pending"] == 0
-    it.check(content)
+def spoil(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
 
 
-def test_a_host_that_is_away_is_told_and_is_no_damage(rig: tuple[Rig, dict[str, bytes]]) -> None:
-    it, _ = rig
-    (it.base / "host2").rename(it.base / "elsewhere")
-    told = fusefs("scrub", it.target, expect=21).text
-    assert f"no answer from dir:{it.base}/host2" in told and "missing" not in told
-    (it.base / "elsewhere").rename(it.base / "host2")
-    if it.mounted:
-        wait_until(lambda: fusefs("scrub", it.target, expect=None).status == 0, "the host to be back", 40)
-    else:
-        assert fusefs("scrub", it.target).status == 0
+def test_on_a_mount_what_is_damaged_is_found_told_and_repaired(tmp_path: Path) -> None:
+    it = Rig(tmp_path)
+    it.make()
+    data = os.urandom(700_000)
+    with it.mounted("cache=1M,scrub_interval=off"):
+        (it.mountpoint / "file").write_bytes(data)
+        fusefs("flush", it.mountpoint)
+        good = it.everything()
+        count = len(it.shards(1))
+        said = fusefs("scrub", it.mountpoint).text
+        assert said.startswith(f"all good: {2 * count} copies of {count} sectors, a block of each read")
+        it.shards(1)[0].unlink()
+        spoil(it.shards(2)[1])
+        report = json.loads(fusefs("scrub", it.mountpoint, "--full", "--json", expect=20).text)
+        assert (report["missing"], report["damaged"], report["repaired"], report["lost"], report["left"]) == (1, 1, 2, 0, 0)
+        assert report["full"] is True
+        assert it.everything() == good
+        assert (it.mountpoint / "file").read_bytes() == data
+        assert "2 bad copies, 2 repaired" in fusefs("status", it.mountpoint).text
+        # Of one shard both copies: nobody has it any more.
+        twins = [it.shards(number)[0] for number in (1, 2)]
+        for twin in twins:
+            spoil(twin)
+        told = fusefs("scrub", it.mountpoint, "--full", expect=21).text
+        assert "1 sectors cannot be had" in told and "0 missing, 2 damaged, 0 repaired, 2 left" in told
+        assert "cannot be had" in fusefs("status", it.mountpoint).text
+        # The disk comes back from its rescuer, and the other copy is made of it.
+        twins[0].write_bytes(good[twins[0]])
+        fusefs("repair", it.mountpoint)
+        assert it.everything() == good
+        assert it.told().pending == 0
+        # A host that is away is no damage.
+        (tmp_path / "host2").rename(tmp_path / "elsewhere")
+        told = fusefs("scrub", it.mountpoint, expect=21).text
+        assert f"no answer from dir:{tmp_path}/host2" in told and "missing" not in told
+        (tmp_path / "elsewhere").rename(tmp_path / "host2")
+        assert it.told().pending == 0
 
 
-def test_bad_input_says_what_is_wrong(tmp_path: Path) -> None:
-    fusefs("init", tmp_path / "volume", "--host", f"dir:{tmp_path}/host")
+def test_without_a_mount_the_same(tmp_path: Path) -> None:
+    it = Rig(tmp_path)
+    it.make()
+    data = os.urandom(200_000)
+    fusefs("put", it.volume, "-", "file", stdin=data)
+    good = it.everything()
+    it.shards(1)[0].unlink()
+    spoil(it.shards(2)[1])
+    report = json.loads(fusefs("scrub", it.volume, "--full", "--json", expect=20).text)
+    assert (report["missing"], report["damaged"], report["repaired"], report["left"]) == (1, 1, 2, 0)
+    assert it.everything() == good
+    for number in (1, 2):
+        spoil(it.shards(number)[0])
+    assert "0 missing, 2 damaged, 0 repaired, 2 left" in fusefs("scrub", it.volume, "--full", expect=21).text
+    # Whoever opens it later knows from the list that they are bad.
+    assert "not repaired yet" in (status := fusefs("status", it.volume).text) or "cannot be had" in status
+
+
+def test_bad_input_says_what_is_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for sample in ("0", "1.5", "nan", "many"):
-        assert "sample" in fusefs("scrub", tmp_path / "volume", "--sample", sample, expect=2).err
-    assert fusefs("scrub", tmp_path, expect=2).error_line
-    for interval in ("0", "-1", "soon", "1e9"):
-        assert "scrub_interval" in fusefs("mount", tmp_path / "volume", tmp_path, "-o", f"scrub_interval={interval}", expect=2).err
+        assert "sample" in quick(capfd, "scrub", str(tmp_path), "--sample", sample, expect=2).err
+    for interval in ("0", "-1", "soon", "1e9", "nan"):
+        assert "scrub_interval" in quick(capfd, "mount", str(tmp_path), str(tmp_path), "-o", f"scrub_interval={interval}", expect=2).err
+    assert "not a fusefs volume" in fusefs("scrub", tmp_path, expect=2).error_line
 
 
 def test_a_mount_looks_by_itself_and_mends_what_a_reader_meets(tmp_path: Path) -> None:
-    it = Rig(tmp_path, True)
-    hosts = [option for number in (1, 2) for option in ("--host", f"dir:{tmp_path}/host{number}")]
-    fusefs("init", it.volume, "--replication", "2", "--sector-size", "256K", *hosts)
-    (tmp_path / "mnt").mkdir()
-    data = os.urandom(700_000)
+    it = Rig(tmp_path)
+    it.make()
+    data = os.urandom(500_000)
     # A pass in ten seconds.
-    fusefs("mount", it.volume, tmp_path / "mnt", "-o", "flush_interval=1,commit_interval=1,scrub_interval=0.000116")
-    try:
-        (tmp_path / "mnt" / "file").write_bytes(data)
-        fusefs("flush", tmp_path / "mnt")
-        shards = it.shards(1)
-        good = shards[1].read_bytes()
-        shards[1].unlink()
-        wait_until(lambda: shards[1].exists() and shards[1].read_bytes() == good, "the copy to be there again", 40)
-        wait_until(lambda: it.status()["scrub"]["last_ended_ns"] > 0, "a pass to end", 40)
-        told = fusefs("status", tmp_path / "mnt").text
-        assert "found since it was opened: 1 bad copy, 1 repaired" in told
-    finally:
-        fusefs("umount", tmp_path / "mnt", expect=None)
-    fusefs("mount", it.volume, tmp_path / "mnt", "-o", "scrub_interval=off,cache=64K")
-    try:
-        # Both: whichever host the reader asks first.
-        others = [paths[0] for paths in (it.shards(1), it.shards(2))]
-        good = others[0].read_bytes()
+    with it.mounted("scrub_interval=0.000116"):
+        (it.mountpoint / "file").write_bytes(data)
+        fusefs("flush", it.mountpoint)
+        good = it.everything()
+        it.shards(1)[1].unlink()
+        wait_until(lambda: it.everything() == good, "the copy to be there again", 60)
+        wait_until(lambda: it.told().last_ended_ns > 0, "a pass to end", 60)
+        assert it.told().repaired_since == 1
+    with it.mounted("scrub_interval=off,cache=64K"):
+        # Some of each host: whichever the reader asks first.
         for path in it.shards(1)[::2] + it.shards(2)[1::2]:
-            path.write_bytes(path.read_bytes()[:-1] + b"?")
-            assert path.read_bytes() != good or path not in others
-        assert (tmp_path / "mnt" / "file").read_bytes() == data
-        wait_until(lambda: it.status()["scrub"]["found_since"] >= 1, "the damage to be met", 20)
-        wait_until(lambda: it.status()["scrub"]["pending"] == 0, "it to be mended", 20)
-        assert json.loads(fusefs("scrub", tmp_path / "mnt", "--full", "--json", expect=None).text)["left"] == 0
-        assert fusefs("scrub", tmp_path / "mnt", "--full").text.startswith("all good")
-    finally:
-        fusefs("umount", tmp_path / "mnt", expect=None)
+            spoil(path)
+        assert (it.mountpoint / "file").read_bytes() == data
+        wait_until(lambda: it.told().repaired_since > 0 and it.told().pending == 0, "what was met to be mended", 60)
+        assert json.loads(fusefs("scrub", it.mountpoint, "--full", "--json", expect=None).text)["left"] == 0
+        assert it.everything() == good
 
 
-def test_a_scrub_on_a_mount_ends_with_the_command(tmp_path: Path) -> None:
-    it = Rig(tmp_path, True)
-    fusefs("init", it.volume, "--sector-size", "64K", "--host", f"dir:{tmp_path}/host1")
-    (tmp_path / "mnt").mkdir()
-    fusefs("mount", it.volume, tmp_path / "mnt", "-o", "flush_interval=1,commit_interval=1")
-    try:
-        (tmp_path / "mnt" / "file").write_bytes(os.urandom(8 << 20))
-        fusefs("flush", tmp_path / "mnt")
+def test_a_scrub_on_a_mount_ends_with_the_command_and_another_one_is_refused(tmp_path: Path) -> None:
+    it = Rig(tmp_path)
+    it.make(1)
+    with it.mounted("scrub_interval=off"):
+        (it.mountpoint / "file").write_bytes(os.urandom(8 << 20))
+        fusefs("flush", it.mountpoint)
         for path in it.shards(1):
-            # Each takes a second look: it lasts.
+            # Each is looked at twice: it lasts.
             path.write_bytes(b"")
-        command = subprocess.Popen(
-            [sys.executable, "-m", "fusefs", "scrub", str(tmp_path / "mnt")], env=environment(), stdout=subprocess.DEVNULL
-        )
-        wait_until(lambda: it.status()["scrub"]["found_since"] >= 1, "the scrub to begin", 30)
+        command = subprocess.Popen([sys.executable, "-m", "fusefs", "scrub", str(it.mountpoint)], env=environment(), stdout=-3)
+        wait_until(lambda: it.told().found_since >= 1, "the scrub to begin", 60)
+        assert isinstance(attempt(it), Busy)
         command.kill()
         command.wait()
-        wait_until(lambda: fusefs("scrub", tmp_path / "mnt", "--sample", "0.01", expect=None).status != 7, "the scrub to end", 20)
-    finally:
-        fusefs("umount", tmp_path / "mnt", expect=None)
+        wait_until(lambda: not isinstance(attempt(it), Busy), "the scrub to end", 60)
+
+
+def attempt(it: Rig) -> FusefsError | None:
+    """What a scrub of next to nothing is answered with."""
+    try:
+        with ControlClient.connect(it.volume) as client:
+            client.scrub(False, 0.001)
+    except FusefsError as error:
+        return error
+    return None

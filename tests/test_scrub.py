@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 
-from storage.errors import BadArgument, Busy
+from storage.errors import BadArgument, Busy, Fenced
 from storage.host_io import HostIO
 from storage.hosts.faults import shards_only
 from storage.replication import parse_replication
@@ -596,3 +596,31 @@ def test_the_golden_records_of_scrub() -> None:
     bad = BadRecord(1, True, 1_700_000_000_000_000_000)
     assert msgspec.msgpack.encode(bad).hex() == golden["bad"]
     assert msgspec.msgpack.decode(bytes.fromhex(golden["bad"]), type=BadRecord) == bad
+
+
+async def test_a_volume_that_is_fenced_while_copies_are_looked_at_or_made_can_still_be_read(tmp_path: Path) -> None:
+    """What runs in the background ends; it does not take the volume with it."""
+    async with a_volume(tmp_path, 3, "2", scrub_interval=1.0) as (volume, urls):
+        content = await fill(volume, 6)
+        for record in records(volume).values():
+            path_of(urls, record.shards[0].hosts[0], record.shards[0].root).unlink()
+        await volume.leave_host("3", leave=True)
+        put = volume.host_io.write_sealed
+        puts = 0
+
+        async def fenced_meanwhile(contract_id: str, shard: object) -> None:
+            nonlocal puts
+            puts += 1
+            await put(contract_id, shard)  # type: ignore[arg-type]
+            volume.store.fence("another machine has it")
+
+        volume.host_io.write_sealed = fenced_meanwhile  # type: ignore[method-assign, assignment]
+        with pytest.raises(Fenced):
+            await volume.scrub(full=True)
+        with pytest.raises(Fenced):
+            await volume.reconciler.round()
+        # The rounds in the background meet it, too.
+        volume.reconciler.wake()
+        await trio.sleep(2.5)
+        assert puts
+        assert await unchanged(volume, content)

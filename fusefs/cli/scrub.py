@@ -25,7 +25,7 @@ from storage.errors import FusefsError
 @click.option("--full", is_flag=True, help="Read every shard whole, from every host: as long as reading everything takes.")
 @click.option(
     "--sample",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=float,
     default=1.0,
     metavar="FRACTION",
     help="Look at this share of the sectors only, chosen at random, as in 0.05.",
@@ -46,6 +46,9 @@ def scrub(context: click.Context, path: Path, full: bool, sample: float, as_json
       fusefs scrub ~/volume --full
       fusefs scrub ~/mnt --sample 0.01 --json | jq .damaged
     """
+    # Written so that it is also true for not-a-number.
+    if not 0 < sample <= 1:
+        raise click.UsageError(f"--sample {sample:g}: more than 0 and at most 1")
     target = live.resolve(path)
     if target.served:
         with live.client(target.volume) as client, progress_bar("looking at copies", unit="sectors") as advance:

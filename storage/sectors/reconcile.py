@@ -32,6 +32,7 @@ from storage.errors import Busy, Corrupt, Fenced, FusefsError, Unavailable
 from storage.host_io import HostIO
 from storage.interfaces import Batch, MetadataStore, SealedShard
 from storage.metadata.keys import SECTOR, SETTING, UNDERREPLICATED, prefix_end, read_u64, u64
+from storage.nurseries import plain_nursery
 from storage.pacing import Pace
 from storage.seams import Seams
 from storage.sectors.deleter import Deleter
@@ -250,7 +251,7 @@ class Reconciler:
         self._unmended = 0
         limit = trio.CapacityLimiter(WORKERS)
         start = UNDERREPLICATED
-        async with trio.open_nursery() as nursery:
+        async with plain_nursery() as nursery:
             while found := self._store.scan(start, prefix_end(UNDERREPLICATED), SLICE):
                 for key, _ in found:
                     sector_id = _sector_of(key)

@@ -41,6 +41,7 @@ from storage.errors import BadArgument, Busy, Corrupt, Fenced, FusefsError
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, MetadataStore
 from storage.metadata.keys import LOCAL, SECTOR, u64
+from storage.nurseries import plain_nursery
 from storage.seams import Seams
 from storage.sectors.damage import MAX_LISTED, Copy, Damages, Found, Outcome
 from storage.sectors.records import decode_sector
@@ -258,7 +259,7 @@ class Scrubber:
         try:
             done, self._progress = 0, (0, await count(self._store))
             limit = trio.CapacityLimiter(WORKERS)
-            async with trio.open_nursery() as nursery:
+            async with plain_nursery() as nursery:
                 async for sector_id, _ in walk(self._store):
                     done += 1
                     self._progress = (done, max(done, self._progress[1]))
@@ -333,7 +334,7 @@ class Scrubber:
         limit = trio.CapacityLimiter(BACKGROUND_WORKERS)
         due, last = 0.0, clock.monotonic()
         counted = noted = last
-        async with trio.open_nursery() as nursery:
+        async with plain_nursery() as nursery:
             while left:
                 await clock.sleep(min(max((deadline - last) / left, STEP_MIN), max(interval * STEP, STEP_MIN)))
                 now = clock.monotonic()
