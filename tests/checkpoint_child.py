@@ -1,6 +1,7 @@
 """A process that makes a volume with many files and then a checkpoint of it; says what that took.
 
-python -m tests.checkpoint_child DIRECTORY FILES     ->  one line of JSON
+python -m tests.checkpoint_child fill DIRECTORY FILES    a new volume with so many files
+python -m tests.checkpoint_child measure DIRECTORY       a checkpoint of it  ->  one line of JSON
 """
 
 from __future__ import annotations

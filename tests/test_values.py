@@ -13,11 +13,13 @@ import trio
 from storage.errors import Corrupt, Exists, NoSpace, NotFound
 from storage.interfaces import Batch
 from storage.metadata.keys import EXTENT, FREED, GARBAGE, SECTOR, prefix_end
+from storage.metadata.store import Store
 from storage.values.packing import parse_table
 from storage.values.records import extents_between
 from storage.volume import Volume
 from tests.rig import QUIET, append, contents, free, host_dirs, make, new_value, noise, opened, published
 from tests.rig import SECTOR as SECTOR_SIZE
+from tests.sweeping import TestGate
 from tests.values_child import stream
 
 
@@ -262,20 +264,31 @@ async def test_full_hosts_refuse_the_writer_and_lose_nothing(tmp_path: Path) -> 
         assert await contents(volume, value) == accepted + b"goes on"
 
 
-async def test_deletion_waits_for_a_durable_commit(tmp_path: Path) -> None:
-    """I3: while the commit that frees a sector is not durable, its shards stay."""
+async def test_deletion_waits_for_a_durable_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I3: while the commit that frees a sector is not durable, its shards stay, whatever superblocks say."""
     urls = host_dirs(tmp_path, 1)
     await make(tmp_path / "v", urls)
     async with opened(tmp_path / "v") as volume:
         value = new_value(volume)
         await append(volume, value, b"x" * 1000)
         await volume.flush()
+        volume.deleter.gate = TestGate()
         free(volume, value)
-        durable = volume.store.durable_sequence
-        while shards_on(tmp_path / "host0"):
-            await published(volume)
-            await trio.sleep(0.02)
-        assert volume.store.durable_sequence > durable
+        with trio.fail_after(20):
+            while not volume.deleter.pending():
+                volume.values._reclaimer.step()
+                await trio.sleep(0.01)
+
+        async def refuses(self: Store, *, urgent: bool = False) -> int:
+            raise NoSpace("the disk is full, on purpose")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "commit", refuses)
+            with pytest.raises(NoSpace):
+                await volume.deleter.drain()
+            assert len(shards_on(tmp_path / "host0")) == 1
+        await volume.deleter.drain()
+        assert not shards_on(tmp_path / "host0")
 
 
 async def test_after_every_kill_a_value_is_a_prefix_and_has_what_was_committed(tmp_path: Path) -> None:
