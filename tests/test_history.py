@@ -355,6 +355,7 @@ async def test_two_machines_that_each_reach_some_of_the_hosts(tmp_path: Path) ->
     await make(tmp_path / "v", urls, "1")
     async with opened(tmp_path / "v") as volume:
         await write(volume, "both", b"know")
+        known = metadata(urls[0], volume)
     many, few = cut_off(urls[0]), cut_off(*urls[1:])
     report = await recover_volume(tmp_path / "w", urls[:1], passphrase=PASSPHRASE, opener=few)
     assert not report.majority
@@ -362,6 +363,8 @@ async def test_two_machines_that_each_reach_some_of_the_hosts(tmp_path: Path) ->
         async with opened(tmp_path / "w", few) as minority:
             await write(minority, "only here", b"minority")
             assert (await minority.flush()).reasons
+            theirs = metadata(urls[0], minority) - known
+            assert theirs
             async with opened(tmp_path / "v", many) as majority:
                 await write(majority, "kept", b"majority")
                 assert not [reason for reason in (await majority.flush()).reasons if "metadata" in reason]
@@ -376,14 +379,18 @@ async def test_two_machines_that_each_reach_some_of_the_hosts(tmp_path: Path) ->
                 with pytest.raises(Fenced):
                     await publisher_of(minority).publish()
                 await write(majority, "goes on", b"x")
-                await publisher_of(majority).publish()
+                for number in range(3):
+                    await publisher_of(majority).publish()
+                    await write(majority, f"generation {number}", b"x")
+                # Nobody's superblock names them any more; they are not ours to delete (I5).
+                assert theirs <= metadata(urls[0], majority)
             with trio.fail_after(10):
                 while minority.store.failure is None:
                     await trio.sleep(0.01)
             await write(minority, "refused", b"x")
     await recover_volume(tmp_path / "x", urls, passphrase=PASSPHRASE)
     async with opened(tmp_path / "x") as volume:
-        assert sorted(await volume.files.list()) == ["both", "goes on", "kept"]
+        assert sorted(await volume.files.list()) == ["both", *(f"generation {number}" for number in range(3)), "goes on", "kept"]
 
 
 async def test_a_host_that_replays_an_old_superblock_is_brought_up_to_date(tmp_path: Path) -> None:
