@@ -233,6 +233,10 @@ class _Experience:
     counted: bool = False
 
 
+#: What is known of a host nobody has used. Nobody changes it.
+_NOBODY = _Experience()
+
+
 def stalled_after(size: int, usual: float | None) -> float:
     """Seconds after which a read of so many bytes hangs, `usual` being what is slow for the host, if that is known."""
     least = STALL + size / SLOWEST
@@ -324,7 +328,7 @@ class HostDB:
 
     def stats(self, number: int) -> HostStatistics:
         """What is known; all zero for a host nobody has used."""
-        host, now = self._hosts.get(number, _Experience()), self._seams.clock.monotonic()
+        host, now = self._hosts.get(number, _NOBODY), self._seams.clock.monotonic()
         read, write = host.read, host.write
         latency = read.latency if read.latency is not None else write.latency
         throughput = read.throughput if read.throughput is not None else write.throughput
@@ -360,7 +364,7 @@ class HostDB:
         unknown: list[tuple[int, int]] = []
         failing: list[tuple[float, int]] = []
         for number in dict.fromkeys(numbers):
-            speed = self._hosts.get(number, _Experience()).read
+            speed = self._hosts.get(number, _NOBODY).read
             score, expected = speed.trouble(now), speed.seconds_for(TYPICAL_READ)
             if score >= FAILING:
                 failing.append((score, number))
@@ -388,11 +392,11 @@ class HostDB:
         wanted = list(dict.fromkeys(numbers))
         told = [space[number] for number in wanted if number in space]
         average = max(sum(told) / len(told), 1.0) if told else 1.0
-        times = {n: seconds for n in wanted if (seconds := self._hosts.get(n, _Experience()).write.seconds_for(TYPICAL_WRITE)) is not None}
+        times = {n: seconds for n in wanted if (seconds := self._hosts.get(n, _NOBODY).write.seconds_for(TYPICAL_WRITE)) is not None}
         quickest = min(times.values(), default=1.0)
         ranked: list[tuple[int, float, int]] = []
         for number in wanted:
-            score = self._hosts.get(number, _Experience()).write.failures(now)
+            score = self._hosts.get(number, _NOBODY).write.failures(now)
             if score >= FAILING:
                 ranked.append((2, score, number))
                 continue
@@ -411,7 +415,10 @@ class HostDB:
                 host.dirty = host.counted = False
 
     def _host(self, number: int) -> _Experience:
-        return self._hosts.setdefault(number, _Experience())
+        host = self._hosts.get(number)
+        if host is None:
+            host = self._hosts[number] = _Experience()
+        return host
 
     @staticmethod
     def _speed(host: _Experience, direction: Direction) -> _Speed:

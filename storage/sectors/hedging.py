@@ -37,8 +37,8 @@ from storage.seams import Seams
 SHARE = 0.05
 #: Requests that can be saved up: enough for a rebuild.
 SAVED = 24.0
-#: Seconds below which nothing is slow: another request would take as long.
-SOON = 0.005
+#: Seconds below which nothing is slow: nobody notices, and what is slow then is this machine.
+SOON = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +120,19 @@ class _Race:
             return
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            for _ in range(min(self._needed, len(self._attempts))):
+            for _ in range(1, min(self._needed, len(self._attempts))):
                 self._begin(None)
+            # The first, or the last of the first ones, needs no task of its own: mostly there is but one, and its answer ends it all.
+            await self._one(self._take(), None)
 
     def _begin(self, slow: int | None) -> None:
         """Start the next attempt, because `slow` is, or to begin with."""
+        self._nursery.start_soon(self._one, self._take(), slow)
+
+    def _take(self) -> int:
         number, self._next = self._next, self._next + 1
         self._running.add(number)
-        self._nursery.start_soon(self._one, number, slow)
+        return number
 
     async def _one(self, number: int, slow: int | None) -> None:
         if self._next < len(self._attempts):

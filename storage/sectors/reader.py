@@ -202,9 +202,8 @@ class SectorReader:
         if here is not None:
             return here
         stored, errors = self._stored(wanted, number)
-        others = self._best_first(wanted, number)
         attempts = stored
-        if len(others) >= wanted.layout.needed:
+        if wanted.layout.spec.coded and len(others := self._best_first(wanted, number)) >= wanted.layout.needed:
             rebuild = Attempt(partial(self._rebuild, wanted, number, others), wanted.size, cost=wanted.layout.needed)
             # Where the hosts that have it fail or hang, it comes last again only when they have been well for a while.
             troubled = all(self._hostdb.troubled(attempt.host) for attempt in stored if attempt.host is not None)
