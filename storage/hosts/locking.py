@@ -66,7 +66,7 @@ class Locks(Protocol):
 
 def locking(host: Host) -> LockingHost | None:
     """The host, if it locks what it holds."""
-    return host if isinstance(host, LockingHost) and host.capabilities.object_lock else None
+    return host if host.capabilities.object_lock and isinstance(host, LockingHost) else None
 
 
 class LockedHost:
