@@ -184,6 +184,7 @@ async def _served(
                 log.warning("%s", error)
                 volume.warnings.append(str(error))
             volume.values.recover(tails, ship=False)
+            nursery.start_soon(volume.hedging.run)
             nursery.start_soon(volume.files.run)
             nursery.start_soon(volume.hosts.retry)
             try:

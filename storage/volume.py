@@ -39,6 +39,7 @@ from storage.sectors.cache import BlockCache
 from storage.sectors.damage import Damages
 from storage.sectors.deleter import Deleter
 from storage.sectors.doubts import Doubts
+from storage.sectors.hedging import Hedging
 from storage.sectors.lock_keeper import LockKeeper
 from storage.sectors.manager import SectorManager
 from storage.sectors.placement import Placement
@@ -142,6 +143,7 @@ class Volume:
         self.contractor: Contractor
         self.host_io: HostIO
         self.standing: Standing
+        self.hedging: Hedging
         self.placement: Placement
         self.deleter: Deleter
         self.doubts: Doubts
@@ -703,6 +705,7 @@ async def _wire(
     nursery.start_soon(volume.values.run)
     nursery.start_soon(volume.files.run)
     nursery.start_soon(volume.hosts.retry)
+    nursery.start_soon(volume.hedging.run)
     nursery.start_soon(_reap, volume)
     nursery.start_soon(_save_experience, volume)
     nursery.start_soon(_hand_down, volume)
@@ -735,6 +738,7 @@ def make_layers(
     volume.deleter = Deleter(store, volume.host_io, volume.contractor, seams)
     cache = BlockCache(options.cache)
     reader = SectorReader(store, volume.host_io, volume.contractor, volume.hostdb, cache, seams)
+    volume.hedging = reader.hedging
     volume.staging = Staging(
         volume.path, volume_id, store, volume.host_io, seams, limit=options.staging if writable else 0, writable=writable
     )

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 
 from storage.errors import Unavailable
 from storage.hosts.hostdb import ENOUGH, HALF_LIFE, STALL
@@ -87,7 +88,12 @@ async def a_fleet(spec: str) -> AsyncIterator[Fleet]:
     batch = Batch()
     batch.put(SECTOR + u64(sector), record.encode())
     rig.store.apply(batch)
-    yield Fleet(rig, contracts, sector, data, spec)
+    fleet = Fleet(rig, contracts, sector, data, spec)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fleet.hedging.run)
+        await trio.testing.wait_all_tasks_blocked()
+        yield fleet
+        nursery.cancel_scope.cancel()
 
 
 async def tail(fleet: Fleet, reads: int) -> list[float]:
@@ -215,10 +221,16 @@ async def test_hosts_slow_by_nature_are_waited_for(autojump_clock: trio.testing.
         assert fleet.hedging.stalls == 0
 
 
-async def test_nothing_is_left_running_when_a_reader_goes_or_an_answer_has_come(autojump_clock: trio.testing.MockClock) -> None:
+@pytest.mark.parametrize("watched", [False, True])
+async def test_nothing_is_left_running_when_a_reader_goes_or_an_answer_has_come(
+    watched: bool, autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
     seams = make_seams()
     rig = Rig(seams=seams)
     hedging = Hedging(rig.hostdb, seams)
+    if watched:
+        nursery.start_soon(hedging.run)
+        await trio.testing.wait_all_tasks_blocked()
     running = 0
 
     def attempt(seconds: float, error: bool = False) -> Attempt:
@@ -237,9 +249,19 @@ async def test_nothing_is_left_running_when_a_reader_goes_or_an_answer_has_come(
 
     # Hangs, fails, hangs, answers: each lets the next begin.
     outcome = await hedging.first_good([attempt(1e6), attempt(1, error=True), attempt(1e6), attempt(3)])
-    assert outcome.found == {3: b"3"} and [str(error) for error in outcome.errors] == ["as ordered"] and running == 0
+    await trio.testing.wait_all_tasks_blocked()
+    assert list(outcome.found.values()) == [b"3"] and [str(error) for error in outcome.errors] == ["as ordered"] and running == 0
+    # The first does answer in the end, or the second fails, or both.
+    outcome = await hedging.first_good([attempt(STALL + 3), attempt(1e6)])
+    await trio.testing.wait_all_tasks_blocked()
+    assert outcome.found == {0: b"5"} and running == 0
+    outcome = await hedging.first_good([attempt(STALL + 3), attempt(1, error=True)])
+    assert outcome.found == {0: b"5"} and running == 0
+    outcome = await hedging.first_good([attempt(STALL + 3, error=True), attempt(1, error=True)])
+    assert outcome.found == {} and len(outcome.errors) == 2 and running == 0
     with trio.move_on_after(10) as scope:
         await hedging.first_good([attempt(1e6), attempt(1e6)])
+    await trio.testing.wait_all_tasks_blocked()
     assert scope.cancelled_caught and running == 0
     # All fail: that is told, once the last has.
     outcome = await hedging.first_good([attempt(1, error=True), attempt(2, error=True), attempt(5, error=True)], 2)
@@ -247,3 +269,14 @@ async def test_nothing_is_left_running_when_a_reader_goes_or_an_answer_has_come(
     # Several at a time.
     outcome = await hedging.first_good([attempt(1), attempt(1e6), attempt(2), attempt(1e6)], 2)
     assert outcome.found == {0: b"1", 2: b"2"} and running == 0
+    assert [entry.read for entry in hedging._watched if entry.read is not None] == []
+
+    async def broken() -> bytes:
+        raise ZeroDivisionError
+
+    # A defect is the reader's, not the end of who watches.
+    with pytest.raises((ZeroDivisionError, ExceptionGroup)):
+        await hedging.first_good([attempt(1e6), Attempt(broken, 100, host=2)])
+    assert running == 0
+    outcome = await hedging.first_good([attempt(1e6), attempt(1)])
+    assert list(outcome.found.values()) == [b"1"]

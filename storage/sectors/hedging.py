@@ -18,12 +18,16 @@ of 1 - `SHARE` / k is slow: else what is there would be spent on the first that 
 is failover, as the first is: it is not in the share, because readers have to get past a host that does not answer also where nothing is
 saved up, or nothing is known of it yet.
 
-Who is given up is told so by cancellation, and knows it for what it was (`HostDB.gave_up`). All tasks are in one nursery, which has ended
-when `first_good` returns.
+Who is given up is told so by cancellation, and knows it for what it was (`HostDB.gave_up`). Nearly all reads are answered by the first
+attempt before it is slow. They take no task: `run`, one for the volume, watches them all, and asks the others for those that are late; what
+it has asked ends, cancelled, when the read does. Without it, and where several answers are needed, each read has a nursery of its own.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -75,6 +79,35 @@ class Hedging:
         self.second = 0
         self.won = 0
         self.stalls = 0
+        #: Where others are asked for reads that are late; None while `run` does not.
+        self._nursery: trio.Nursery | None = None
+        self._watched: list[_Watched] = []
+        self._order = itertools.count()
+        self._wake = trio.Event()
+
+    async def run(self) -> None:
+        """Watches reads until cancelled."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                while True:
+                    self._wake = trio.Event()
+                    with trio.move_on_at(self._watched[0].deadline if self._watched else math.inf):
+                        await self._wake.wait()
+                    while self._watched and self._watched[0].deadline <= trio.current_time():
+                        read = heapq.heappop(self._watched).read
+                        if read is not None:
+                            read.late(nursery)
+        finally:
+            self._nursery = None
+
+    def watch(self, read: _First, after: float) -> _Watched:
+        """`read.late` is called after so many seconds, unless the entry's `read` is None by then."""
+        entry = _Watched(trio.current_time() + after, next(self._order), read)
+        heapq.heappush(self._watched, entry)
+        if self._watched[0] is entry:
+            self._wake.set()
+        return entry
 
     async def first_good(self, attempts: Sequence[Attempt], needed: int = 1, *, earns: bool = True) -> Outcome:
         """The first `needed` good answers, asked for in the order of `attempts`, as many at a time; fewer: every attempt has failed.
@@ -84,9 +117,48 @@ class Hedging:
         if earns and len(attempts) > needed:
             self.reads += 1
             self._saved = min(SAVED, self._saved + SHARE)
-        race = _Race(self, attempts, needed)
+        if len(attempts) == 1:
+            # Nobody else to ask.
+            outcome = Outcome()
+            try:
+                outcome.found[0] = await attempts[0].run()
+            except FusefsError as error:
+                outcome.errors.append(error)
+            return outcome
+        if needed == 1 and attempts and self._nursery is not None:
+            return await _First(self, attempts).run()
+        return await self.race(attempts, needed)
+
+    async def race(self, attempts: Sequence[Attempt], needed: int = 1, *, may_hedge: bool = True) -> Outcome:
+        """With a nursery of its own. Not `may_hedge`: it is a second request itself."""
+        race = _Race(self, attempts, needed, may_hedge)
         await race.run()
         return race.outcome
+
+    def slow_after(self, attempt: Attempt, cost: int) -> float | None:
+        """Seconds after which it is worth `cost` requests to ask somebody else; None where that is not known."""
+        if attempt.host is None:
+            return None
+        slow = self.hostdb.slow_after(attempt.host, attempt.size, 1 - SHARE / cost)
+        return None if slow is None else max(slow, SOON)
+
+    def stalled_after(self, attempt: Attempt) -> float:
+        """Seconds after which it hangs."""
+        if attempt.host is None:
+            # Those it asks are watched one by one.
+            return STALL + stalled_after(attempt.size, None)
+        return self.hostdb.stalled_after(attempt.host, attempt.size)
+
+    def late(self, attempt: Attempt) -> None:
+        """Another is asked because this one is slow, or hangs."""
+        if attempt.host is not None:
+            self.hostdb.hedged(attempt.host)
+
+    def overtaken(self, attempt: Attempt) -> None:
+        """And the other was quicker."""
+        self.won += 1
+        if attempt.host is not None:
+            self.hostdb.overtaken(attempt.host)
 
     def spend(self, cost: int) -> bool:
         """May a second attempt of so many requests begin?"""
@@ -97,13 +169,100 @@ class Hedging:
         return True
 
 
-class _Race:
-    """One call of `first_good`."""
+@dataclass(order=True, slots=True)
+class _Watched:
+    """A read that will be late. `read` is None once it is over: until then its answer would be kept."""
 
-    def __init__(self, hedging: Hedging, attempts: Sequence[Attempt], needed: int) -> None:
+    deadline: float
+    order: int
+    read: _First | None = field(compare=False)
+
+
+class _First:
+    """A call of `first_good` that needs one answer, while its first attempt is under way in the caller's own task."""
+
+    def __init__(self, hedging: Hedging, attempts: Sequence[Attempt]) -> None:
+        self._hedging = hedging
+        self._attempts = attempts
+        self._scope = trio.CancelScope()
+        #: Of the others, once the first was late.
+        self._others: trio.CancelScope | None = None
+        self._others_ended = trio.Event()
+        self._found = Outcome()
+        self._broken: Exception | None = None
+        self._watched: _Watched
+        #: What it will be when it is late next; seconds that it had until then.
+        self._stalls = False
+        self._waited = 0.0
+
+    async def run(self) -> Outcome:
+        hedging, first = self._hedging, self._attempts[0]
+        outcome = Outcome()
+        slow = hedging.slow_after(first, self._attempts[1].cost)
+        self._stalls = slow is None
+        self._waited = hedging.stalled_after(first) if slow is None else slow
+        self._watched = hedging.watch(self, self._waited)
+        try:
+            with self._scope:
+                try:
+                    outcome.found[0] = await first.run()
+                    return outcome
+                except FusefsError as error:
+                    outcome.errors.append(error)
+            # It failed, or the others were quicker.
+            self._watched.read = None
+            if self._others is None:
+                rest = await hedging.race(self._attempts[1:])
+            else:
+                await self._others_ended.wait()
+                rest = self._found
+                if self._broken is not None:
+                    raise self._broken
+        finally:
+            self._watched.read = None
+            if self._others is not None:
+                self._others.cancel()
+        outcome.found |= {number + 1: found for number, found in rest.found.items()}
+        outcome.errors += rest.errors
+        return outcome
+
+    def late(self, nursery: trio.Nursery) -> None:
+        """It is slow, or hangs. No await."""
+        hedging, first = self._hedging, self._attempts[0]
+        if self._stalls:
+            hedging.stalls += 1
+        elif not hedging.spend(self._attempts[1].cost):
+            self._stalls = True
+            self._watched = hedging.watch(self, max(0.0, hedging.stalled_after(first) - self._waited))
+            return
+        hedging.late(first)
+        self._others = trio.CancelScope()
+        nursery.start_soon(self._ask_others, self._others)
+
+    async def _ask_others(self, scope: trio.CancelScope) -> None:
+        """In a task of the volume's: until one answers, or the read is over."""
+        try:
+            with scope:
+                self._found = await self._hedging.race(self._attempts[1:], may_hedge=False)
+        except Exception as error:  # noqa: BLE001 - handed to the reader
+            # A defect, which is the reader's to raise: here it would end the volume.
+            self._broken = error
+            self._scope.cancel()
+        finally:
+            self._others_ended.set()
+        if self._found.found and self._watched.read is not None:
+            self._hedging.overtaken(self._attempts[0])
+            self._scope.cancel()
+
+
+class _Race:
+    """One call of `race`."""
+
+    def __init__(self, hedging: Hedging, attempts: Sequence[Attempt], needed: int, may_hedge: bool) -> None:
         self._hedging = hedging
         self._attempts = attempts
         self._needed = needed
+        self._may_hedge = may_hedge
         self.outcome = Outcome()
         #: The next one to begin.
         self._next = 0
@@ -111,19 +270,13 @@ class _Race:
         self._nursery: trio.Nursery
 
     async def run(self) -> None:
-        if len(self._attempts) == 1:
-            # Nobody else to ask: no task needed.
-            try:
-                self.outcome.found[0] = await self._attempts[0].run()
-            except FusefsError as error:
-                self.outcome.errors.append(error)
-            return
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             for _ in range(1, min(self._needed, len(self._attempts))):
                 self._begin(None)
-            # The first, or the last of the first ones, needs no task of its own: mostly there is but one, and its answer ends it all.
-            await self._one(self._take(), None)
+            # The last of the first ones needs no task of its own.
+            if self._attempts:
+                await self._one(self._take(), None)
 
     def _begin(self, slow: int | None) -> None:
         """Start the next attempt, because `slow` is, or to begin with."""
@@ -136,15 +289,15 @@ class _Race:
 
     async def _one(self, number: int, slow: int | None) -> None:
         if self._next < len(self._attempts):
-            self._nursery.start_soon(self._watch, number, slow is None)
+            self._nursery.start_soon(self._watch, number, self._may_hedge and slow is None)
         # No await from an answer to the end of this method: each sees what the others have left.
         try:
             self.outcome.found[number] = await self._attempts[number].run()
         except FusefsError as error:
             self.outcome.errors.append(error)
         self._running.discard(number)
-        if number in self.outcome.found and slow in self._running:
-            self._overtaken(slow)
+        if slow is not None and number in self.outcome.found and slow in self._running:
+            self._hedging.overtaken(self._attempts[slow])
         short = len(self._running) + len(self.outcome.found) < self._needed
         if len(self.outcome.found) >= self._needed:
             self._nursery.cancel_scope.cancel()
@@ -157,33 +310,18 @@ class _Race:
     async def _watch(self, number: int, may_hedge: bool) -> None:
         """Begin another attempt while this one is slow, or hangs."""
         hedging, attempt, waited = self._hedging, self._attempts[number], 0.0
-        slow = self._slow_after(attempt, self._attempts[self._next].cost) if may_hedge and self._next < len(self._attempts) else None
+        slow = hedging.slow_after(attempt, self._attempts[self._next].cost) if may_hedge and self._next < len(self._attempts) else None
         if slow is not None:
-            waited = max(slow, SOON)
+            waited = slow
             await hedging.clock.sleep(waited)
             if number not in self._running or self._next >= len(self._attempts):
                 return
             if hedging.spend(self._attempts[self._next].cost):
-                if attempt.host is not None:
-                    hedging.hostdb.hedged(attempt.host)
+                hedging.late(attempt)
                 self._begin(number)
                 return
-        await hedging.clock.sleep(max(0.0, self._stalled_after(attempt) - waited))
+        await hedging.clock.sleep(max(0.0, hedging.stalled_after(attempt) - waited))
         if number in self._running and self._next < len(self._attempts):
             hedging.stalls += 1
+            hedging.late(attempt)
             self._begin(number)
-
-    def _slow_after(self, attempt: Attempt, cost: int) -> float | None:
-        return None if attempt.host is None else self._hedging.hostdb.slow_after(attempt.host, attempt.size, 1 - SHARE / cost)
-
-    def _stalled_after(self, attempt: Attempt) -> float:
-        if attempt.host is None:
-            # Those it asks are watched one by one.
-            return STALL + stalled_after(attempt.size, None)
-        return self._hedging.hostdb.stalled_after(attempt.host, attempt.size)
-
-    def _overtaken(self, slow: int | None) -> None:
-        self._hedging.won += 1
-        host = None if slow is None else self._attempts[slow].host
-        if host is not None:
-            self._hedging.hostdb.overtaken(host)
