@@ -126,6 +126,8 @@ async def _serve(
     settings: dict[str, float | None] = {}
     if options.cache_bytes is not None:
         settings["cache"] = options.cache_bytes
+    if options.staging is not None:
+        settings["staging"] = options.staging
     if options.flush_interval is not None:
         settings["flush_interval"] = options.flush_interval
     if options.repair_rate is not None:

@@ -44,6 +44,8 @@ class MountOptions:
     allow_other: bool | None = None
     #: Bytes for the block cache; None: the volume's default.
     cache_bytes: int | None = None
+    #: Bytes of sealed sectors on the local disk at most, for hosts that are far or away; 0: none. None: the volume's default.
+    staging: int | None = None
     #: Seconds between commits; between gatherings of small tails.
     commit_interval: float = 5.0
     flush_interval: float | None = None
@@ -95,6 +97,8 @@ class MountOptions:
                 choose("link_denied", option, value == "deny")
             elif name == "cache" and equals:
                 choose("cache_bytes", option, parse_size(option, value))
+            elif name == "staging" and equals:
+                choose("staging", option, parse_size(option, value))
             elif name in ("repair_rate", "upload_rate") and equals:
                 choose(name, option, _rate(option, value))
             elif name == "away_grace" and equals:
@@ -146,6 +150,7 @@ _WITH_VALUE = (
     "flush_interval=SECONDS",
     "fsync=local|hosts",
     "repair_rate=SIZE",
+    "staging=SIZE",
     "upload_rate=SIZE",
     "away_grace=SECONDS",
     "scrub_interval=DAYS|off",

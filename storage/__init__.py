@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from storage.status import RewriteStatus as RewriteStatus
     from storage.status import ScrubReport as ScrubReport
     from storage.status import ScrubStatus as ScrubStatus
+    from storage.status import StagingStatus as StagingStatus
     from storage.status import StoredAs as StoredAs
     from storage.status import VolumeStatus as VolumeStatus
     from storage.volume import Volume as Volume
@@ -121,6 +122,7 @@ _HOMES = {
         "RewriteStatus",
         "ScrubReport",
         "ScrubStatus",
+        "StagingStatus",
         "StoredAs",
         "VolumeStatus",
     ),

@@ -177,12 +177,7 @@ async def _served(
             volume.warnings += await volume.staging.open()
             await volume.hosts.open_all()
             await volume.placement.poll_space()
-            try:
-                await check_servable(volume)
-            except Unavailable as error:
-                # What can be read is better than nothing, least of all where somebody comes to save what is left.
-                log.warning("%s", error)
-                volume.warnings.append(str(error))
+            await check_servable(volume)
             volume.values.recover(tails, ship=False)
             nursery.start_soon(volume.hedging.run)
             nursery.start_soon(volume.files.run)

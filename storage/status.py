@@ -113,6 +113,22 @@ class RepairStatus(msgspec.Struct, frozen=True):
     trouble: str = ""
 
 
+class StagingStatus(msgspec.Struct, frozen=True):
+    """What is on this machine and on too few hosts yet, and how quickly it gets there.
+
+    bytes: still to be sent, all copies together; rate: bytes per second lately; seconds_left: at that rate, None while nothing is sent.
+    used, limit: bytes of the directory, what is only cached included. trouble: why nothing gets there, or what is wrong with it; "".
+    """
+
+    sectors: int = 0
+    bytes: int = 0
+    rate: float = 0.0
+    seconds_left: float | None = None
+    used: int = 0
+    limit: int = 0
+    trouble: str = ""
+
+
 class RewriteStatus(msgspec.Struct, frozen=True):
     """Files that were given another replication: what is still in sectors of the old one, and what was moved since the volume was opened.
     directories: whose files are still to be told. trouble: why some are not moved yet, or ""."""
@@ -250,6 +266,7 @@ class VolumeStatus(msgspec.Struct, frozen=True):
     view: str = ""
     #: Another machine has gone on with the volume; `read_only_reason` says which.
     fenced: bool = False
+    staging: StagingStatus = StagingStatus()
     repair: RepairStatus = RepairStatus()
     rewrite: RewriteStatus = RewriteStatus()
     #: Places that were looked for on a host that has forgotten things, and are not there: as far as no other host has them they are lost.

@@ -63,6 +63,7 @@ from storage.status import (
     RepairStatus,
     RewriteStatus,
     ScrubReport,
+    StagingStatus,
     VolumeStatus,
 )
 from storage.values.records import decode_value, tail_needed
@@ -250,6 +251,12 @@ class Volume:
         now = self.reconciler.status
         return now.bytes, now.bytes + now.pending_bytes
 
+    def _staging_status(self) -> StagingStatus:
+        now, staging = self.sectors.drain.status(), self.staging
+        left = now.bytes / now.rate if now.rate else None
+        trouble = now.trouble or staging.trouble or next(iter(staging.losses.values()), "")
+        return StagingStatus(now.sectors, now.bytes, now.rate, left, staging.size, staging.limit, trouble)
+
     def _repair_status(self) -> RepairStatus:
         now, damage = self.reconciler.status, self.damages.status
         return RepairStatus(
@@ -391,7 +398,8 @@ class Volume:
             bytes=size,
             sectors=self.sectors.count,
             pending_bytes=self.values.pending_bytes,
-            degraded_sectors=self.sectors.degraded(),
+            # What is in staging is told by itself.
+            degraded_sectors=max(0, self.sectors.degraded() - len(self.staging.below)),
             sectors_to_delete=self.deleter.pending(),
             cache_bytes=self.sectors.cache.size,
             cache_limit=self.sectors.cache.limit,
@@ -420,6 +428,7 @@ class Volume:
             hosts=hosts,
             contracts=self._contract_statuses(urls, now),
             fenced=fenced,
+            staging=self._staging_status(),
             repair=self._repair_status(),
             rewrite=self.rewrite_status(),
             missing_places=self.doubts.missing(),
@@ -900,7 +909,7 @@ async def _commit_loop(volume: Volume, interval: float) -> None:
 
 
 async def check_servable(volume: Volume) -> None:
-    """With hosts away: warn if what is left can serve everything, else Unavailable saying which sectors need which host.
+    """With hosts away: warn of each, and of what cannot be read until they are back. Reading that is Unavailable then; all else goes on.
 
     Looks at every sector, in slices, but only when a host is away.
     """
@@ -921,8 +930,8 @@ async def check_servable(volume: Volume) -> None:
     while found := volume.store.scan(start, end, 500):
         for key, raw in found:
             sector_id = read_u64(key, 1)
-            record = decode_sector(raw, sector_id)
-            if record.live and not can_be_read(record, here):
+            record = await volume.strays.locate(sector_id, decode_sector(raw, sector_id))
+            if record.live and not can_be_read(record, here, volume.staging.has):
                 lost += 1
                 needed |= {host for shard in record.shards for host in shard.hosts} & away.keys()
                 if len(examples) < 5:
@@ -931,5 +940,7 @@ async def check_servable(volume: Volume) -> None:
         await trio.lowlevel.checkpoint()
     if lost:
         sectors = ", ".join(map(str, examples)) + (f" and {lost - len(examples)} more" if lost > len(examples) else "")
-        hosts_text = ", ".join(away[number] for number in sorted(needed))
-        raise Unavailable(f"{volume.path}: sectors {sectors} are only on {hosts_text}; bring that host back and try again")
+        hosts_text = ", ".join(away[number] for number in sorted(needed or away))
+        warning = f"sectors {sectors} are only on {hosts_text}: what is in them cannot be read before that host is back"
+        log.warning("%s: %s", volume.path, warning)
+        volume.warnings.append(warning)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fusefs.cli import app, output, session, status
 from fusefs.cli.arguments import Days, Size
 from fusefs.cli.output import human_bytes, human_span, printable
-from storage import RepairStatus, RewriteStatus, ScrubStatus, VolumeStatus, errors
+from storage import RepairStatus, RewriteStatus, ScrubStatus, StagingStatus, VolumeStatus, errors
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_an_error_of_the_work_comes_out() -> None:
 @pytest.mark.parametrize(("count", "last"), [(10, "warning: trouble 9"), (11, "... and 1 more (see --json)")])
 def test_a_flood_of_warnings_is_cut_for_people(count: int, last: str, capsys: pytest.CaptureFixture[str]) -> None:
     empty: dict[type, object] = {str: "", int: 0, float: 0.0, bool: False, ScrubStatus: ScrubStatus()}
-    empty |= {RepairStatus: RepairStatus(), RewriteStatus: RewriteStatus()}
+    empty |= {RepairStatus: RepairStatus(), RewriteStatus: RewriteStatus(), StagingStatus: StagingStatus()}
     values = {field.name: empty.get(field.type, []) for field in msgspec.structs.fields(VolumeStatus)}
     # The same one twice counts once.
     now = VolumeStatus(**values | {"warnings": ["trouble 0", *(f"trouble {number}" for number in range(count))]})

@@ -36,7 +36,7 @@ from fusefs.control_protocol import (
     error_answer,
     error_of,
 )
-from storage import FlushProgress, FlushReport, RepairStatus, RewriteStatus, ScrubStatus, VolumeStatus
+from storage import FlushProgress, FlushReport, RepairStatus, RewriteStatus, ScrubStatus, StagingStatus, VolumeStatus
 from storage.errors import BadArgument, Busy, Corrupt, FusefsError, NotFound, Unavailable
 
 
@@ -45,6 +45,7 @@ def volume_status(path: Path) -> VolumeStatus:
     for field in msgspec.structs.fields(VolumeStatus):
         plain = {int: 7, str: "text", bool: False, float: 0.5, RepairStatus: RepairStatus(pending=3, trouble="no room")}
         plain[RewriteStatus] = RewriteStatus(files=2, pending_bytes=100)
+        plain[StagingStatus] = StagingStatus(sectors=4, bytes=100, seconds_left=2.5, trouble="no room")
         plain[ScrubStatus] = ScrubStatus(pending=1, trouble="no room")
         values[field.name] = plain.get(field.type, [])
     return VolumeStatus(**{**values, "path": str(path)})

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import trio
 
+from storage.checking import check_volume
+from storage.errors import FusefsError, NoSpace
 from storage.hosts.faults import Faults
 from storage.hosts.urls import HostURL
 from storage.keyfile import CHEAP
 from storage.metadata.keys import SECTOR, UNDERREPLICATED, prefix_end, read_u64
 from storage.recovery import recover_volume
-from storage.sectors.records import SectorRecord, decode_sector
+from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
+from storage.values.records import extents_between
 from storage.volume import Volume, VolumeOptions, open_volume
 from tests.fakes import make_seams
 from tests.host_rig import FaultyOpener
@@ -208,3 +211,146 @@ async def test_a_machine_lost_at_any_moment_leaves_what_was_published(tmp_path: 
             versions = [number for number, whole in enumerate(written[name]) if whole.startswith(content) and number >= last.get(name, 0)]
             assert versions, (sequence, name, len(content))
             last[name] = versions[0]
+
+
+async def write(volume: Volume, name: bytes, data: bytes) -> None:
+    """A file whose bytes are in a sector when it returns, or what keeps them from it is raised."""
+    ino = volume.namespace.create(1, name, 0o100644, 0, 0)
+    await volume.namespace.append(ino, data)
+    volume.values.shipper.gather()
+    await volume.namespace.commit(ino)
+    if volume.values.shipper.trouble is not None:
+        raise volume.values.shipper.trouble
+
+
+async def read(volume: Volume, name: bytes) -> bytes:
+    return await volume.namespace.read(volume.namespace.lookup(1, name), 0, 1 << 30)
+
+
+async def test_with_all_hosts_gone_writes_go_on_until_staging_is_full_and_all_drains_when_they_are_back(
+    tmp_path: Path, autojump_clock: object
+) -> None:
+    made = await remote(tmp_path, 3, "3")
+    files: dict[bytes, bytes] = {}
+    async with made.opened(staging=10 * SIZE) as volume:
+        made.each(gone="the network is down")
+        with pytest.raises(NoSpace, match="staging takes no more until hosts do"):
+            for number in range(30):
+                data = noise(SIZE)
+                files[b"file%d" % number] = data
+                await write(volume, b"file%d" % number, data)
+        assert 8 <= len(files) <= 11
+        assert all([await read(volume, name) == data for name, data in files.items()])
+        report_at = (await volume.status()).staging
+        assert report_at.sectors >= 8 and "the network is down" in report_at.trouble
+        made.each(gone=None)
+        await until(lambda: is_full(volume) and not volume.values.pending_bytes)
+        assert volume.values.shipper.trouble is None, "writers go on by themselves"
+        await write(volume, b"more", noise(SIZE))
+        assert (await volume.status()).staging.trouble == ""
+        files[b"more"] = await read(volume, b"more")
+    async with made.opened(staging=0) as volume:
+        forget(volume)
+        assert all([await read(volume, name) == data for name, data in files.items()])
+
+
+async def test_only_what_is_at_full_replication_is_dropped_least_recently_used_first(tmp_path: Path, autojump_clock: object) -> None:
+    """I3. Breaks if what hosts lack is dropped to make room, or if what is read goes before what is not."""
+    made = await remote(tmp_path, 2, "2")
+    async with made.opened(staging=6 * SIZE) as volume:
+        for number in range(4):
+            await write(volume, b"old%d" % number, noise(SIZE))
+        await until(lambda: is_full(volume))
+        forget(volume)
+        await read(volume, b"old0")
+        (kept,) = (shard.root.hex() for shard in shards_of(volume, b"old0"))
+        made.each(gone="the network is down")
+        for number in range(4):
+            await write(volume, b"new%d" % number, noise(SIZE))
+        waiting = {shard.root.hex() for number in range(4) for shard in shards_of(volume, b"new%d" % number)}
+        assert waiting <= made.staged(), "what no host has stays"
+        assert kept in made.staged()
+        assert len(made.staged()) == 5
+        assert sum(path.stat().st_size for path in made.path.glob("staging/volumes/*/sectors/*/*")) <= 6 * SIZE
+        # One more would need room that only what waits could give.
+        await write(volume, b"last", noise(SIZE))
+        assert kept not in made.staged()
+        with pytest.raises(NoSpace):
+            await write(volume, b"too much", noise(SIZE))
+
+
+def shards_of(volume: Volume, name: bytes) -> list[ShardRecord]:
+    """Of the one sector a file's bytes are in."""
+    value = volume.namespace._inodes.get(volume.namespace.lookup(1, name)).rec.value
+    (extent,) = extents_between(volume.store, value, 0, 1 << 40, 10)
+    return records(volume)[extent.sector_id].shards
+
+
+async def test_a_staging_directory_that_was_removed_harms_only_what_was_nowhere_else(tmp_path: Path, autojump_clock: object) -> None:
+    """Breaks if one lost sector keeps all that comes after it from being published, or is not told."""
+    made = await remote(tmp_path, 3, "2")
+    safe, lost = noise(SIZE), noise(SIZE)
+    async with made.opened() as volume:
+        await write(volume, b"safe", safe)
+        await until(lambda: is_full(volume))
+        made.each(gone="the network is down")
+        await write(volume, b"lost", lost)
+    shutil.rmtree(made.path / "staging")
+    made.each(gone=None)
+    async with made.opened() as volume:
+        assert any("which were on no host yet" in warning for warning in volume.warnings)
+        assert await read(volume, b"safe") == safe
+        with pytest.raises(FusefsError, match="sector"):
+            await read(volume, b"lost")
+        await write(volume, b"later", safe)
+        await volume.flush()
+        assert volume.publisher is not None and volume.publisher.published_sequence == volume.store.durable_sequence
+        assert "neither in" in (await volume.status()).staging.trouble
+    found: list[str] = []
+    await check_volume(
+        made.path, passphrase=PASSPHRASE, opener=made.opener, seams=make_seams(seed=77), on_finding=lambda one: found.append(str(one))
+    )
+    assert any(text.startswith("sector") and "is not in" in text for text in found), found
+    assert any(text.startswith("/lost: bytes 0 to") for text in found), found
+    assert (await recovered_but(made, b"lost"))[b"later"] == safe
+
+
+async def recovered_but(made: Remote, name: bytes) -> dict[bytes, bytes]:
+    """What a new machine reads, but for one file, which cannot be."""
+    base = made.path.parent / "elsewhere"
+    await recover_volume(base, made.urls, passphrase=PASSPHRASE, seams=make_seams(seed=5), argon2=CHEAP)
+    async with open_volume(base, passphrase=PASSPHRASE, options=QUIET, seams=make_seams(seed=6)) as volume:
+        names = [entry.name for entry in volume.namespace.entries(1, 0, 100)]
+        with pytest.raises(FusefsError):
+            await read(volume, name)
+        return {one: await read(volume, one) for one in names if one != name}
+
+
+async def test_check_knows_what_waits_for_hosts(tmp_path: Path, autojump_clock: object) -> None:
+    made = await remote(tmp_path, 3, "2+1")
+    async with made.opened() as volume:
+        made.each(gone="the network is down")
+        await write(volume, b"waits", noise(SIZE))
+    made.each(gone=None)
+    report = await check_volume(made.path, passphrase=PASSPHRASE, opener=made.opener, seams=make_seams(seed=7), data=True)
+    assert not report.found, report.found
+    assert report.notes["pending"]
+
+
+async def test_a_volume_that_is_fenced_keeps_what_it_staged(tmp_path: Path, autojump_clock: object) -> None:
+    made = await remote(tmp_path, 3, "2")
+    data = noise(SIZE)
+    async with made.opened(flush_interval=10.0) as volume:
+        await write(volume, b"there", data)
+        await volume.flush()
+        made.each(hang=True, only=puts_of_shards)
+        await write(volume, b"staged", data)
+        waiting = made.staged()
+        await recover_volume(tmp_path / "elsewhere", made.urls, passphrase=PASSPHRASE, seams=make_seams(seed=50), argon2=CHEAP)
+        # It is held, waits for hosts that take nothing, and notices all the same.
+        await until(lambda: volume.store.failure is not None)
+        assert "another machine" in (volume.store.failure or "")
+        made.each(hang=False)
+        await trio.sleep(120)
+        assert waiting <= made.staged()
+        assert await read(volume, b"staged") == data

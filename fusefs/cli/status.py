@@ -18,7 +18,7 @@ from fusefs.cli.output import human_bytes, human_span, human_time, printable, st
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
 from fusefs.control_protocol import MountStatus
-from storage import ContractStatus, HostStatus, ReadOnlySource, ScrubStatus, VolumeStatus, open_read_only
+from storage import ContractStatus, HostStatus, ReadOnlySource, ScrubStatus, StagingStatus, VolumeStatus, open_read_only
 from storage.errors import Fenced
 
 #: Warnings shown to a person: where everything is wrong, what is stored must not scroll away.
@@ -123,13 +123,15 @@ def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, st
     copies = "data+parity" if "+" in now.replication else "one copy each" if now.replication == "1" else f"{now.replication} copies each"
     lookups = now.cache_hits + now.cache_misses
     hits = f", {100 * now.cache_hits // lookups} % of reads found there" if lookups else ""
-    pending = f"{human_bytes(now.pending_bytes)} on no host yet" if now.pending_bytes else "nothing: what was written is on its hosts"
+    nothing = "nothing: what was written is on its hosts" if not now.staging.sectors else "nothing in memory"
+    pending = f"{human_bytes(now.pending_bytes)} on no host yet" if now.pending_bytes else nothing
     lines = [
         ("volume", f"{now.path}  (id {now.volume_id})"),
         ("mounted", _mounted(mount)),
         *([("shows", now.view)] if now.view else []),
         ("stored", f"{_count(now.files, 'file')}, {human_bytes(now.bytes)}, in {_count(now.sectors, 'sector')}, {copies}"),
         ("pending", pending),
+        *([("staging", _staging(now.staging))] if (now.staging.sectors or now.staging.used) and not now.view else []),
         *([("repair", _repair(now))] if now.repair.pending and not now.view else []),
         *([("moving", _rewrite(now))] if (now.rewrite.files or now.rewrite.directories) and not now.view else []),
         *([("scrub", _scrub(now.scrub))] if not now.view else []),
@@ -140,6 +142,16 @@ def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, st
     if now.refusals_total:
         lines.append(("refused", f"{_count(now.refusals_total, 'operation')} since it was opened"))
     return lines
+
+
+def _staging(now: StagingStatus) -> str:
+    """What waits for hosts on the local disk, and what is kept there."""
+    used = f"{human_bytes(now.used)} of {human_bytes(now.limit)} used"
+    if not now.sectors:
+        return f"nothing waits; {used}, as read cache"
+    how = f", {human_bytes(int(now.rate))}/s" if now.rate else ""
+    left = f", {human_span(now.seconds_left)} left" if now.seconds_left is not None else ""
+    return f"{_count(now.sectors, 'sector')} on too few hosts yet, {human_bytes(now.bytes)} to send{how}{left}; {used}"
 
 
 def _repair(now: VolumeStatus) -> str:
@@ -196,6 +208,8 @@ def warnings(now: VolumeStatus, now_ns: int) -> list[str]:
     if now.read_only and not now.view:
         found.append(f"the volume takes no more writes: {now.read_only_reason}")
     found += now.warnings
+    if now.staging.trouble:
+        found.append(f"what is staged does not get to its hosts: {now.staging.trouble}" if now.staging.sectors else now.staging.trouble)
     if now.degraded_sectors:
         why = f": {now.repair.trouble}" if now.repair.trouble else ""
         found.append(f"{_count(now.degraded_sectors, 'sector')} with fewer copies than {now.replication!r} asks for{why}")

@@ -27,6 +27,7 @@ from storage.metadata.keys import LOST, u32
 from storage.metadata.replay import RecoveredTails
 from storage.metadata.store import open_store
 from storage.seams import Seams
+from storage.sectors.staging import Staging
 from storage.values.records import tail_needed
 
 
@@ -67,24 +68,24 @@ async def check_volume(
         async with open_store(path, seams, journal_key=keys.journal_key, tail_needed=tail_needed) as store:
             patient = Patient(store, config, seams, report, progress or CheckProgress(), repair=repair)
             tails = store.recovered_tails()
-            await _examine(patient, keys, tails, opener, data=data)
+            await _examine(patient, path, keys, tails, opener, data=data)
     finally:
         lock.release()
     return report
 
 
-async def _examine(patient: Patient, keys: Keys, tails: RecoveredTails, opener: Opener | None, *, data: bool) -> None:
+async def _examine(patient: Patient, path: Path, keys: Keys, tails: RecoveredTails, opener: Opener | None, *, data: bool) -> None:
     # Without an epoch to begin, or numbers to give out, nothing can be repaired; what is wrong can be told.
     if not await check_epochs(patient) or not counters_are_sound(patient):
         patient.repair = False
-    await _open_hosts(patient, keys, opener)
+    await _open_hosts(patient, keys, opener, path)
     try:
         # First: nothing is repaired in a directory whose history was gone on with elsewhere.
         await check_history(patient, keys, data=data)
         await check_records(patient)
         if patient.registry is None and patient.repair:
             # The records that were in the way are set aside now.
-            await _open_hosts(patient, keys, opener)
+            await _open_hosts(patient, keys, opener, path)
             await check_history(patient, keys, data=data)
         await _read_tails(patient, tails)
         await check_extents(patient)
@@ -118,7 +119,7 @@ async def _read_tails(patient: Patient, tails: RecoveredTails) -> None:
     patient.tail_bytes = again
 
 
-async def _open_hosts(patient: Patient, keys: Keys, opener: Opener | None) -> None:
+async def _open_hosts(patient: Patient, keys: Keys, opener: Opener | None, path: Path) -> None:
     """Hosts, contracts and what reads shards; none of them where their records are damaged, which `check_records` has told."""
     patient.stage("opening hosts")
     volume_id, store, seams = patient.config.volume_id_bytes, patient.store, patient.seams
@@ -134,3 +135,6 @@ async def _open_hosts(patient: Patient, keys: Keys, opener: Opener | None) -> No
     patient.hosts_complete = all(registry.available(number) for number in registry.numbers() if number not in lost)
     if patient.epochs is not None:
         patient.host_io = HostIO(volume_id, keys, patient.epochs, registry, contractor, HostDB(store, seams), store, seams)
+        patient.staging = Staging(path, volume_id, store, patient.host_io, seams, limit=0, writable=False)
+        # What it misses is told with the sectors.
+        await patient.staging.open()

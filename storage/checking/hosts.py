@@ -23,6 +23,7 @@ from storage.metadata.keys import EXTENT, LOST, SECTOR, read_u64, u32
 from storage.sealing import sealed_length
 from storage.sectors.records import SectorRecord, layout_for
 from storage.sectors.redundancy import layout_of
+from storage.sectors.staging import Staging
 from storage.values.records import decode_extent
 
 #: Shards of one host that are compared at a time: 17 bytes each, some 60 while they are sorted.
@@ -66,7 +67,7 @@ async def check_hosts(patient: Patient, *, data: bool) -> None:
             for number in counts:
                 if number not in seen.away:
                     nursery.start_soon(_read_all, patient, contractor, seen, number)
-    await _conclude(patient, seen)
+    await _conclude(patient, seen, data=data)
     await patient.commit()
 
 
@@ -219,21 +220,44 @@ async def _read_all(patient: Patient, contractor: Contractor, seen: _Seen, numbe
 # ---- what follows
 
 
-async def _conclude(patient: Patient, seen: _Seen) -> None:
+async def _conclude(patient: Patient, seen: _Seen, *, data: bool) -> None:
     """Sector by sector: what is bad is told, and mended from what is good; then the files that have lost something."""
     patient.stage("copies")
     lost: set[int] = set()
+    staged = 0
     async for page in pages(patient.store, SECTOR):
         for key, _ in page:
             sector_id = read_u64(key, 1)
             record = patient.sector(sector_id)
-            if record is not None:
+            if record is not None and patient.staging is not None and patient.staging.only_here(sector_id):
+                staged += await _conclude_staged(patient, patient.staging, sector_id, record, lost, data=data)
+            elif record is not None:
                 await _conclude_sector(patient, seen, sector_id, record, lost)
             patient.progress.done += 1
+    if staged:
+        patient.note("pending", "staging", f"{staged} sectors are on this machine, and go to their hosts while the volume is mounted")
     if seen.unlisted:
         await patient.found("missing-copy", "copies", f"{seen.unlisted} more copies are missing or damaged")
     if lost:
         await _name_files(patient, lost)
+
+
+async def _conclude_staged(patient: Patient, staging: Staging, sector_id: int, record: SectorRecord, lost: set[int], *, data: bool) -> bool:
+    """A sector that is on too few hosts yet: are its shards here? `data`: whole? True if they are."""
+    bad = ""
+    for shard in record.shards:
+        if not staging.has(shard.root):
+            bad = f"shard {shard.root.hex()[:12]} is not in {staging.path}"
+        elif data:
+            try:
+                await staging.sealed(shard)
+            except FusefsError as error:
+                bad = str(error)
+    if bad:
+        await patient.found("staged-copy", f"sector {sector_id}", f"it is on too few hosts yet, and {bad}")
+    if not staging.is_here(record) and record.live and len(lost) < MAX_LOST:
+        lost.add(sector_id)
+    return not bad
 
 
 async def _conclude_sector(patient: Patient, seen: _Seen, sector_id: int, record: SectorRecord, lost: set[int]) -> None:

@@ -20,6 +20,7 @@ from storage.namespace.directories import show
 from storage.namespace.records import ROOT, Dirent, InodeRecord, decode_dirent, decode_inode, inode_key, name_key
 from storage.seams import Seams
 from storage.sectors.records import SectorRecord, decode_sector
+from storage.sectors.staging import Staging
 from storage.values.records import ValueRecord, decode_value
 
 T = TypeVar("T")
@@ -53,6 +54,8 @@ class Patient:
         self.registry: HostRegistry | None = None
         self.contractor: Contractor | None = None
         self.host_io: HostIO | None = None
+        #: What is on the local disk for hosts that do not have it yet; looked at only.
+        self.staging: Staging | None = None
         #: Every host the volume has answers.
         self.hosts_complete = False
         #: Inodes whose records were made anew: a map without an owner may be theirs.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import trio
 
 from storage.errors import FusefsError, NoSpace
-from storage.interfaces import MetadataStore, SealedShard
+from storage.interfaces import FlushProgress, MetadataStore, SealedShard
 from storage.replication import Replication
 from storage.seams import Seams
 from storage.sectors.reconcile import Regenerate
@@ -87,10 +87,14 @@ class Drain:
             entry.due = 0.0
         self._wake.set()
 
-    async def wait(self, sectors: Iterable[int]) -> None:
+    async def wait(self, entries: Iterable[Staged], progress: FlushProgress) -> None:
         """Until none of these is on its way any more: it is on its write quorum, gone, or hosts do not take it now."""
-        left = set(sectors)
-        while left := {sector_id for sector_id in left if self._staging.on_its_way(sector_id)}:
+        left = {entry.sector_id: entry.to_send for entry in entries if self._staging.on_its_way(entry.sector_id)}
+        total = sum(left.values())
+        progress.bytes_total += total
+        before = progress.bytes_done
+        while left := {sector_id: size for sector_id, size in left.items() if self._staging.on_its_way(sector_id)}:
+            progress.bytes_done = before + total - sum(left.values())
             if not self._uploads and self.stalled():
                 return
             await self._staging.changed()

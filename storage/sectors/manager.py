@@ -11,7 +11,7 @@ import trio
 
 from storage.errors import BadArgument, Corrupt, Exists, Fenced, FusefsError, NoSpace, NotFound, Unavailable
 from storage.host_io import HostIO
-from storage.interfaces import Batch, Buffer, HostSpace, MetadataStore, SealedShard
+from storage.interfaces import Batch, Buffer, FlushProgress, HostSpace, MetadataStore, SealedShard
 from storage.metadata.counters import Counter
 from storage.metadata.keys import DOUBTED, FRESH, SECTOR, SETTING, UNDERREPLICATED, prefix_end, read_u64, u64
 from storage.replication import Replication
@@ -107,7 +107,7 @@ class SectorManager:
         return await self._reader.read_range(sector_id, offset, length)
 
     def cached(self, sector_id: int, offset: int) -> bool:
-        """True if the byte at `offset` of the sector is in the block cache."""
+        """True if the byte at `offset` of the sector is in the block cache, or on the local disk."""
         return self._reader.cached(sector_id, offset)
 
     def prefetch(self, sector_id: int) -> None:
@@ -213,13 +213,13 @@ class SectorManager:
         sealed = (self._host_io.seal(plain, sector_id + number) for number, plain in enumerate(plaintexts))
         return [replace(shard, lasting=lasting) for shard in sealed], plaintexts
 
-    async def wait_uploads(self) -> None:
+    async def wait_uploads(self, progress: FlushProgress | None = None) -> None:
         """Until none of the copies that are on their way now is any more. Each has the time limit of HostIO. What is in staging is at write
         quorum, or hosts do not take it."""
         for ended in list(self._under_way.values()):
             await ended.wait()
         self.drain.kick()
-        await self.drain.wait([entry.sector_id for entry in self.staging.entries()])
+        await self.drain.wait(self.staging.entries(), progress or FlushProgress())
 
     def uploading(self, sector_id: int) -> bool:
         """Is some shard of its first upload still on its way, or in staging?"""

@@ -53,9 +53,9 @@ def make_plan(record: SectorRecord, keeping: Collection[int], domain: Domain, lo
     return Plan(tuple(missing), tuple(counted), tuple(surplus))
 
 
-def can_be_read(record: SectorRecord, hosts: Collection[int]) -> bool:
-    """Do these hosts have enough of its shards?"""
-    there = sum(1 for shard in record.shards if any(host in hosts for host in shard.hosts))
+def can_be_read(record: SectorRecord, hosts: Collection[int], here: Callable[[bytes], bool] = lambda _root: False) -> bool:
+    """Do these hosts have enough of its shards, with those of which `here` says that they need not be asked for?"""
+    there = sum(1 for shard in record.shards if any(host in hosts for host in shard.hosts) or here(shard.root))
     return there >= layout_of(record.replication, record.length).needed
 
 

@@ -78,7 +78,8 @@ class SectorReader:
         if offset >= record.length:
             return False
         (part,) = layout_for(record, sector_id).locate(offset, 1)
-        return (record.shards[part.shard].root, part.offset // BLOCK) in self._cache
+        root = record.shards[part.shard].root
+        return (root, part.offset // BLOCK) in self._cache or (self.staging is not None and self.staging.has(root))
 
     async def read_sector(self, sector_id: int) -> bytes:
         """The whole sector, each shard from the first host whose copy verifies, or else made of others."""

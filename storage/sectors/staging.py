@@ -129,7 +129,7 @@ class Staging:
         self, directory: Path, volume_id: bytes, store: MetadataStore, host_io: HostIO, seams: Seams, *, limit: int, writable: bool = True
     ) -> None:
         """`limit`: bytes of files at most; 0: nothing is taken, what is there still goes to hosts."""
-        self._path = directory / DIRECTORY
+        self.path = directory / DIRECTORY
         self._volume_id, self._store, self._host_io, self._seams = volume_id, store, host_io, seams
         self.limit, self._writable = limit, writable
         self._host: DirectoryHost | None = None
@@ -160,11 +160,11 @@ class Staging:
         """Look what is there. Returns what is wrong: sectors that should be here and are not. Blocks nothing."""
         try:
             if self._writable and self.limit and self._host is None:
-                self._host = await DirectoryHost.open(str(self._path), self._seams, create=True)
+                self._host = await DirectoryHost.open(str(self.path), self._seams, create=True)
                 identity = await claim_identity(self._host, self._seams)
                 await self._sign(self._host, identity.id)
-            elif self._path.is_dir():
-                self._host = await DirectoryHost.open(str(self._path), self._seams)
+            elif self.path.is_dir():
+                self._host = await DirectoryHost.open(str(self.path), self._seams)
             if self._host is not None:
                 await self._list(self._host)
         except FusefsError as error:
@@ -226,7 +226,7 @@ class Staging:
             return []
         named = ", ".join(map(str, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         return [
-            f"{self._path} lacks sectors {named}, which were on no host yet: put back what was removed from it; "
+            f"{self.path} lacks sectors {named}, which were on no host yet: put back what was removed from it; "
             "'fusefs check' tells which files are concerned"
         ]
 
@@ -270,7 +270,7 @@ class Staging:
     def lost(self, entry: Staged, due: float) -> None:
         """Its shards are neither here nor anywhere else: nothing waits for it any more. It is looked for again, now and then."""
         entry.due = due
-        self.losses[entry.sector_id] = f"sector {entry.sector_id} is neither in {self._path} nor on a host"
+        self.losses[entry.sector_id] = f"sector {entry.sector_id} is neither in {self.path} nor on a host"
         self._left_cut(entry)
         self.attempted()
         if entry.gone:
@@ -319,6 +319,15 @@ class Staging:
         """Are enough of its shards here to make all of them?"""
         needed = layout_of(entry.replication, entry.length).needed
         return sum(shard.root in self._files for shard in entry.shards) >= needed
+
+    def is_here(self, record: SectorRecord) -> bool:
+        """The same, of a record."""
+        return sum(shard.root in self._files for shard in record.shards) >= layout_of(record.replication, record.length).needed
+
+    def only_here(self, sector_id: int) -> bool:
+        """Is the sector below its write quorum, and should be here?"""
+        entry = self._sectors.get(sector_id)
+        return entry is not None and not entry.reached
 
     # ------------------------------------------------------------------------------------------------------------
     # Life of a sector here
@@ -438,7 +447,7 @@ class Staging:
         while self._cut.missing:
             why = self.stalled()
             if why:
-                raise Unavailable(f"{len(self._cut.missing)} sectors are in {self._path} and not on enough hosts yet: {why}")
+                raise Unavailable(f"{len(self._cut.missing)} sectors are in {self.path} and not on enough hosts yet: {why}")
             await self.changed()
 
     async def changed(self) -> None:

@@ -412,7 +412,7 @@ class Shipper:
             await self._store.commit()
             refused = next((cargo.error for cargo in left if cargo.error is not None), self.trouble)
             raise refused or Unavailable("hosts refused what they take now; flush again")
-        await self._sectors.wait_uploads()
+        await self._sectors.wait_uploads(progress)
         await self._store.commit()
         progress.bytes_done = progress.bytes_total
         degraded = self._sectors.degraded()
