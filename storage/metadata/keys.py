@@ -29,7 +29,7 @@
 | `b` | host number u32 | the host is being left: since when, nanoseconds u64 | standing |
 | `w` | ASCII name | settings of the volume that can change | volume |
 | `J` | ASCII name | the store's own: last sequence LMDB holds | metadata.store |
-| `L` | ASCII name | of this copy of the directory alone: never on a host, not part of its history | history, sectors.sweep, sectors.staging |
+| `L` | ASCII name | of this copy of the directory alone: never on a host, not part of its history | history, sectors |
 """
 
 from __future__ import annotations
