@@ -372,7 +372,7 @@ class Volume:
                     writes=stats.writes,
                     median_ms=_milliseconds(stats.median),
                     p95_ms=_milliseconds(stats.p95),
-                    read_rate=stats.throughput,
+                    read_rate=stats.read_throughput,
                     write_rate=stats.write_throughput,
                     bytes_read=stats.bytes_read,
                     bytes_written=stats.bytes_written,

@@ -126,6 +126,8 @@ def test_throughput_counts_for_what_is_large() -> None:
     db.succeeded(2, "read", 1000, 0.05)
     db.succeeded(2, "read", 100_000_000, 1.0)
     assert db.rank([1, 2]) == [2, 1]
+    # Of writes alone nothing is known yet, though it would do for a guess.
+    assert db.stats(1).read_throughput is not None and db.stats(1).write_throughput is None
 
 
 def test_unknown_hosts_are_tried_now_and_then() -> None:

@@ -97,6 +97,8 @@ class HostStatistics:
     #: Of small reads, seconds: half of them, and 95 of 100, were not slower. None before the first.
     median: float | None
     p95: float | None
+    #: As `throughput`, of reads and of writes alone.
+    read_throughput: float | None
     write_throughput: float | None
     #: Score of reads that hung, now.
     stalls: float
@@ -348,6 +350,7 @@ class HostDB:
             last_error_ns=host.last_error_ns,
             median=read.latencies.quantile(0.5),
             p95=read.latencies.quantile(USUAL),
+            read_throughput=read.throughput,
             write_throughput=write.throughput,
             stalls=read.hung(now),
             hedged=host.hedged,
