@@ -6,6 +6,7 @@ Waits are on trio's clock, which jumps: a test takes no longer than its requests
 from __future__ import annotations
 
 import http.server
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -276,6 +277,29 @@ async def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aut
         await (await open_host(parse_url(f"s3://bucket?endpoint={server.endpoint}"), make_seams())).get("a", 1)
     with pytest.raises(Unavailable, match="cannot be reached"):
         await (await open_host(parse_url("s3://bucket?endpoint=http://no-such-name.invalid"), make_seams())).get("a", 1)
+
+
+async def test_on_google_cloud_storage_conditions_are_generations(server: Server, tmp_path: Path) -> None:
+    """No emulator of its protocol does conditional puts: this is what is sent, and how answers are taken."""
+    key = {"gcs_base_url": server.endpoint, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    host = await open_host(parse_url(f"gs://bucket/pre?credentials={tmp_path}/key.json&endpoint={server.endpoint}"), make_seams())
+    server.answers = [Answer(headers={**CONTENT.headers, "x-goog-generation": "1700"})]
+    assert await host.put_if("a", b"1", None) == "1700"
+    assert await host.put_if("a", b"1", "1600") == "1700"
+    assert await host.put("a", b"1") == "1700"
+    assert await host.tag("a") == "1700"
+    conditions = [headers.get("x-goog-if-generation-match") for _, _, headers in server.asked]
+    assert conditions == ["0", "1600", None, None]
+    with pytest.raises(Busy):
+        await host.put_if("a", b"1", "bogus")
+    assert len(server.asked) == 4
+    server.answers = [refusal(412, "PreconditionFailed")]
+    with pytest.raises(Busy):
+        await host.put_if("a", b"1", "1600")
+    server.answers = [refusal(404, "NoSuchBucket")]
+    with pytest.raises(Unavailable, match="no bucket 'bucket'"):
+        await host.get("a", 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- listing
