@@ -38,7 +38,7 @@ LAYERS: list[set[str]] = [
 #: Besides these, fusefs takes from storage what `storage.__all__` lists.
 PUBLIC_MODULES = {"storage", "storage.errors"}
 #: What storage must not know of, at whatever depth: that FUSE exists, and who uses it.
-UNKNOWN_TO_STORAGE = {"fusefs", "pyfuse3", "tests"}
+UNKNOWN_TO_STORAGE = {"fusefs", "pyfuse3", "simulation", "tests"}
 
 
 class Import(NamedTuple):

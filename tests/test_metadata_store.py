@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from storage.errors import BadArgument, Corrupt, Fenced, FusefsError, NoSpace
 from storage.interfaces import Batch, MetadataStore
 from storage.metadata import journal as journal_module
+from storage.metadata import keys
 from storage.metadata import store as store_module
 from storage.metadata.keys import VALUE, u64
 from storage.metadata.lmdb_base import LmdbBase
@@ -64,6 +66,14 @@ def as_metadata_store(store: Store) -> MetadataStore:
 
 
 # ------------------------------------------------------------------------------------------------------------- commits
+
+
+def test_no_two_kinds_of_records_have_one_prefix() -> None:
+    """Breaks if two people hand out the same letter at the same time, as has happened."""
+    prefixes = {name: value for name, value in vars(keys).items() if name.isupper() and isinstance(value, bytes)}
+    assert len(set(prefixes.values())) == len(prefixes) > 20, prefixes
+    table = re.findall(r"^\| `(.)` \|", keys.__doc__ or "", re.MULTILINE)
+    assert sorted(table) == sorted(value.decode() for value in prefixes.values())
 
 
 async def test_a_change_is_seen_at_once_and_durable_after_commit(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@
 | `v` | value id u64 | value record | values |
 | `x` | value id u64, offset u64 | extent | values |
 | `g` | value id u64 | freed value whose extents are still to be walked | values |
-| `y` | value id u64 | some of its bytes are in sectors of another replication than its own: how many, u64 | values |
+| `a` | value id u64 | some of its bytes are in sectors of another replication than its own: how many, u64 | values |
 | `i` | inode u64 | inode record | namespace |
 | `n` | parent inode u64, name | directory entry | namespace |
 | `l` | parent inode u64, cookie u64 | name of that entry | namespace |
@@ -53,7 +53,7 @@ FREED = b"z"
 VALUE = b"v"
 EXTENT = b"x"
 GARBAGE = b"g"
-MISPLACED = b"y"
+MISPLACED = b"a"
 INODE = b"i"
 NAME = b"n"
 COOKIE = b"l"

@@ -14,8 +14,7 @@ import trio
 
 from storage.contractor import Contractor
 from storage.errors import Corrupt, FusefsError, NotFound
-from storage.host_io import HostIO
-from storage.interfaces import Batch, HistoryGate, MetadataStore
+from storage.interfaces import Batch, HistoryGate, HostIO, MetadataStore
 from storage.metadata.keys import FREED, SECTOR, prefix_end, read_u64, u64
 from storage.seams import Seams
 from storage.sectors.records import SectorRecord, decode_sector

@@ -45,7 +45,8 @@ def make_plan(record: SectorRecord, keeping: Collection[int], domain: Domain, lo
     missing: list[int] = []
     for index, shard in enumerate(record.shards):
         able = [host for host in dict.fromkeys(shard.hosts) if host in keeping and host not in taken]
-        chosen = spread(able, each, domain, {domain(host) for host in taken}, load)
+        # Most often there is nothing to choose; a look at a million sectors asks this for each of their shards.
+        chosen = able if len(able) <= each else spread(able, each, domain, {domain(host) for host in taken}, load)
         taken.update(chosen)
         counted.append(tuple(chosen))
         missing.extend([index] * (each - len(chosen)))

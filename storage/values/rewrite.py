@@ -1,6 +1,6 @@
 """Rewriting: a value was given another replication, and what it has in sectors of the old one moves into sectors of the new.
 
-    mark (`y` + value id)  ->  its extents are walked, misplaced ones copied into new sectors (merge.move)  ->  mark gone
+    mark (`a` + value id)  ->  its extents are walked, misplaced ones copied into new sectors (merge.move)  ->  mark gone
 
 New bytes go into sectors of the new replication at once. The mark is put in the batch that changes the value's record, and again where
 bytes land that were on their way already; so bytes are misplaced only in values that are marked, at any moment and after any crash. A walk
@@ -8,7 +8,7 @@ begins anew after a restart: what is in its place already costs a look at its ex
 
 | key | value |
 |---|---|
-| `y` + value id u64 | how many of the value's bytes are, or may be, misplaced: u64, big-endian |
+| `a` + value id u64 | how many of the value's bytes are, or may be, misplaced: u64, big-endian |
 """
 
 from __future__ import annotations
