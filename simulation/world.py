@@ -102,33 +102,17 @@ class Fleet(HostRegistry):
 
 
 class Contracts(Contractor):
-    """One contract without end per host."""
+    """One contract without end per host, and nobody asked for it."""
 
     def __init__(self, store: MemoryStore, fleet: Fleet, seed: int) -> None:
         super().__init__(bytes(16), store, fleet, virtual_seams(seed))
-        self._all: list[Contract] = []
-        self._by_id: dict[str, Contract] = {}
 
     def enter(self, number: int) -> None:
         contract_id = f"{number:032x}"
-        self._by_id[contract_id] = Contract(contract_id, number, 0, _FOREVER_NS, contract_id)
-        self._all = sorted(self._by_id.values(), key=lambda contract: contract.host_number)
+        self._contracts[contract_id] = Contract(contract_id, number, 0, _FOREVER_NS, contract_id)
 
     def leave(self, number: int) -> None:
-        del self._by_id[f"{number:032x}"]
-        self._all = list(self._by_id.values())
-
-    def all_contracts(self) -> list[Contract]:
-        return self._all
-
-    def contracts(self) -> list[str]:
-        return list(self._by_id)
-
-    def contract(self, contract_id: str) -> Contract:
-        try:
-            return self._by_id[contract_id]
-        except KeyError:
-            raise NotFound(f"there is no contract {contract_id}") from None
+        del self._contracts[f"{number:032x}"]
 
 
 class VirtualIO:
