@@ -1,0 +1,12 @@
+"""Benchmarks: fusefs, its peers and the bare disk at the same work, turn by turn in one run. `scripts/bench --help`.
+
+    systems     what is measured: the disk, a null pyfuse3 filesystem, fusefs in several settings, peers with encryption on
+    works       what is done, in groups: one file, appends, small files, a tree, ...; each gives rates (or times)
+    runner      rounds: every system does a group, then the next group; so a slow minute of the machine hits all alike
+    syncing     does a system's fsync reach the disk, and does what was fsync'd survive a kill -9
+    ladder      where the time goes: the parts alone, storage without FUSE, the null filesystem
+    growth      what must not grow with what is stored: mounting, listing, appending, memory
+    report      medians, spread, ratios; a table, JSON and plots
+
+Rates are per second, higher is better; ratios are of medians of one run on one machine, which is all that can be compared.
+"""

