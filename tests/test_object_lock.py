@@ -13,11 +13,13 @@ import pytest
 from storage.creation import create_volume
 from storage.history.reading import superblocks_on
 from storage.hosts.holders import decode_holders, holders_key
+from storage.hosts.layout import HOST_FILE
 from storage.hosts.locking import SHORT_LOCK
 from storage.hosts.memory_lock import Versions
 from storage.hosts.urls import parse_url
 from storage.keyfile import CHEAP
 from storage.metadata.keys import SECTOR, prefix_end, read_u64
+from storage.pruning import open_pruner
 from storage.recovery import recover_volume
 from storage.seams import Seams
 from storage.sectors.records import SectorRecord, decode_sector
@@ -272,3 +274,19 @@ async def test_superblocks_that_were_deleted_are_found(world: World) -> None:
         await vandalize(world.opener.versions[url])
         after, _ = await superblocks_on(host, volume_id)
         assert {block.digest for block in before} <= {block.digest for block in after} != set()
+
+
+async def test_after_the_end_the_owner_prunes_and_nothing_is_left(world: World) -> None:
+    async with world.opened() as volume:
+        await fill(volume)
+    for days, left in ((1, True), (DAYS + 1, False)):
+        world.clock.jump(days * DAY)
+        for url in world.urls:
+            versions = world.opener.versions[url]
+            async with open_pruner(url, grace_days=0, seams=world.seams(), opener=world.opener) as pruner:
+                for held in await pruner.survey():
+                    assert held.prunable != left
+                    if held.prunable:
+                        await pruner.prune(held)
+            assert any(name.startswith("volumes/") for name in versions.by_name) == left
+            assert HOST_FILE in versions.by_name

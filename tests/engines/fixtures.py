@@ -61,9 +61,8 @@ def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     try:
         client = server.client()
         client.create_bucket(Bucket=BUCKET)
-        yield Engine(
-            "moto", server.endpoint, BUCKET, write_credentials(directory, "moto", server.access_key, server.secret_key), client, server
-        )
+        file = write_credentials(directory, "moto", server.access_key, server.secret_key)
+        yield Engine("moto", server.endpoint, BUCKET, file, server, client)
     finally:
         server.down()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from botocore.exceptions import ClientError
 
 from storage.creation import create_volume
@@ -21,6 +22,7 @@ from storage.hosts.locking import LockedHost
 from storage.hosts.opening import open_host
 from storage.hosts.urls import parse_url
 from storage.keyfile import CHEAP
+from storage.pruning import open_pruner
 from storage.recovery import recover_volume
 from storage.seams import Seams
 from storage.volume import Volume, open_volume
@@ -137,6 +139,29 @@ async def test_once_its_lock_is_over_a_version_can_be_purged(engine: Engine) -> 
         time.sleep(0.5)
     assert await host.versions(name) == [] and [hidden async for hidden in host.hidden("volumes/")] == []
     await host.aclose()
+
+
+async def test_after_the_end_of_the_contract_it_can_be_pruned(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a contract of some seconds: the engine's clock cannot be turned."""
+    monkeypatch.setattr("storage.hosts.locking.SHORT_LOCK", 2.0)
+    monkeypatch.setattr("storage.hosts.locked_shards.SHORT_LOCK", 2.0)
+    url, seconds = engine.url(), 20
+    await create_volume(tmp_path / "volume", PASSPHRASE, hosts=[url], sector_size=SECTOR_SIZE, argon2=CHEAP, contract_days=seconds / 86400)
+    ends = time.monotonic() + seconds
+    async with opened(tmp_path / "volume") as volume:
+        value = new_value(volume)
+        await append(volume, value, noise(SECTOR_SIZE))
+        await volume.flush()
+        ends = min(ends, time.monotonic() + (volume.contractor.all_contracts()[-1].end_ns - time.time_ns()) / 1e9)
+    async with open_pruner(url, grace_days=0) as pruner:
+        (held,) = await pruner.survey()
+        assert held.verdict == "in force" and not held.prunable
+        await trio.sleep(max(0.0, ends - time.monotonic()) + 3.0)
+        (held,) = await pruner.survey()
+        assert held.prunable
+        await pruner.prune(held)
+        assert await pruner.survey() == []
+    assert not [entry for page in _versions(engine) for entry in page.get("Versions", []) if "/volumes/" in entry["Key"]]
 
 
 async def test_who_may_not_delete_is_told_so_and_no_more(moto: Engine, tmp_path: Path) -> None:
