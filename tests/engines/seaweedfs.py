@@ -57,7 +57,7 @@ class Cluster:
         directory.mkdir(parents=True, exist_ok=True)
         known = cls.load(directory)
         if known is not None and any(known.running().values()):
-            raise RuntimeError(f"a cluster runs in {directory} already; scripts/seaweedfs down {directory} ends it")
+            raise RuntimeError(f"a cluster runs already in {directory}; scripts/seaweedfs down {directory} ends it")
         ports = dict(zip([*SERVERS, *(f"{name}.grpc" for name in SERVERS)], free_ports(2 * len(SERVERS)), strict=True))
         cluster = cls(str(directory), f"key{secrets.token_hex(8)}", secrets.token_hex(20), ports)
         if known is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import pytest
 from storage.checking import Finding, check_volume
 from storage.keyfile import CHEAP
 from storage.recovery import recover_volume
-from tests.cli_runner import fusefs
+from tests.cli_runner import ROOT, fusefs
 from tests.engines.fixtures import Engine
 from tests.engines.seaweedfs import Cluster
 from tests.mount_child import PASSPHRASE as MOUNT_PASSPHRASE
@@ -173,3 +174,36 @@ def test_a_host_that_cannot_be_used_is_one_line_and_no_volume(
     assert says in line
     assert "HIDE" not in line
     assert not (tmp_path / "volume").exists()
+
+
+def test_scripts_seaweedfs_starts_a_cluster_and_serves_what_an_earlier_one_left(tmp_path: Path) -> None:
+    """As the README walks through it."""
+
+    def script(action: str, expect: int = 0) -> str:
+        command = [sys.executable, "-m", "tests.engines.seaweedfs", action, str(tmp_path / "cluster")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == expect, done.stderr
+        return done.stdout + done.stderr
+
+    def variables(said: str) -> dict[str, str]:
+        pairs = re.findall(r"^export (\w+)='?([^'\n]*)'?$", said, re.MULTILINE)
+        return dict(pairs)
+
+    assert "no cluster was started" in script("down", 1)
+    volume, env = str(tmp_path / "volume"), variables(script("up"))
+    try:
+        assert set(env) == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "FUSEFS_S3"}
+        assert "runs already" in script("up", 1)
+        fusefs("init", volume, "--host", env["FUSEFS_S3"], env=env)
+        fusefs("put", volume, "-", "file", stdin=b"content" * 1000, env=env)
+    finally:
+        script("down")
+    assert "does not run" in script("status", 1)
+    again = variables(script("up"))
+    try:
+        assert variables(script("status")) == again
+        # The port may be another; so the volume is found again by its host's id.
+        fusefs("recover", f"{volume}2", "--host", again["FUSEFS_S3"], env=again)
+        assert fusefs("cat", f"{volume}2", "file", env=again).out == b"content" * 1000
+    finally:
+        script("down")
