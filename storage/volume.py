@@ -187,7 +187,8 @@ class Volume:
             except Unavailable as error:
                 report = FlushReport(report.degraded_sectors, (*report.reasons, f"metadata: {error}"))
         # A host that is away now may have copies of anything: whoever flushes to be safe wants to know.
-        away = [self.hosts.reason(number) for number in self.hosts.numbers() if not self.hosts.available(number)]
+        reasons = [self.hosts.reason(number) for number in self.hosts.numbers() if not self.hosts.available(number)]
+        away = [reason for reason in reasons if not any(reason in said for said in report.reasons)]
         return FlushReport(report.degraded_sectors, (*report.reasons, *away)) if away else report
 
     async def add_host(self, url: str, contract_days: float | None = None) -> int:

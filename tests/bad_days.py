@@ -79,11 +79,15 @@ class World:
         """What is wrong with a host: to be changed in place."""
         return self.opener.faults[url]
 
+    def set(self, url: str, faults: Faults) -> None:
+        """That is what is wrong with the host from now on, also when it is opened anew."""
+        self.opener.faults[url] = faults
+        self.opener.hosts[url].faults = faults
+
     def heal(self) -> None:
         """No host has any fault any more."""
         for url in self.opener.faults:
-            self.opener.faults[url] = Faults()
-            self.opener.hosts[url].faults = self.opener.faults[url]
+            self.set(url, Faults())
 
     async def status(self) -> VolumeStatus:
         await self.volume.placement.poll_space()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from trio.testing import MockClock
 
-from storage.hosts.faults import Faults
-from storage.hosts.memory import forget_memory_hosts
+from storage.hosts.faults import Faults, shards_only
+from storage.hosts.memory import forget_memory_hosts, memory_content
 from storage.status import HostStatus
 from tests.bad_days import World
 
@@ -93,3 +93,30 @@ async def test_a_host_that_comes_back_after_a_week(tmp_path: Path, autojump_cloc
         # Long since, everything is on the others.
         assert (await world.status()).degraded_sectors == 0
         assert (await world.host(BAD)).state == "unavailable"
+
+
+async def test_what_a_host_acknowledged_and_forgot_is_made_again(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Also what nobody reads: the scrub in the background finds it."""
+    async with good_in_the_end(tmp_path, scrub_interval=1800.0) as world:
+        kept = len(memory_content("bad").objects)
+        world.faults(BAD).losing = True
+        await world.work(120)
+        assert len(memory_content("bad").objects) <= kept
+
+
+async def test_a_host_that_is_put_back_to_what_it_had_gets_what_it_lacks(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with good_in_the_end(tmp_path, scrub_interval=1800.0) as world:
+        before = dict(memory_content("bad").objects)
+        await world.work(240)
+        memory_content("bad").objects = before
+        await world.work(60)
+
+
+async def test_a_host_that_lost_what_was_put_right_is_trusted_again_once_it_is_well(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with good_in_the_end(tmp_path, scrub_interval=600.0) as world:
+        world.set(BAD, Faults(losing=True, only=shards_only))
+        objects = memory_content("bad").objects
+        for name in [name for name in objects if "/sectors/" in name]:
+            del objects[name]
+        await world.work(900)
+        assert (await world.host(BAD)).state == "failing"

@@ -14,7 +14,7 @@ from storage.errors import Busy, Corrupt, FusefsError, NotFound, NotPermitted, U
 from storage.history.ancestry import Lineage, point_of
 from storage.history.log import Fetch
 from storage.history.objects import MAX_OBJECT, Ref, metadata_prefix, object_name, writer_of
-from storage.history.reading import slots_on, top_slot
+from storage.history.reading import numbers_on, slots_on, top_slot
 from storage.history.superblock import MAX_SUPERBLOCK, Body, Superblock
 from storage.hosts.layout import superblock_name
 from storage.hosts.registry import HostRegistry
@@ -101,6 +101,8 @@ class HostSide:
         self.top = 0
         #: What this process has put there and not deleted since, by number: it counts also while the host answers with something else (I3).
         self._put: dict[int, Kept] = {}
+        #: The numbers of all superblocks there, whoever's they are, as far as is known.
+        self._listed: set[int] = set()
         #: What was wrong with superblocks, as it was last said.
         self._said: set[str] = set()
         #: Metadata objects that are there, with their sizes: one of another size is not the one that was put.
@@ -140,7 +142,7 @@ class HostSide:
         with self._request(host):
             level = await host.level(metadata_prefix(self._volume_id))
         self.highest = max((found.block.generation for found in opened.values()), default=0)
-        self.top = slots.top
+        self.top, self._listed = slots.top, slots.numbers
         self.present = {name: size for name, size in level.objects.items() if writer_of(name) is not None}
         lineage = self._lineage()
         self.newest = next(iter(opened.values()), None)
@@ -224,9 +226,13 @@ class HostSide:
                         return False
             self._hit("history.superblock.after_put")
             # A stale writer can make one that others have passed and removed: only the newest counts.
-            if await top_slot(host, self._volume_id) != slot:
+            there = await numbers_on(host, self._volume_id)
+            if max(there, default=0) != slot:
                 return False
-        return self._has(slot, block, refs)
+        has = self._has(slot, block, refs)
+        # It was put back to what it had at some time: what else is known of it is not so any more. The next round looks.
+        self.examined = there == self._listed
+        return has
 
     def _has(self, slot: int, block: Superblock, refs: Sequence[Ref]) -> bool:
         names = frozenset(ref.name for ref in refs)
@@ -235,6 +241,7 @@ class HostSide:
         self._put[slot] = Kept(slot, block.generation, block.sequence, block.digest, names, True)
         self.kept = [self._put[slot], *earlier]
         self.highest, self.top = block.generation, slot
+        self._listed.add(slot)
         self.foreign = None
         self.trouble = ""
         return True
@@ -277,7 +284,8 @@ class HostSide:
         stay = [*ours[:GENERATIONS], *[kept for kept in ours if kept.readable][:GENERATIONS]]
         for kept in [kept for kept in ours if kept not in stay]:
             self._hit("history.superblock.before_delete")
-            await self._delete(host, superblock_name(self._volume_id, kept.slot))
+            if await self._delete(host, superblock_name(self._volume_id, kept.slot)):
+                self._listed.discard(kept.slot)
             self.kept.remove(kept)
             self._put.pop(kept.slot, None)
         needed = set(busy)
@@ -309,13 +317,16 @@ class HostSide:
         if scope.cancelled_caught:
             raise Unavailable(f"host {host.url} did not answer within {seconds:.0f} s")
 
-    async def _delete(self, host: Host, name: str) -> None:
-        """Credentials that may not delete are no trouble: the generation counts as gone, since nothing relies on it any more (I3)."""
+    async def _delete(self, host: Host, name: str) -> bool:
+        """Is it gone? Credentials that may not delete are no trouble: the generation counts as gone, since nothing relies on it any more
+        (I3)."""
         with self._request(host):
             try:
                 await host.delete(name)
             except NotPermitted as error:
                 log.info("%s", error)
+                return False
+        return True
 
 
 @dataclass(slots=True)

@@ -291,7 +291,7 @@ class Publisher:
         """Is there a host that could be brought up to date now?"""
         current = self._current
         return current is not None and any(
-            self.fleet.available(side) and side.generation < current.generation for side in self.fleet.sides()
+            self.fleet.available(side) and (side.generation < current.generation or not side.examined) for side in self.fleet.sides()
         )
 
     async def _refresh_keys(self) -> None:
@@ -428,7 +428,10 @@ class Publisher:
                 await side.examine()
                 self._again = True
 
-        await self.fleet.on_each([side for side in self.fleet.sides() if side.generation < current.generation], bring)
+        behind = [side for side in self.fleet.sides() if side.generation < current.generation or not side.examined]
+        await self.fleet.on_each(behind, bring)
+        # A host that answers with something else is behind again and again: it must not get more and more of them.
+        await self._tidy()
         if self._judge():
             # Another history stands somewhere, and a majority is ours: the next round passes it over.
             self._again = True

@@ -38,6 +38,8 @@ class Slots:
     top: int
     blocks: dict[int, Superblock | None]
     notes: list[str]
+    #: All that a listing shows, also those that were not read; none that only a lock still has.
+    numbers: set[int]
 
 
 async def slots_on(host: Host, volume_id: bytes, *, hidden: bool = False) -> Slots:
@@ -49,14 +51,14 @@ async def slots_on(host: Host, volume_id: bytes, *, hidden: bool = False) -> Slo
 
 
 async def _slots_on(host: Host, volume_id: bytes, hidden: bool) -> Slots:
-    level = await host.level(superblock_level(volume_id))
-    numbers = {n for n in map(superblock_number, level.objects) if n is not None}
+    listed = await numbers_on(host, volume_id)
+    numbers = set(listed)
     wanted, tries = MAX_READ, MAX_READ
     locked = locking(host) if hidden else None
     if locked is not None:
         numbers |= await _hidden_numbers(locked, volume_id)
         wanted, tries = MAX_READ_LOCKED, MAX_TRIED_LOCKED
-    found = Slots(max(numbers, default=0), {}, [])
+    found = Slots(max(numbers, default=0), {}, [], listed)
     whole: set[bytes] = set()
     for number in sorted(numbers, reverse=True)[:tries]:
         where = f"host {host.url}: superblock {number}"
@@ -102,5 +104,10 @@ async def volumes_on(host: Host) -> list[bytes]:
 
 async def top_slot(host: Host, volume_id: bytes) -> int:
     """The highest number in the name of a superblock, 0 if there is none. One listing. Unavailable."""
+    return max(await numbers_on(host, volume_id), default=0)
+
+
+async def numbers_on(host: Host, volume_id: bytes) -> set[int]:
+    """The numbers in the names of superblocks. One listing. Unavailable."""
     level = await host.level(superblock_level(volume_id))
-    return max((n for n in map(superblock_number, level.objects) if n is not None), default=0)
+    return {n for n in map(superblock_number, level.objects) if n is not None}

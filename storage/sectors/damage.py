@@ -66,6 +66,8 @@ RETRY_FIRST, RETRY_LAST = 15.0, 900.0
 #: So many copies in a row that were put right and are bad again make a host stubborn; seconds between two of its copies then.
 STUBBORN = 3
 STUBBORN_PAUSE = 10.0
+#: Seconds without another one after which they are forgotten: where all copies have gone to other hosts, none can show that it is well.
+FORGIVEN = 3600.0
 #: A host is failing if, of at least so many copies looked at lately, more than half were bad; counts are halved at `WINDOW`.
 FEW = 8
 WINDOW = 64
@@ -194,6 +196,8 @@ class Damages:
         self._locks: dict[int, tuple[trio.Lock, int]] = {}
         #: Host -> copies in a row that were bad again after they had been put right.
         self._relapses: Counter[int] = Counter()
+        #: Host -> monotonic time of the last of them.
+        self._relapsed_at: dict[int, float] = {}
         #: Host -> [copies looked at, bad ones] lately.
         self._seen: dict[int, list[int]] = {}
 
@@ -216,9 +220,14 @@ class Damages:
     def failing(self, host: int) -> str:
         """Why the host counts as failing; "" if it does not."""
         looked, bad = self._seen.get(host, (0, 0))
-        if self._relapses[host] >= STUBBORN:
+        if self._stubborn(host):
             return f"what is put right there is bad again ({self._relapses[host]} times in a row)"
         return f"{bad} of the last {looked} copies looked at there were bad" if looked >= FEW and 2 * bad > looked else ""
+
+    def _stubborn(self, host: int) -> bool:
+        if self._seams.clock.monotonic() - self._relapsed_at.get(host, 0.0) >= FORGIVEN:
+            self._relapses.pop(host, None)
+        return self._relapses[host] >= STUBBORN
 
     def _count(self, host: int, *, bad: bool) -> None:
         seen = self._seen.setdefault(host, [0, 0])
@@ -291,7 +300,7 @@ class Damages:
         log.warning("%s", why)
         if not self._list(copy, missing=found is Found.MISSING):
             return Outcome(found, size, trouble=f"{MAX_LISTED:,} other copies are bad, and have their turn first")
-        if self._relapses[copy.host] >= STUBBORN:
+        if self._stubborn(copy.host):
             return Outcome(found, size, trouble=f"host {self._registry.url(copy.host)}: {self.failing(copy.host)}")
         try:
             await self._mend(copy)
@@ -399,7 +408,7 @@ class Damages:
                     due = self._later.get(copy, (0.0, 0.0))[0]
                     if due > self._seams.clock.monotonic() or not self._registry.available(copy.host):
                         continue
-                    if self._relapses[copy.host] >= STUBBORN:
+                    if self._stubborn(copy.host):
                         if now:
                             continue
                         await self._seams.clock.sleep(STUBBORN_PAUSE)
@@ -469,6 +478,7 @@ class Damages:
             await self._host_io.read_sealed(contract.contract_id, sealed.root, sealed.sector_id, sealed.plaintext_length)
         except (Corrupt, NotFound) as error:
             self._relapses[copy.host] += 1
+            self._relapsed_at[copy.host] = self._seams.clock.monotonic()
             # Nothing new should go there either.
             self._hostdb.failed(copy.host, error, ("read", "write"))
             raise
