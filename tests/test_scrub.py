@@ -17,10 +17,12 @@ import trio.testing
 from storage.errors import BadArgument, Busy, Fenced
 from storage.host_io import HostIO
 from storage.hosts.faults import shards_only
+from storage.interfaces import SealedShard
 from storage.replication import parse_replication
 from storage.sealing import BLOCK, HEADER_SIZE, TAG_SIZE
 from storage.seams import Clock, Seams
 from storage.sectors.damage import BadRecord, Copy, Damages
+from storage.sectors.records import SectorRecord
 from storage.sectors.scrub import PassRecord
 from storage.volume import Volume, open_volume
 from tests.fakes import Crash, CrashAt, SeededRandom, make_seams
@@ -350,6 +352,31 @@ async def test_a_host_without_room_for_a_copy_loses_it_to_another_one_only_when_
         assert await unchanged(volume, content)
 
 
+async def test_no_good_copy_goes_for_the_sake_of_one_that_is_known_to_be_bad(tmp_path: Path) -> None:
+    opener = FaultyOpener()
+    urls = host_dirs(tmp_path, 3)
+    await make(tmp_path / "volume", urls, replication="2")
+    async with open_volume(tmp_path / "volume", passphrase=PASSPHRASE, options=QUIET, opener=opener) as volume:
+        await fill(volume, 1)
+        ((sector, record),) = records(volume).items()
+        good, bad = record.shards[0].hosts
+        spoiled = path_of(urls, bad, record.shards[0].root)
+        spoiled.write_bytes(spoiled.read_bytes()[:-1])
+        faults = opener.faults[urls[bad - 1]]
+        faults.only = lambda operation, name: operation == "put" and shards_only(operation, name)
+        faults.gone = "read-only for now"
+        assert (await volume.scrub()).left == 1
+        # The host with the good copy is left: it may go once two others have one.
+        await volume.leave_host(str(good), leave=True)
+        await volume.reconciler.round()
+        assert {good, bad} < set(records(volume)[sector].shards[0].hosts)
+        faults.gone = None
+        await volume.hosts.retry_once()
+        assert (await volume.repair()).pending == 0
+        assert good not in records(volume)[sector].shards[0].hosts
+        assert len(records(volume)[sector].shards[0].hosts) == 2
+
+
 async def test_what_only_the_way_spoils_is_no_damage(tmp_path: Path) -> None:
     opener = FaultyOpener()
     urls = host_dirs(tmp_path, 2)
@@ -409,18 +436,28 @@ async def test_the_list_of_bad_copies_outlives_the_process_and_is_worked_off_by_
         assert path.read_bytes() == good
 
 
-async def test_a_sector_freed_while_its_copy_is_put_right_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["made again", "put"])
+async def test_a_sector_freed_while_its_copy_is_put_right_leaves_nothing_behind(tmp_path: Path, moment: str) -> None:
     async with a_volume(tmp_path, 2, "2") as (volume, urls):
         await fill(volume, 1)
         ((sector, record),) = records(volume).items()
         path_of(urls, 1, record.shards[0].root).unlink()
-        put = volume.host_io.write_sealed
+        put, regenerate = volume.host_io.write_sealed, volume.damages._regenerate
 
-        async def freed_meanwhile(contract_id: str, shard: object) -> None:
+        async def freed_and_deleted(sector_id: int, record: SectorRecord, number: int) -> SealedShard:
+            sealed = await regenerate(sector_id, record, number)
             await volume.sectors.delete(sector)
-            await put(contract_id, shard)  # type: ignore[arg-type]
+            await delete_freed(volume)
+            return sealed
 
-        volume.host_io.write_sealed = freed_meanwhile  # type: ignore[method-assign, assignment]
+        async def freed_before_the_put(contract_id: str, shard: SealedShard) -> None:
+            await volume.sectors.delete(sector)
+            await put(contract_id, shard)
+
+        if moment == "put":
+            volume.host_io.write_sealed = freed_before_the_put  # type: ignore[method-assign]
+        else:
+            volume.damages._regenerate = freed_and_deleted
         await volume.scrub()
         assert volume.scrubber.status().pending == 0
         await delete_freed(volume)
