@@ -21,6 +21,7 @@ import trio
 from storage.checking import check_volume
 from storage.errors import FusefsError
 from storage.hosts.faults import Faults
+from storage.interfaces import FlushReport
 from storage.seams import NoFailpoints, Seams
 from storage.status import HostStatus, VolumeStatus
 from storage.volume import Volume, VolumeOptions, open_volume
@@ -58,6 +59,10 @@ class World:
         self.volume: Volume
         self.clock = VirtualClock()
         self._made = 0
+        #: Errors of flushes while `flush_may_fail`: nothing else may fail.
+        self.flush_may_fail = False
+        self.refused: list[FusefsError] = []
+        self.reports: list[FlushReport] = []
 
     # ---- the volume
 
@@ -134,12 +139,23 @@ class World:
             del self.content[name]
             await self.volume.files.delete(name)
 
+    async def clear(self) -> None:
+        """No file is left."""
+        for name in list(self.content):
+            del self.content[name]
+            await self.volume.files.delete(name)
+
     async def step(self) -> None:
         what = self.random.random()
         await (self.write() if what < 0.5 else self.read() if what < 0.85 else self.remove() if what < 0.95 else self.flush())
 
     async def flush(self) -> None:
-        await self.volume.flush()
+        try:
+            self.reports.append(await self.volume.flush())
+        except FusefsError as error:
+            if not self.flush_may_fail:
+                raise
+            self.refused.append(error)
 
     async def work(self, seconds: float) -> None:
         """Programs at work for so long, a step every other second or so: none sees an error, or a wrong byte."""
@@ -170,7 +186,7 @@ class World:
             now = await self.volume.status()
             wrong = [f"{now.degraded_sectors} sectors degraded"] if now.degraded_sectors else []
             wrong += [f"{now.sectors_to_delete} sectors to delete"] if now.sectors_to_delete else []
-            wrong += [f"host {host.url} is {host.state}: {host.error}" for host in now.hosts if host.state != "ok"]
+            wrong += [f"host {host.url} is {host.state}: {host.error}" for host in now.hosts if host.state not in ("ok", "left", "lost")]
             wrong += [f"{now.repair.pending} to be mended: {now.repair.trouble}"] if now.repair.pending or now.repair.trouble else []
             wrong = wrong or await incomplete(self.volume)
 
@@ -186,12 +202,3 @@ class World:
             opener=self.opener,
         )
         assert report.exit_status == 0, found
-
-    async def refused(self, *args: object) -> FusefsError:
-        """The error the next write ends with."""
-        try:
-            await self.write(*args)  # type: ignore[arg-type]
-            await self.volume.flush()
-        except FusefsError as error:
-            return error
-        raise AssertionError("it was accepted")

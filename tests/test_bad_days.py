@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import trio
 from trio.testing import MockClock
 
 from storage.hosts.faults import Faults, shards_only
@@ -120,3 +121,56 @@ async def test_a_host_that_lost_what_was_put_right_is_trusted_again_once_it_is_w
             del objects[name]
         await world.work(900)
         assert (await world.host(BAD)).state == "failing"
+
+
+@pytest.mark.parametrize("what", [{"quota": 0}, {"gone": "unplugged"}], ids=["full", "away"])
+async def test_all_hosts_and_then_none_again(tmp_path: Path, autojump_clock: MockClock, what: dict[str, object]) -> None:
+    """Programs write and read on; only a flush says why not. When hosts are well again everything drains by itself."""
+    async with good_in_the_end(tmp_path) as world:
+        # What is on the hosts alone cannot be read meanwhile.
+        if "gone" in what:
+            await world.clear()
+        world.flush_may_fail = True
+        for url in URLS:
+            world.set(url, Faults(**what))  # type: ignore[arg-type]
+        for _ in range(40):
+            await world.write(size=5000)
+            await world.flush()
+            await trio.sleep(3)
+        assert world.refused or world.reports[-1].reasons
+        world.flush_may_fail = False
+
+
+async def test_hosts_come_and_go_while_programs_work(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with good_in_the_end(tmp_path) as world:
+        await world.volume.leave_host(BAD, leave=True)
+        await world.work(20)
+        # Everything there is goes through these two now.
+        await world.volume.add_host("mem:d")
+        await world.work(20)
+        await world.volume.mark_host("mem:b", lost=True)
+        world.faults("mem:b").gone = "thrown away"
+        await world.work(20)
+        await world.volume.add_host("mem:e#domain=elsewhere")
+        await world.work(60)
+        await world.settled()
+        assert [host.state for host in (await world.status()).hosts] == ["left", "lost", "ok", "ok", "ok"]
+
+
+async def test_of_two_failure_domains_one_goes(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """A copy of everything is in the other; it is made again there, and goes back once the first is."""
+    world = World(tmp_path, [f"mem:{name}#domain={name[0]}" for name in ("a1", "a2", "b1", "b2")], "2", seed=3)
+    await world.make()
+    async with world.opened():
+        await world.work(60)
+        await world.settled()
+        for name in ("a1", "a2"):
+            world.faults(f"mem:{name}").gone = "the rack is dark"
+        await world.work(1500)
+        await world.compare()
+        assert (await world.status()).degraded_sectors == 0
+        world.heal()
+        await world.work(60)
+        await world.settled()
+        await world.compare()
+    await world.checked()
