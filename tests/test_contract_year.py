@@ -79,11 +79,11 @@ class Year:
 
     async def conclude(self, volume: Volume) -> None:
         """What its owner is told to do where a host has pruned everything: as soon as it takes contracts again."""
-        now = self.it.clock.time_ns()
-        for number, host in enumerate(HOSTS, 1):
-            if host != self.refusing and not last(volume, number).active(now):
-                assert any("conclude a new one" in warning for warning in volume.renewal.warnings())
-                await volume.contractor.conclude_contract(str(number), 90 * 86400.0)
+        for outcome in await volume.renew_contracts():
+            if outcome.error and HOSTS[outcome.host_number - 1] != self.refusing:
+                assert "conclude a new one" in outcome.error
+                assert not last(volume, outcome.host_number).active(self.it.clock.time_ns())
+                await volume.contractor.conclude_contract(str(outcome.host_number), 90 * 86400.0)
                 self.seen["new contracts"] += 1
 
     def check(self, volume: Volume) -> None:

@@ -111,6 +111,7 @@ def test_a_refusal_is_said_with_the_date_until_it_succeeds_also_after_a_restart(
             (trouble,) = [contract for contract in (await volume.status()).contracts if contract.trouble]
             assert (trouble.host_number, trouble.state) == (2, "due")
         caplog.clear()
+        it.clock.jump(2 * DAY)
         async with it.mounted() as volume:
             # Said at once, and since when is known.
             (warning,) = volume.renewal.warnings()
