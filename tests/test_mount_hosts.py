@@ -150,6 +150,49 @@ def test_full_hosts_say_no_space_keep_everything_and_go_on_when_there_is_room(mo
         subprocess.run(["umount", "-l", disk], check=False)
 
 
+def test_with_all_hosts_gone_it_mounts_writes_and_is_killed_and_everything_drains_when_they_are_back(mounting: Mounting) -> None:
+    """Staging under a real mount: what no host has survives kill -9, is read, and goes to the hosts with a later mount."""
+    places = [mounting.base / f"host{number}" for number in range(2)]
+    options = "commit_interval=1,flush_interval=1,writeback"
+    volume = mounting.volume(hosts=[f"dir:{place}" for place in places], replication="2", sector_size=SECTOR)
+    content = {name: os.urandom(2 * SECTOR) for name in ("before", "during", "after")}
+    mounted = mounting.mount(options, volume=volume)
+    (mounted.path / "before").write_bytes(content["before"])
+    mounted.control().flush()
+    for place in places:
+        place.rename(place.with_suffix(".away"))
+    with open(mounted.path / "during", "wb") as file:
+        file.write(content["during"])
+        file.flush()
+        os.fsync(file.fileno())
+    staged = volume / "staging"
+    wait_until(lambda: len(list(staged.glob("volumes/*/sectors/*/*"))) >= 3, "the sectors are staged", 60)
+    mounted.kill()
+
+    mounted = mounting.mount(options, volume=volume)
+    assert (mounted.path / "during").read_bytes() == content["during"]
+    with pytest.raises(OSError) as refused:
+        (mounted.path / "before").read_bytes()
+    assert refused.value.errno == errno.EIO
+    (mounted.path / "after").write_bytes(content["after"])
+    now = mounted.control().status().volume
+    assert any("cannot be read before that host is back" in warning for warning in now.warnings)
+    mounted.unmount()
+
+    for place in places:
+        place.with_suffix(".away").rename(place)
+    mounted = mounting.mount(options, volume=volume)
+    report = mounted.control().flush()
+    assert not report.degraded_sectors
+    assert not mounted.control().status().volume.staging.sectors
+    mounted.unmount()
+    shutil.rmtree(staged)
+    mounted = mounting.mount(options, volume=volume)
+    for name, data in content.items():
+        assert (mounted.path / name).read_bytes() == data
+    mounted.unmount()
+
+
 def test_nothing_readable_reaches_a_host(mounting: Mounting, tmp_path: Path) -> None:
     hosts = hosts_in(tmp_path, 2)
     volume = mounting.volume(hosts=[f"dir:{host}" for host in hosts], replication="2")

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from storage.checking import check_volume
-from storage.errors import FusefsError, NoSpace
+from storage.errors import FusefsError, NoSpace, Unavailable
 from storage.hosts.faults import Faults
 from storage.hosts.urls import HostURL
 from storage.keyfile import CHEAP
@@ -354,3 +354,66 @@ async def test_a_volume_that_is_fenced_keeps_what_it_staged(tmp_path: Path, auto
         await trio.sleep(120)
         assert waiting <= made.staged()
         assert await read(volume, b"staged") == data
+
+
+async def test_a_host_is_added_while_a_cut_is_held_because_the_others_are_full(tmp_path: Path, autojump_clock: object) -> None:
+    """Breaks if whoever adds the host that everything waits for has to wait for it."""
+    made = await remote(tmp_path, 2, "2")
+    more = [f"dir:{tmp_path / f'more{number}'}" for number in range(2)]
+    data = noise(SIZE)
+    async with made.opened(flush_interval=10.0) as volume:
+        publisher = volume.publisher
+        assert publisher is not None
+        await write(volume, b"there", data)
+        await volume.flush()
+        made.each(quota=1, only=puts_of_shards)
+        await write(volume, b"file", data)
+        await until(lambda: volume.sectors.drain.full)
+        await publisher.tick()
+        assert publisher.published_sequence < volume.store.durable_sequence
+        with pytest.raises(NoSpace, match="hosts are full"):
+            await write(volume, b"more", data)
+        for url in more:
+            await volume.add_host(url)
+        await until(lambda: is_full(volume) and not volume.values.pending_bytes)
+        await publisher.publish()
+        assert publisher.published_sequence == volume.store.durable_sequence
+        assert await read(volume, b"more") == data
+
+
+async def test_publishing_waits_for_the_upload_and_says_where_there_is_none(tmp_path: Path, autojump_clock: object) -> None:
+    """What `fsync=hosts` and flush rely on."""
+    made = await remote(tmp_path, 3, "3")
+    async with made.opened() as volume:
+        publisher = volume.publisher
+        assert publisher is not None
+        made.each(throughput=SIZE / 12, only=puts_of_shards)
+        await write(volume, b"file", noise(SIZE))
+        before = trio.current_time()
+        await publisher.publish()
+        assert trio.current_time() - before > 10
+        assert sum(len(made.shards(host)) for host in range(3)) >= 2
+        made.each(gone="the network is down", only=puts_of_shards)
+        await write(volume, b"other", noise(SIZE))
+        with pytest.raises(Unavailable, match=r"1 sector\(s\) are in .* and not on enough hosts yet: .*the network is down"):
+            await publisher.publish()
+        report = await volume.flush()
+        assert report.degraded_sectors == 1
+        assert any("the network is down" in reason for reason in report.reasons)
+    made.each(gone=None, throughput=0.0)
+    async with made.opened(staging=0) as volume:
+        await until(lambda: is_full(volume))
+        await until(lambda: not made.staged(), limit=60)
+
+
+async def test_what_is_freed_leaves_staging_and_no_host_gets_it(tmp_path: Path, autojump_clock: object) -> None:
+    made = await remote(tmp_path, 2, "2")
+    made.each(gone="the network is down", only=puts_of_shards)
+    async with made.opened() as volume:
+        await write(volume, b"file", noise(SIZE))
+        assert made.staged()
+        volume.namespace.unlink(1, b"file")
+        await until(lambda: not made.staged(), limit=60)
+        made.each(gone=None)
+        await volume.flush()
+        assert not made.shards(0) and not made.shards(1)

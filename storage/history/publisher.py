@@ -130,6 +130,8 @@ class Publisher:
         self._ready: _Ready | None = None
         #: The last cut waits until what it knows is on enough hosts. Invariant: then no other is made but a checkpoint's.
         self._held = False
+        #: When hosts were last asked, on the monotonic clock, whether another machine has gone on, while a cut was held.
+        self._watched = 0.0
         #: The one that hosts are to have.
         self._current: Superblock | None = None
         self._current_refs: list[Ref] = []
@@ -149,7 +151,7 @@ class Publisher:
         self.trouble = ""
         self._wanted = trio.Event()
         self._again = False
-        store.changes.on_many = self.want
+        store.changes.on_many = self._many
         staged.on_reached = self.want
 
     # ------------------------------------------------------------------------------------------------------------
@@ -256,6 +258,11 @@ class Publisher:
     def want(self) -> None:
         """Publish soon, without waiting for the interval."""
         self._wanted.set()
+
+    def _many(self) -> None:
+        """So much has changed that a cut is due; while one is held there is none, and it waits for hosts, not for us."""
+        if not self._held:
+            self.want()
 
     @property
     def dirty(self) -> bool:
@@ -408,6 +415,10 @@ class Publisher:
         if ready is not None and (self._again or ready.sequence > self.published_sequence):
             await self._round()
             return
+        now = self._seams.clock.monotonic()
+        if now - self._watched < min(CATCH_UP_SECONDS, self._interval):
+            return
+        self._watched = now
         await self.fleet.on_each(self.fleet.sides(), HostSide.examine)
         self._judge()
         await self._catch_up()

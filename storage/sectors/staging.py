@@ -447,7 +447,7 @@ class Staging:
         while self._cut.missing:
             why = self.stalled()
             if why:
-                raise Unavailable(f"{len(self._cut.missing)} sectors are in {self.path} and not on enough hosts yet: {why}")
+                raise Unavailable(f"{len(self._cut.missing)} sector(s) are in {self.path} and not on enough hosts yet: {why}")
             await self.changed()
 
     async def changed(self) -> None:
@@ -547,8 +547,8 @@ class Staging:
         async with self._room:
             if any(self._settling.values()):
                 await self._settle(host)
-            while not await self._fits(host, 0) and self._victim() is not None:
-                await self._drop_one(host)
+            while not await self._fits(host, 0) and await self._drop_one(host):
+                pass
 
     async def aclose(self) -> None:
         """No file is open; for symmetry with hosts."""
