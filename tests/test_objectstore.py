@@ -302,6 +302,18 @@ async def test_on_google_cloud_storage_conditions_are_generations(server: Server
         await host.get("a", 1)
 
 
+async def test_a_service_in_trouble_has_not_said_that_its_bucket_has_no_lock(
+    url: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else everything would be put without locks until the next mount."""
+    server.answers = [refusal(503, "SlowDown")]
+    with pytest.raises(Unavailable, match="what its bucket keeps: 503"):
+        await open_host(parse_url(url), Seams())
+    for answer in (refusal(501, "NotImplemented"), refusal(403, "AccessDenied"), refusal(400, "MalformedXML")):
+        server.answers = [answer]
+        assert not (await open_host(parse_url(url), Seams())).capabilities.object_lock
+
+
 # ------------------------------------------------------------------------------------------------------------- listing
 
 

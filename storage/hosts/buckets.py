@@ -33,22 +33,32 @@ def s3_client(url: HostURL) -> Any:
 
 
 def features(url: HostURL) -> tuple[bool, bool]:
-    """(does the bucket keep versions, has it Object Lock), as far as it tells. Unavailable where it does not answer at all."""
+    """(does the bucket keep versions, has it Object Lock), as far as it tells. Unavailable where it does not answer, or not now."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     client = s3_client(url)
     try:
         try:
             versions = client.get_bucket_versioning(Bucket=url.bucket).get("Status") == "Enabled"
-        except ClientError:
-            # Not known to the service, or not for us to know: then it is not relied on. What is really wrong, other calls will say.
+        except ClientError as error:
+            _must_be_an_answer(url, error)
             return False, False
         try:
             lock = client.get_object_lock_configuration(Bucket=url.bucket).get("ObjectLockConfiguration", {})
-        except ClientError:
+        except ClientError as error:
+            _must_be_an_answer(url, error)
             return versions, False
         return versions, versions and lock.get("ObjectLockEnabled") == "Enabled"
     except BotoCoreError as error:
-        raise Unavailable(f"host {url.base} cannot be reached: {error}; check the endpoint, and the network") from error
+        # Of its text, which repeats the request's address, the kind is what tells: EndpointConnectionError, ReadTimeoutError.
+        raise Unavailable(f"host {url.base} cannot be reached: {type(error).__name__}; check the endpoint, and the network") from error
     finally:
         client.close()
+
+
+def _must_be_an_answer(url: HostURL, error: Any) -> None:
+    """Not known to the service, or not for us to know: then it is not relied on, and what is really wrong other calls will say. But a
+    service that is in trouble has not said that the bucket has no lock: Unavailable."""
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+    if status == 429 or (status >= 500 and status != 501):
+        raise Unavailable(f"host {url.base}: asking what its bucket keeps: {status}; it will be asked again") from error

@@ -104,7 +104,7 @@ def failure_of(error: Exception, url: HostURL, doing: str, name: str) -> Failure
     if code in _REGION or status in (301, 307) or _REDIRECT.search(said):
         return Failure(Unavailable(f"{host}: the bucket is in another region ({answer}); name it with ?region="))
     if code in _CREDENTIALS or status == 401:
-        return Failure(Unavailable(f"{host} refuses the credentials ({answer}); see {_place(url)}, and this machine's clock"))
+        return Failure(Unavailable(f"{host} refuses the credentials ({code or status}); see {_place(url)}, and this machine's clock"))
     if status == 403 and doing == "deleting":
         return Failure(NotPermitted(f"{host}: these credentials may not delete {name} ({answer})"))
     if status == 403:

@@ -58,7 +58,11 @@ class Cluster:
         known = cls.load(directory)
         if known is not None and any(known.running().values()):
             raise RuntimeError(f"a cluster runs already in {directory}; scripts/seaweedfs down {directory} ends it")
-        ports = dict(zip([*SERVERS, *(f"{name}.grpc" for name in SERVERS)], free_ports(2 * len(SERVERS)), strict=True))
+        if known is not None and not any(map(listens, known.ports.values())):
+            # The same endpoint as before: volumes know it.
+            ports = known.ports
+        else:
+            ports = dict(zip([*SERVERS, *(f"{name}.grpc" for name in SERVERS)], free_ports(2 * len(SERVERS)), strict=True))
         cluster = cls(str(directory), f"key{secrets.token_hex(8)}", secrets.token_hex(20), ports)
         if known is not None:
             cluster.access_key, cluster.secret_key = known.access_key, known.secret_key

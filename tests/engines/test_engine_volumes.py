@@ -202,7 +202,7 @@ def test_scripts_seaweedfs_starts_a_cluster_and_serves_what_an_earlier_one_left(
     again = variables(script("up"))
     try:
         assert variables(script("status")) == again
-        # The port may be another; so the volume is found again by its host's id.
+        # The same endpoint, unless somebody has taken its port: then the volume is found again by its host's id.
         fusefs("recover", f"{volume}2", "--host", again["FUSEFS_S3"], env=again)
         assert fusefs("cat", f"{volume}2", "file", env=again).out == b"content" * 1000
     finally:
