@@ -200,7 +200,6 @@ class ObjectStoreHost:
         async def once() -> T:
             return await self._slots.run(self._slots.changing(name), fn, *args)
 
-        self._forget(name)
         try:
             return await self._again(once, may)
         finally:
