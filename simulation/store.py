@@ -120,6 +120,9 @@ class NoThreads:
     async def run_abandonable(self, fn: Callable[..., T], *args: object) -> T:
         return await self.run(fn, *args)
 
+    async def run_remote(self, fn: Callable[..., T], *args: object) -> T:
+        return await self.run(fn, *args)
+
 
 def virtual_seams(seed: int) -> Seams:
     clock: Clock = VirtualClock()

@@ -59,8 +59,12 @@ class Threads(Protocol):
     async def run_abandonable(self, fn: Callable[..., T], *args: object) -> T:
         """As `run`, but a caller that is cancelled goes on at once; the thread finishes by itself, and nobody learns how.
 
-        For what a hung disk or host may hold up, where it does not matter whether it happens after all. Has a limit of its own.
+        For what a hung disk may hold up, where it does not matter whether it happens after all. Has a limit of its own.
         """
+        ...
+
+    async def run_remote(self, fn: Callable[..., T], *args: object) -> T:
+        """As `run_abandonable`, for what a network may hold up: hosts that hang, all at once, must not keep disks from being asked."""
         ...
 
 
@@ -111,12 +115,17 @@ class WorkerThreads:
         self._limiter = trio.CapacityLimiter(limit)
         #: Apart from the other, so that hung calls cannot starve sealing and the metadata store.
         self._abandonable = trio.CapacityLimiter(2 * limit)
+        #: Waiting for answers costs next to nothing; each host has a limit of its own besides.
+        self._remote = trio.CapacityLimiter(16 * limit)
 
     async def run(self, fn: Callable[..., T], *args: object) -> T:
         return await trio.to_thread.run_sync(fn, *args, limiter=self._limiter)
 
     async def run_abandonable(self, fn: Callable[..., T], *args: object) -> T:
         return await trio.to_thread.run_sync(fn, *args, limiter=self._abandonable, abandon_on_cancel=True)
+
+    async def run_remote(self, fn: Callable[..., T], *args: object) -> T:
+        return await trio.to_thread.run_sync(fn, *args, limiter=self._remote, abandon_on_cancel=True)
 
 
 class DedicatedThread:

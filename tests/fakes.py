@@ -157,6 +157,9 @@ class InlineThreads:
     async def run_abandonable(self, fn: Callable[..., T], *args: object) -> T:
         return await self.run(fn, *args)
 
+    async def run_remote(self, fn: Callable[..., T], *args: object) -> T:
+        return await self.run(fn, *args)
+
 
 class SeededRandom:
     """Deterministic, and different for every call: SHA-256 of seed and a counter."""

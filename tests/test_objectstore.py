@@ -19,6 +19,7 @@ import trio.testing
 
 from storage.errors import Busy, Corrupt, FusefsError, NoSpace, NotFound, NotPermitted, Unavailable
 from storage.hosts import clients, objectstore
+from storage.hosts.directory import DirectoryHost
 from storage.hosts.objectstore import ObjectStoreHost
 from storage.hosts.opening import open_host
 from storage.hosts.urls import parse_url
@@ -29,12 +30,14 @@ from tests.mounting import wait_until
 
 @dataclass
 class Answer:
-    """What the server says to one request. `hang`: seconds before anything of it. `claims`: the length it states, if another."""
+    """What the server says to one request. `hang`: seconds before anything of it; `held`: not before `Server.release` is set. `drop`: no
+    answer, the connection is closed."""
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     hang: float = 0.0
+    held: bool = False
     drop: bool = False
 
 
@@ -54,6 +57,7 @@ class Server:
         self.asked: list[tuple[str, str, dict[str, str]]] = []
         #: Answers of which somebody has not read the end.
         self.cut_off = 0
+        self.release = threading.Event()
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -63,6 +67,8 @@ class Server:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 outer.asked.append((self.command, self.path, {name.lower(): value for name, value in self.headers.items()}))
                 answer = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
+                if answer.held:
+                    outer.release.wait(60)
                 if answer.hang:
                     time.sleep(answer.hang)
                 if answer.drop:
@@ -272,6 +278,27 @@ async def test_a_hung_request_is_given_up_and_its_thread_ends(url: str, server: 
     server.answers = [Answer(hang=2.0)]
     with pytest.raises(Unavailable, match="no answer in time"):
         await host.get("a", 10)
+
+
+async def test_hosts_that_hang_all_at_once_do_not_keep_disks_from_being_asked(url: str, server: Server, tmp_path: Path) -> None:
+    """Staging is on a disk of this machine: it goes on while nothing of the network does."""
+    seams = Seams()
+    hosts = [await ObjectStoreHost.open(parse_url(url.replace("/pre", f"/pre{number}")), seams) for number in range(5)]
+    server.answers = [Answer(held=True)]
+    async with trio.open_nursery() as nursery:
+        for host in hosts:
+            for number in range(objectstore.SLOTS):
+                nursery.start_soon(host.get, f"a{number}", 1)
+        while sum(host.at_work for host in hosts) < 5 * objectstore.SLOTS:
+            await trio.sleep(0.01)
+        with trio.fail_after(60):
+            disk = await DirectoryHost.open(str(tmp_path / "disk"), seams, create=True)
+            await disk.put("a", b"1")
+        assert sum(host.at_work for host in hosts) == 5 * objectstore.SLOTS
+        nursery.cancel_scope.cancel()
+    server.release.set()
+    while sum(host.at_work for host in hosts):
+        await trio.sleep(0.01)
 
 
 async def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock) -> None:

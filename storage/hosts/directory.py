@@ -31,7 +31,7 @@ class DirectoryHost:
     def __init__(self, tree: Tree, seams: Seams) -> None:
         self._tree = tree
         self._seams = seams
-        self._slots = Slots(tree.url, SLOTS, seams.threads, "see whether its disk answers")
+        self._slots = Slots(tree.url, SLOTS, seams.threads.run_abandonable, "see whether its disk answers")
 
     @classmethod
     async def open(cls, path: str, seams: Seams, *, url: str = "", create: bool = False) -> DirectoryHost:

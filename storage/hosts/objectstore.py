@@ -9,6 +9,7 @@ that the first try has changed nothing: else its own first try could be what mak
 change does not know whether it happened.
 
 *Bounded (I7).* Answers are read in pieces and counted: a host that sends more than was asked for is cut off, whatever its headers say.
+Listings come page by page, but one level of names is gathered by obstore itself: a host that never ends it holds a thread and memory.
 
 *Tags* are entity tags on S3 and Azure, generations on Google Cloud Storage.
 """
@@ -75,7 +76,7 @@ class ObjectStoreHost:
         self._place = url
         self._store = store
         self._seams = seams
-        self._slots = Slots(url.base, SLOTS, seams.threads, "see whether it answers")
+        self._slots = Slots(url.base, SLOTS, seams.threads.run_remote, "see whether it answers")
         #: False once it has answered a request for a range with the whole.
         self._ranges = True
         #: Name, content and age of what was last read whole for a range.
@@ -87,7 +88,7 @@ class ObjectStoreHost:
     async def open(cls, url: HostURL, seams: Seams, *, look: bool = False) -> ObjectStoreHost:
         """Unavailable where there are no credentials. Nothing is asked of the service yet, unless `look`: then what the bucket is for
         stands in `capabilities`; Unavailable where it does not answer."""
-        host = cls(url, await seams.threads.run_abandonable(make_store, url), seams)
+        host = cls(url, await seams.threads.run_remote(make_store, url), seams)
         if look and url.scheme == "s3":
             host._versions, host._object_lock = await host._slots.read(features, url)
         return host

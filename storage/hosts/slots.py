@@ -11,13 +11,12 @@ Unavailable until its thread has ended. So a deletion that was given up never ta
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import trio
 
 from storage.errors import Unavailable
-from storage.seams import Threads
 
 T = TypeVar("T")
 
@@ -29,9 +28,9 @@ class Abandoned(Exception):
 class Slots:
     """The slots of one host. Belongs to the event loop."""
 
-    def __init__(self, url: str, count: int, threads: Threads, remedy: str) -> None:
-        """`remedy`: what a person can do about a change that hangs, for messages."""
-        self._url, self._threads, self._remedy = url, threads, remedy
+    def __init__(self, url: str, count: int, run: Callable[..., Awaitable[Any]], remedy: str) -> None:
+        """`run`: `run_abandonable` or `run_remote` of the seams' threads. `remedy`: what a person can do about a change that hangs."""
+        self._url, self._run, self._remedy = url, run, remedy
         self._limiter = trio.CapacityLimiter(count)
         #: Objects with a change whose caller has given up and whose thread has not ended.
         self._hanging: list[str] = []
@@ -55,7 +54,8 @@ class Slots:
         """Run in a thread, in that slot."""
         await self._limiter.acquire_on_behalf_of(slot)
         try:
-            return await self._threads.run_abandonable(slot.work, fn, *args)
+            result: T = await self._run(slot.work, fn, *args)
+            return result
         except BaseException:
             slot.give_up()
             raise
