@@ -187,7 +187,8 @@ def _tell_elsewhere(mount: Mount) -> None:
     """Unmounted here, everything sent, and still served: the kernel keeps a filesystem as long as any mount namespace has it."""
     try:
         with live.client(mount.volume) as other:
-            pending = other.status().volume.pending_bytes
+            now = other.status().volume
+            pending = now.pending_bytes or now.staging.sectors
     except FusefsError:
         return  # gone by now
     if not pending:
