@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -41,12 +42,15 @@ async def test_a_volume_is_kept_checked_and_recovered_on_every_engine(name: str,
     urls = [engine.url(), engine.url()]
     await make(tmp_path / "volume", urls, "2")
     content = {}
-    async with opened(tmp_path / "volume", options=COLD) as volume:
+    async with opened(tmp_path / "volume", options=replace(COLD, staging=1 << 28)) as volume:
         for size in (2 * SECTOR + 5, 30_000, 7):
             value = new_value(volume)
             content[value] = noise(size)
             await append(volume, value, content[value])
-        await volume.flush()
+        report = await volume.flush()
+        assert not report.degraded_sectors and not report.reasons
+    assert list((tmp_path / "volume").glob("staging/volumes/*/sectors/*/*")), "such hosts are far away"
+    shutil.rmtree(tmp_path / "volume" / "staging")
     async with opened(tmp_path / "volume", options=COLD) as volume:
         for value, data in content.items():
             assert await contents(volume, value) == data
