@@ -20,7 +20,7 @@ EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 RUN: list[str] = PROJECT["project"]["dependencies"]
 #: Each level of scripts/bootstrap, and what it must hold. A level contains the one before.
 LEVELS = {"run": RUN}
-for _level, _below in (("engines", "run"), ("test", "engines"), ("lint", "test"), ("simulate", "lint"), ("fuzz", "simulate")):
+for _level, _below in (("engines", "run"), ("test", "engines"), ("lint", "test"), ("measure", "lint"), ("fuzz", "measure")):
     LEVELS[_level] = LEVELS[_below] + EXTRAS[_level]
 LOCKS = sorted(path.name for path in (ROOT / "requirements").glob("*.lock"))
 #: From [build-system] of pyfuse3's source distribution: it has no wheel.
@@ -91,8 +91,8 @@ def test_each_level_locks_what_pyproject_asks_for(level: str) -> None:
 
 
 def test_levels_agree_with_each_other() -> None:
-    run, engines, test, lint, simulate, fuzz = (Lock(f"{level}.lock").versions for level in LEVELS)
-    assert run.items() <= engines.items() <= test.items() <= lint.items() <= simulate.items() <= fuzz.items()
+    run, engines, test, lint, measure, fuzz = (Lock(f"{level}.lock").versions for level in LEVELS)
+    assert run.items() <= engines.items() <= test.items() <= lint.items() <= measure.items() <= fuzz.items()
 
 
 def test_what_builds_need_is_locked_too() -> None:
@@ -156,7 +156,7 @@ def test_bootstrap_refuses_an_unknown_level_in_one_line() -> None:
     done = subprocess.run([str(ROOT / "scripts/bootstrap"), "everything"], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert done.stdout == ""
-    assert done.stderr.splitlines() == ["fusefs: usage: scripts/bootstrap [run|engines|test|lint|simulate|fuzz]"]
+    assert done.stderr.splitlines() == ["fusefs: usage: scripts/bootstrap [run|engines|test|lint|measure|fuzz]"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "b"], ["--volume"], ["--frob", "x"]])

@@ -66,7 +66,7 @@ def main(
         try:
             report.plot(result, output / "bench.png")
         except ImportError:
-            say("no plot: matplotlib is not installed (scripts/bootstrap simulate)")
+            say("no plot: matplotlib is not installed (scripts/bootstrap measure)")
         else:
             say(f"written to {os.path.relpath(output, ROOT)}")
 
