@@ -474,7 +474,8 @@ class SectorManager(Protocol):
         ...
 
     async def write_sector(self, sector_id: int, data: Buffer | Sequence[Buffer], replication: str) -> None:
-        """Durable on its write quorum of distinct hosts when it returns (I2); the other shards go on in the background.
+        """Durable when it returns (I2): on its write quorum of distinct hosts, or, where hosts are far or too few take it, in staging; what
+        hosts lack goes there in the background.
 
         At most once per id: a second call raises Exists. NoSpace, Unavailable: nothing points to what was stored; the id is spent.
         """

@@ -482,7 +482,7 @@ async def open_volume(
     """Open a volume for reading and writing; a new epoch begins. What was appended is committed when the block ends.
 
     BadArgument (not a volume, newer format), WrongPassphrase, Corrupt (damaged key file or metadata), Busy (in use for longer than
-    `wait_lock` seconds), Unavailable (hosts that are needed do not answer: which sectors need which host).
+    `wait_lock` seconds). Hosts that are away are no reason to fail: `warnings` says what cannot be read without them.
     """
     path = absolute(path)
     seams = seams or Seams()
