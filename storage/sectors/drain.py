@@ -31,8 +31,8 @@ log = logging.getLogger("fusefs.staging")
 #: Sectors on their way at a time, and sealed bytes of theirs in memory, at most (I7); one sector always may.
 UPLOADS = 16
 BUDGET = 64 * 1024 * 1024
-#: Sectors on their way at first.
-WIDTH = 4.0
+#: Sectors on their way at first; by how much that grows with each success once there was a failure.
+WIDTH, CAREFUL = 4.0, 0.1
 #: Seconds until hosts that failed are tried again: doubling from the first to the last.
 RETRY_FIRST, RETRY_LAST = 1.0, 60.0
 #: Seconds between two looks whether enough hosts can be reached, while they cannot.
@@ -64,9 +64,9 @@ class Drain:
         self._wake = trio.Event()
         self._uploads = 0
         self._bytes = 0
-        #: How many may be on their way: one more with each success, half as many with each failure, as a slow line needs it, on which
-        #: none of many would get through in the time that HostIO gives each.
-        self._width = WIDTH
+        #: How many may be on their way: half as many with each failure, as a slow line needs it, on which none of many would get through in
+        #: the time that HostIO gives each; more with each success, by less once it was known to be too many.
+        self._width, self._step = WIDTH, 1.0
         #: Why too few hosts can be reached, at the last look; "" if they can.
         self._unreachable = ""
         #: Why the last attempt failed; "" since one succeeded, or since somebody asked for another.
@@ -167,7 +167,7 @@ class Drain:
         try:
             await self._upload(entry, nursery)
             self._trouble, self.full, self._retry = "", False, RETRY_FIRST
-            self._width = min(self._width + 1.0, UPLOADS)
+            self._width = min(self._width + self._step, UPLOADS)
             self.sent += entry.to_send
             self._lately.append((self._seams.clock.monotonic(), entry.to_send))
         except FusefsError as error:
@@ -175,7 +175,7 @@ class Drain:
             if self._trouble != str(error):
                 log.warning("sector %d stays in staging for now: %s", entry.sector_id, error)
             self._trouble, self.full = str(error), isinstance(error, NoSpace)
-            self._width = max(self._width / 2.0, 1.0)
+            self._width, self._step = max(self._width / 2.0, 1.0), CAREFUL
             self._due = now + self._retry
             self._retry = min(2 * self._retry, RETRY_LAST)
         finally:
