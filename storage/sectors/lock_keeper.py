@@ -39,6 +39,7 @@ from storage.hosts.locking import SHORT_LOCK, locking
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, LockingHost, MetadataStore, StoredVersion
 from storage.metadata.keys import FREED, LOCAL, SECTOR, SETTING, prefix_end, read_u64
+from storage.nurseries import plain_nursery
 from storage.sealing import HEADER_SIZE, ShardHeader
 from storage.seams import Seams
 from storage.sectors.records import SectorRecord, decode_sector
@@ -141,7 +142,7 @@ class LockKeeper:
             return
         async with self._lock:
             await self._publisher.publish()
-            async with trio.open_nursery() as nursery:
+            async with plain_nursery() as nursery:
                 for number, host in hosts.items():
                     nursery.start_soon(self._round_on, number, host)
 
@@ -208,7 +209,7 @@ class LockKeeper:
             finally:
                 slots.release_on_behalf_of(root)
 
-        async with trio.open_nursery() as nursery:
+        async with plain_nursery() as nursery:
             async for record in self._records():
                 for shard in record.shards:
                     if number in shard.hosts and self._short(shard.root, number, until) and not errors:
