@@ -83,8 +83,8 @@ def is_running(pid: int, mark: str) -> bool:
         return False
 
 
-def end(marks: Mapping[int, str]) -> None:
-    """Ask processes to end, all together; kill what has not after ENDING seconds. `marks`: process -> as for `is_running`."""
+def end(marks: Mapping[int, str], patience: float = ENDING) -> None:
+    """Ask processes to end, all together; kill what has not after `patience` seconds. `marks`: process -> as for `is_running`."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid, mark in marks.items():
             if is_running(pid, mark):
@@ -92,7 +92,7 @@ def end(marks: Mapping[int, str]) -> None:
                     os.kill(pid, number)
                 except ProcessLookupError:
                     continue
-        deadline = time.monotonic() + ENDING
+        deadline = time.monotonic() + patience
         while any(is_running(pid, mark) for pid, mark in marks.items()):
             if time.monotonic() > deadline:
                 break
