@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -134,13 +136,13 @@ def puts_of_shards(operation: str, name: str) -> bool:
 
 async def recovered(made: Remote, name: str) -> dict[bytes, bytes]:
     """path -> content, as a new machine gets it back from a copy of the hosts as they are now, and reads it."""
-    base = made.path.parent / name
+    base, seed = made.path.parent / name, 1000 + zlib.crc32(name.encode())
     urls = []
     for number, url in enumerate(made.urls):
         shutil.copytree(url.removeprefix("dir:"), base / f"host{number}")
         urls.append(f"dir:{base / f'host{number}'}")
-    await recover_volume(base / "v", urls, passphrase=PASSPHRASE, seams=make_seams(seed=hash(name) % 1000), argon2=CHEAP)
-    async with open_volume(base / "v", passphrase=PASSPHRASE, options=QUIET, seams=make_seams(seed=hash(name) % 1000 + 1000)) as volume:
+    await recover_volume(base / "v", urls, passphrase=PASSPHRASE, seams=make_seams(seed=seed), argon2=CHEAP)
+    async with open_volume(base / "v", passphrase=PASSPHRASE, options=QUIET, seams=make_seams(seed=seed + 1)) as volume:
         assert not (base / "v" / "staging").exists() or not volume.staging.entries()
         return {path: node.content for path, node in (await tree(volume)).items()}
 
@@ -417,3 +419,22 @@ async def test_what_is_freed_leaves_staging_and_no_host_gets_it(tmp_path: Path, 
         made.each(gone=None)
         await volume.flush()
         assert not made.shards(0) and not made.shards(1)
+
+
+async def test_what_is_cached_stays_over_a_restart_and_the_oldest_goes_first(tmp_path: Path, autojump_clock: object) -> None:
+    made = await remote(tmp_path, 2, "2")
+    async with made.opened() as volume:
+        for number in range(4):
+            await write(volume, b"file%d" % number, noise(SIZE))
+        await until(lambda: is_full(volume))
+        roots = [shards_of(volume, b"file%d" % number)[0].root.hex() for number in range(4)]
+    for age, root in enumerate(roots):
+        path = next(made.path.glob(f"staging/volumes/*/sectors/*/{root}"))
+        os.utime(path, (1_700_000_000 + age, 1_700_000_000 + age))
+    async with made.opened(staging=3 * SIZE) as volume:
+        await until(lambda: len(made.staged()) == 2, limit=60)
+        assert made.staged() == set(roots[2:])
+        made.each(gone="the network is down")
+        assert len(await read(volume, b"file3")) == SIZE
+        with pytest.raises(Unavailable):
+            await read(volume, b"file0")

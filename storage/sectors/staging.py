@@ -197,9 +197,21 @@ class Staging:
             text = name.rpartition("/")[2]
             if len(text) == 64 and name == shard_name(self._volume_id, text):
                 found.append((check_root(text), size))
-        for root, size in sorted(found):
+        # Nothing is known of what was read: the oldest files go first.
+        for root, size in await self._seams.threads.run(self._by_age, found):
             self._files[root] = _File(size, needed=False)
             self.size += size
+
+    def _by_age(self, found: list[tuple[bytes, int]]) -> list[tuple[bytes, int]]:
+        """(root, size), the oldest file first. Blocking, briefly."""
+
+        def age(file: tuple[bytes, int]) -> int:
+            try:
+                return (self.path / shard_name(self._volume_id, file[0].hex())).stat().st_mtime_ns
+            except OSError:
+                return 0
+
+        return sorted(found, key=age)
 
     def _load(self) -> list[str]:
         lost: list[int] = []
