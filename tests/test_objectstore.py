@@ -12,13 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from botocore.exceptions import TokenRetrievalError
 
 from storage.errors import Busy, Corrupt, FusefsError, NoSpace, NotFound, NotPermitted, Unavailable
 from storage.hosts import clients, objectstore
+from storage.hosts.credentials import Credentials
 from storage.hosts.directory import DirectoryHost
 from storage.hosts.objectstore import ObjectStoreHost
 from storage.hosts.opening import open_host
@@ -412,6 +415,18 @@ async def test_the_first_place_that_is_named_has_the_credentials(
     assert await key_used(plain) == "of-environment"
     assert await key_used(plain + "&profile=p") == "of-p"
     assert await key_used(url) == "key"
+
+
+async def test_credentials_that_cannot_be_renewed_are_said_at_once(
+    host: ObjectStoreHost, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def expired(_: Credentials) -> dict[str, Any]:
+        raise TokenRetrievalError(provider="sso", error_msg="log in again")
+
+    monkeypatch.setattr(Credentials, "__call__", expired)
+    with pytest.raises(Unavailable, match=r"cannot be had .*log in again.*; see .*keys"):
+        await host.put("a", b"")
+    assert server.asked == []
 
 
 @pytest.mark.parametrize(

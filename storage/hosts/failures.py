@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from obstore.exceptions import AlreadyExistsError, BaseError, InvalidPathError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, InvalidPathError, PreconditionError, UnauthenticatedError
 
 from storage.errors import Busy, FusefsError, NoSpace, NotFound, NotPermitted, Unavailable
 from storage.hosts.urls import HostURL
@@ -85,6 +85,10 @@ def failure_of(error: Exception, url: HostURL, doing: str, name: str) -> Failure
     answer = _answer(said, status, code)
     if _NO_RANGE.search(said):
         return Failure(Unavailable(f"{host} does not read ranges"), no_ranges=True)
+    if status == 0 and isinstance(error, UnauthenticatedError):
+        # Not the service: the place where short-lived credentials are renewed.
+        why = said.rpartition("provider: ")[2][:200]
+        return Failure(Unavailable(f"{host}: its credentials cannot be had ({why}); see {_place(url)}"))
     if isinstance(error, InvalidPathError):
         return Failure(Unavailable(f"{host}: {what}: an object there has a name that cannot be listed, remove it: {said[:200]}"))
     if status == 416 or (status == 0 and _PAST_END.search(said)):
