@@ -46,7 +46,7 @@ def write_credentials(directory: Path, name: str, access_key: str, secret_key: s
 @pytest.fixture(scope="session")
 def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     directory = tmp_path_factory.mktemp("seaweedfs")
-    cluster = Cluster.up(directory / "cluster")
+    cluster = Cluster.up(directory / "cluster", tied=True)
     try:
         file = write_credentials(directory, "seaweedfs", cluster.access_key, cluster.secret_key)
         yield Engine("seaweedfs", cluster.endpoint, BUCKET, file, cluster, cluster.client())

@@ -42,8 +42,11 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
-def start(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """In a session of its own, so that no terminal ends it; its output goes to `log`."""
+def start(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, *, tied: bool = True) -> subprocess.Popen[bytes]:
+    """In a session of its own, so that no terminal ends it; its output goes to `log`. `tied`: the kernel kills it when this process ends,
+    however it does."""
+    if tied:
+        command = ["setpriv", "--pdeathsig", "KILL", "--", *command]
     with open(log, "ab") as output:
         return subprocess.Popen(
             command,

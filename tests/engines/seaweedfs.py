@@ -42,6 +42,8 @@ class Cluster:
     secret_key: str
     ports: dict[str, int]
     pids: dict[str, int] = field(default_factory=dict)
+    #: It ends with the process that started it.
+    tied: bool = False
 
     @property
     def endpoint(self) -> str:
@@ -52,7 +54,7 @@ class Cluster:
         return Path(self.directory)
 
     @classmethod
-    def up(cls, directory: Path) -> Cluster:
+    def up(cls, directory: Path, *, tied: bool = False) -> Cluster:
         """Started and answering, with the bucket BUCKET. What an earlier cluster left in the directory is served again."""
         directory.mkdir(parents=True, exist_ok=True)
         known = cls.load(directory)
@@ -63,7 +65,7 @@ class Cluster:
             ports = known.ports
         else:
             ports = dict(zip([*SERVERS, *(f"{name}.grpc" for name in SERVERS)], free_ports(2 * len(SERVERS)), strict=True))
-        cluster = cls(str(directory), f"key{secrets.token_hex(8)}", secrets.token_hex(20), ports)
+        cluster = cls(str(directory), f"key{secrets.token_hex(8)}", secrets.token_hex(20), ports, tied=tied)
         if known is not None:
             cluster.access_key, cluster.secret_key = known.access_key, known.secret_key
         try:
@@ -162,7 +164,7 @@ class Cluster:
         else:
             own = ["volume", f"-master={self._address('master')}", f"-dir={data}", f"-rack={name}", f"-max={VOLUMES_EACH}"]
             own += ["-minFreeSpace=1", "-preStopSeconds=0"]
-        process = start([program("weed"), "-logtostderr=true", *own, *here], self.path / "log" / name)
+        process = start([program("weed"), "-logtostderr=true", *own, *here], self.path / "log" / name, tied=self.tied)
         self.pids[name] = process.pid
         self._write("cluster.json", asdict(self))
 
