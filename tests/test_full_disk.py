@@ -103,7 +103,7 @@ def test_more_than_the_disk_holds_goes_to_the_hosts(small: Small) -> None:
 def test_without_hosts_what_is_accepted_is_durable_however_full_the_disk(small: Small) -> None:
     """Each write(2) that succeeded can be made durable, and survives kill -9: with no host and no byte of room. The rest got ENOSPC or
     EIO from write(2)."""
-    mounted = small.mount("commit_interval=600,nowriteback")
+    mounted = small.mount("commit_interval=600,nowriteback,staging=0")
     small.host_goes_away()
     accepted: dict[str, bytes] = {}
     refused = 0
@@ -166,7 +166,7 @@ def test_without_hosts_what_is_accepted_is_durable_however_full_the_disk(small: 
 def test_umount_refuses_while_what_was_written_is_not_durable(small: Small) -> None:
     """Status 6, and the mount stays and answers; once there is room it ends, with nothing lost. (What is accepted finds room; so the rule
     that sees to it is taken out.)"""
-    mounted = small.mount("commit_interval=600", without=("room-ahead",))
+    mounted = small.mount("commit_interval=600,staging=0", without=("room-ahead",))
     small.host_goes_away()
     written = {}
     for number in range(9):

@@ -221,6 +221,14 @@ class SectorManager:
         self.drain.kick()
         await self.drain.wait(self.staging.entries(), progress or FlushProgress())
 
+    def waiting(self) -> str:
+        """What is in staging and on too few hosts, and why; "" if nothing is. What is lost waits for nothing."""
+        left = [entry for entry in self.staging.entries() if not entry.reached and entry.sector_id not in self.staging.losses]
+        why = self.drain.stalled()
+        if not left or not why:
+            return ""
+        return f"{len(left)} sector(s) are in {self.staging.path} and not on enough hosts yet: {why}"
+
     def uploading(self, sector_id: int) -> bool:
         """Is some shard of its first upload still on its way, or in staging?"""
         return self.staging.on_its_way(sector_id) or any(upload.sector_id == sector_id for upload in self._under_way)

@@ -414,6 +414,10 @@ class Shipper:
             raise refused or Unavailable("hosts refused what they take now; flush again")
         await self._sectors.wait_uploads(progress)
         await self._store.commit()
+        waiting = self._sectors.waiting()
+        if waiting:
+            # Durable here; whoever flushes wants it to survive this machine.
+            raise Unavailable(waiting)
         progress.bytes_done = progress.bytes_total
         degraded = self._sectors.degraded()
         return FlushReport(degraded, tuple(self._sectors.notes) if degraded else ())
