@@ -22,7 +22,7 @@ from storage.history.publisher import Publisher
 from storage.host_io import HostIO
 from storage.hosts.days import date_of
 from storage.hosts.hostdb import HostDB, HostStatistics
-from storage.hosts.locking import SHORT_LOCK
+from storage.hosts.locking import SHORT_LOCK, locking
 from storage.hosts.registry import HostRegistry, Opener
 from storage.interfaces import Batch, Contract, FlushProgress, FlushReport, MetadataStore, Refusal, TailPiece
 from storage.keyfile import KEY_FILE, load_keyfile, open_slots
@@ -299,7 +299,16 @@ class Volume:
                 f"host {self.hosts.url(number)}: these credentials may not delete; what is not needed any more stays there"
                 for number in self.host_io.undeletable()
             ),
+            *(
+                f"host {record.url} had Object Lock when it was added, and does not say so now: nothing more is locked there; see whether "
+                "its credentials may read the bucket's configuration"
+                for record in self.hosts.records()
+                if record.capabilities.object_lock and self.hosts.available(record.number) and not self._locks(record.number)
+            ),
         ]
+
+    def _locks(self, number: int) -> bool:
+        return locking(self.hosts.get(number)) is not None
 
     async def set_replication(self, ino: int, spec: str, *, now: bool = False) -> None:
         """What is created below the directory later is stored as `spec`; "" inherits. `now`: also what is below it, or a file's content.

@@ -290,3 +290,10 @@ async def test_after_the_end_the_owner_prunes_and_nothing_is_left(world: World) 
                         await pruner.prune(held)
             assert any(name.startswith("volumes/") for name in versions.by_name) == left
             assert HOST_FILE in versions.by_name
+
+
+async def test_a_host_that_does_not_say_any_more_that_it_locks_is_a_warning(world: World) -> None:
+    async with world.opened() as volume:
+        assert not any("Object Lock" in warning for warning in (await volume.status()).warnings)
+    async with open_volume(world.tmp_path / "volume", passphrase=PASSPHRASE, seams=world.seams(), options=QUIET) as volume:
+        assert sum("had Object Lock" in warning for warning in (await volume.status()).warnings) == 2
