@@ -15,7 +15,6 @@ from storage.interfaces import Batch, Buffer, FlushProgress, HostSpace, Metadata
 from storage.metadata.counters import Counter
 from storage.metadata.keys import DOUBTED, FRESH, SECTOR, SETTING, UNDERREPLICATED, prefix_end, read_u64, u64
 from storage.replication import Replication
-from storage.sealing import BLOCK
 from storage.seams import Seams
 from storage.sectors.cache import BlockCache
 from storage.sectors.deleter import Deleter
@@ -110,9 +109,9 @@ class SectorManager:
         """True if the byte at `offset` of the sector is in the block cache, or on the local disk."""
         return self._reader.cached(sector_id, offset)
 
-    def prefetch(self, sector_id: int) -> None:
-        """Start bringing a whole sector into the cache, unless it is there or on its way. Never fails."""
-        self._reader.prefetch(sector_id, self._nursery)
+    def prefetch(self, sector_id: int) -> bool:
+        """Start bringing a whole sector into the cache, unless it is there or on its way. Never fails; False: not now, ask again."""
+        return self._reader.prefetch(sector_id, self._nursery)
 
     # ------------------------------------------------------------------------------------------------------------
     # Writing
@@ -172,9 +171,7 @@ class SectorManager:
         if layout.length > KEEP_WRITTEN:
             return
         for shard, buffers in list(zip(shards, plaintexts, strict=True))[: layout.needed]:
-            plain, root = b"".join(buffers), bytes.fromhex(shard.root)
-            for block in range(0, len(plain), BLOCK):
-                self.cache.put(root, block // BLOCK, plain[block : block + BLOCK])
+            self.cache.put_whole(bytes.fromhex(shard.root), b"".join(buffers))
 
     def _staged_first(self, spec: Replication) -> bool:
         """Where a host is remote, or too few can be reached. Not while hosts are full: then who writes is to know at once."""

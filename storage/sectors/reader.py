@@ -19,7 +19,7 @@ from storage.interfaces import MetadataReader, SealedShard
 from storage.metadata.keys import SECTOR, u64
 from storage.sealing import BLOCK, TAG_SIZE
 from storage.seams import Seams
-from storage.sectors.cache import BlockCache
+from storage.sectors.cache import WHOLE, BlockCache
 from storage.sectors.hedging import Attempt, Hedging
 from storage.sectors.preamble import PREAMBLE_SIZE
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector, layout_for
@@ -108,12 +108,17 @@ class SectorReader:
         return b"".join(await _together([partial(self._read_part, sector_id, record, layout, part) for part in parts]))
 
     def _has(self, shard: ShardRecord, part: Part) -> bool:
+        if (shard.root, WHOLE) in self._cache:
+            return True
         first, last = part.offset // BLOCK, (part.offset + part.length - 1) // BLOCK
         return all((shard.root, block) in self._cache for block in range(first, last + 1))
 
     async def _read_part(self, sector_id: int, record: SectorRecord, layout: Layout, part: Part) -> bytes:
         """A range of one shard's plaintext."""
         root = record.shards[part.shard].root
+        plain = self._cache.whole(root)
+        if plain is not None:
+            return plain[part.offset : part.offset + part.length]
         first, last = part.offset // BLOCK, (part.offset + part.length - 1) // BLOCK
         blocks: dict[int, bytes] = {}
         missing: list[int] = []
@@ -133,27 +138,29 @@ class SectorReader:
             return blocks[first][begin : begin + part.length]
         return b"".join([blocks[block] for block in range(first, last + 1)])[begin : begin + part.length]
 
-    def prefetch(self, sector_id: int, nursery: trio.Nursery) -> None:
-        """Bring a whole sector into the cache in the background."""
-        if sector_id in self._fetching or len(self._fetching) >= PREFETCHES:
-            return
+    def prefetch(self, sector_id: int, nursery: trio.Nursery) -> bool:
+        """Bring a whole sector into the cache in the background. False: not now, since too many are on their way."""
+        if sector_id in self._fetching:
+            return True
+        if len(self._fetching) >= PREFETCHES:
+            return False
         try:
             record = self.record(sector_id)
             parts = layout_for(record, sector_id).whole()
         except (NotFound, Corrupt):
-            return
+            return True
         if record.length * 4 > self._cache.limit or all(self._has(record.shards[part.shard], part) for part in parts):
-            return
+            return True
         self._fetching[sector_id] = trio.Event()
         nursery.start_soon(self._prefetch, sector_id, record, [part.shard for part in parts])
+        return True
 
     async def _prefetch(self, sector_id: int, record: SectorRecord, shards: list[int]) -> None:
         try:
             record = await self._located(sector_id)
             plains = await _together([partial(self.read_shard, sector_id, record, shard) for shard in shards])
             for shard, plain in zip(shards, plains, strict=True):
-                for block in range(-(-len(plain) // BLOCK)):
-                    self._cache.put(record.shards[shard].root, block, plain[block * BLOCK : (block + 1) * BLOCK])
+                self._cache.put_whole(record.shards[shard].root, plain)
         except FusefsError as error:
             # Whoever needs the bytes asks for them and gets the error then.
             log.info("read-ahead of sector %d failed: %s", sector_id, error)

@@ -84,7 +84,8 @@ class Values:
         self.rewriter = Rewriter(store, sectors, self._merger, self.shipper, seams, rewrite_rate)
         self.shipper.on_landed = self._merger.wake
         self._reclaimer.on_freed = self._merger.wake
-        self._streams: dict[int, int] = {}
+        #: Where the last read of a value ended, and the sector for which read-ahead was asked for; 0: it was not.
+        self._streams: dict[int, tuple[int, int]] = {}
         #: Why the last commit could not be made (the local disk or the journal is full); None since one could.
         self.local_trouble: FusefsError | None = None
         #: Why the journal's files could not grow by what more appends need (the local disk is full or fails); None since they could.
@@ -320,16 +321,18 @@ class Values:
 
     def _read_ahead(self, value_id: int, at: int, stop: int, extents: Sequence[Extent]) -> None:
         """Whoever reads on where the last read of the value ended is sequential: the sector at hand and the next ones are fetched whole."""
-        sequential = self._streams.pop(value_id, None) == at or (at == 0 and stop >= 64 * 1024)
-        self._streams[value_id] = stop
+        ended, asked = self._streams.pop(value_id, (-1, 0))
+        if ended != at and not (at == 0 and stop >= 64 * 1024):
+            asked = 0
+        elif asked != extents[0].sector_id:
+            # Once for each sector: many reads fall into one.
+            last = extents[-1]
+            following = extents_between(self._store, value_id, last.end, last.end + AHEAD * self._sectors.sector_size, AHEAD)
+            begun = [self._sectors.prefetch(extent.sector_id) for extent in (extents[0], *following)]
+            asked = extents[0].sector_id if all(begun) else 0
+        self._streams[value_id] = (stop, asked)
         if len(self._streams) > STREAMS:
             self._streams.pop(next(iter(self._streams)))
-        if not sequential:
-            return
-        last = extents[-1]
-        following = extents_between(self._store, value_id, last.end, last.end + AHEAD * self._sectors.sector_size, AHEAD)
-        for extent in (extents[0], *following):
-            self._sectors.prefetch(extent.sector_id)
 
     def local_at(self, value_id: int, offset: int) -> bool:
         tail = self._tails.get(value_id)
