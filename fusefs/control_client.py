@@ -121,7 +121,7 @@ class ControlClient:
         answer = self._ask(Flush(), progress)
         if not isinstance(answer, FlushedAnswer):
             raise _unexpected(answer)
-        return FlushReport(answer.degraded_sectors, tuple(answer.reasons))
+        return _report(answer)
 
     def drain(self, progress: ShowProgress | None = None) -> FlushReport | None:
         """For after an unmount: the report of the process's last flush, once the process has let go of the volume. None if it ended
@@ -143,7 +143,7 @@ class ControlClient:
             return None
         if not isinstance(answer, FlushedAnswer):
             raise _unexpected(answer)
-        return FlushReport(answer.degraded_sectors, tuple(answer.reasons))
+        return _report(answer)
 
     def _receive_rest(self) -> bool:
         """False at the end of the process."""
@@ -273,6 +273,10 @@ class ControlClient:
         line = bytes(self._received[:end])
         del self._received[: end + 1]
         return line
+
+
+def _report(answer: FlushedAnswer) -> FlushReport:
+    return FlushReport(answer.degraded_sectors, tuple(answer.reasons), answer.kept_sectors, answer.kept_bytes)
 
 
 def _unexpected(answer: AnyAnswer) -> BadArgument:

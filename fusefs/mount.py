@@ -142,7 +142,8 @@ async def _serve(
     volume_options = VolumeOptions(commit_interval=None, purpose=f"mounted on {mountpoint}", **settings)  # type: ignore[arg-type]
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with open_volume(volume_path, passphrase=passphrase, wait_lock=LOCK_SECONDS, options=volume_options) as volume:
-            for warning in volume.renewal.warnings():
+            # Whoever mounts is told of what is wrong from the start: hosts that cannot be used, and what cannot be read without them.
+            for warning in dict.fromkeys([*volume.standing_warnings(), *volume.renewal.warnings()]):
                 note(f"warning: {warning}")
             await _serve_open(volume, volume_path, mountpoint, options, ready, control, signals)
     log.info("%s: closed", volume_path)
@@ -168,7 +169,7 @@ async def _serve_read_only(
         told = Telling(note, mountpoint)
         async with open_read_only(source, scratch=scratch.path, options=volume_options, progress=told.progress) as volume:
             note(f"{mountpoint} shows {volume.view}")
-            for warning in volume.warnings:
+            for warning in volume.standing_warnings():
                 note(f"warning: {warning}")
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
                 await _serve_open(volume, scratch.path, mountpoint, options, ready, control, signals)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -134,6 +135,8 @@ class Volume:
         self.options = options
         self.seams = seams
         self.warnings: list[str] = []
+        #: Further ones, each with whether it still holds.
+        self.passing: list[tuple[str, Callable[[], bool]]] = []
         self.refusals: deque[Refusal] = deque(maxlen=REFUSALS)
         self.refusals_total = 0
         # Set by `_wire`, before anybody sees the volume.
@@ -163,6 +166,10 @@ class Volume:
         self.publisher: Publisher | None = None
         self.lock_keeper: LockKeeper | None = None
 
+    def standing_warnings(self) -> list[str]:
+        """What was found wrong when the volume was opened, and still is."""
+        return [*self.warnings, *(text for text, holds in self.passing if holds())]
+
     def record_refusal(self, refusal: Refusal) -> None:
         """For the log of refusals that `status` shows."""
         self.refusals.append(refusal)
@@ -185,11 +192,12 @@ class Volume:
             try:
                 await self.publisher.publish()
             except Unavailable as error:
-                report = FlushReport(report.degraded_sectors, (*report.reasons, f"metadata: {error}"))
+                report = replace(report, reasons=(*report.reasons, f"metadata: {error}"))
         # A host that is away now may have copies of anything: whoever flushes to be safe wants to know.
         reasons = [self.hosts.reason(number) for number in self.hosts.numbers() if not self.hosts.available(number)]
         away = [reason for reason in reasons if not any(reason in said for said in report.reasons)]
-        return FlushReport(report.degraded_sectors, (*report.reasons, *away)) if away else report
+        kept = self.sectors.drain.status()
+        return replace(report, reasons=(*report.reasons, *away), kept_sectors=kept.sectors, kept_bytes=kept.bytes)
 
     async def add_host(self, url: str, contract_days: float | None = None) -> int:
         """A new host with a first contract. Returns its number. Unavailable without a majority of the hosts there are."""
@@ -422,7 +430,7 @@ class Volume:
             # Fenced, it has committed what it had.
             local_error=str(local or ("" if fenced else failure) or ""),
             warnings=[
-                *self.warnings,
+                *self.standing_warnings(),
                 *self.renewal.warnings(),
                 *([publisher.trouble] if publisher is not None and publisher.trouble else []),
                 *dict.fromkeys(str(error) for error in shown if error is not None),
@@ -694,8 +702,9 @@ async def _wire(
         try:
             await publisher.claim()
         except Unavailable as error:
-            volume.warnings.append(f"other machines cannot see yet that this one has the volume: {error}")
-            log.warning("%s", volume.warnings[-1])
+            message = f"other machines cannot see yet that this one has the volume: {error}"
+            volume.passing.append((message, lambda: not publisher.published_ns))
+            log.warning("%s", message)
     nursery.start_soon(publisher.run)
     volume.sweeper = Sweeper(
         store, volume.config.volume_id_bytes, volume.epochs, volume.hosts, volume.contractor, volume.host_io, publisher, seams
@@ -930,9 +939,10 @@ async def check_servable(volume: Volume) -> None:
     for number, url in away.items():
         if number in given_up:
             continue
-        message = f"host {url} cannot be used: {volume.hosts.reason(number)}"
+        reason = volume.hosts.reason(number)
+        message = reason if url in reason else f"host {url} cannot be used: {reason}"
         log.warning("%s", message)
-        volume.warnings.append(message)
+        volume.passing.append((message, partial(_any_away, volume, [number])))
     here = set(volume.hosts.numbers()) - away.keys()
     start, end, lost = SECTOR, prefix_end(SECTOR), 0
     examples: list[int] = []
@@ -953,4 +963,8 @@ async def check_servable(volume: Volume) -> None:
         hosts_text = ", ".join(away[number] for number in sorted(needed or away))
         warning = f"sectors {sectors} are only on {hosts_text}: what is in them cannot be read before that host is back"
         log.warning("%s: %s", volume.path, warning)
-        volume.warnings.append(warning)
+        volume.passing.append((warning, partial(_any_away, volume, sorted(needed or away))))
+
+
+def _any_away(volume: Volume, numbers: list[int]) -> bool:
+    return any(not volume.hosts.available(number) for number in numbers)

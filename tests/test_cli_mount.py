@@ -286,11 +286,28 @@ def test_a_host_gone_at_mount_time_is_said_and_what_is_left_serves(demo: Demo) -
     fusefs("umount", demo.mountpoint)
     away = demo.hosts[0].with_name("away")
     demo.hosts[0].rename(away)
-    demo.mount()
+    assert [str(demo.hosts[0]) in line for line in demo.mount().err.splitlines()][:1] == [True]
     assert (demo.mountpoint / "x").read_bytes() == b"data"
     assert str(demo.hosts[0]) in fusefs("status", demo.mountpoint).text.splitlines()[0]
     away.rename(demo.hosts[0])
     fusefs("umount", demo.mountpoint, expect=None)
+
+
+def test_with_all_hosts_gone_mount_says_so_and_umount_what_is_kept(demo: Demo) -> None:
+    demo.mount()
+    (demo.mountpoint / "before").write_bytes(b"1")
+    fusefs("umount", demo.mountpoint)
+    for host in demo.hosts:
+        host.rename(host.with_name(host.name + ".away"))
+    said = demo.mount().err
+    assert all(str(host) in said for host in demo.hosts)
+    assert "cannot be read before" in said
+    (demo.mountpoint / "during").write_bytes(b"2")
+    said = fusefs("umount", demo.mountpoint).err
+    assert re.search(r"kept on this machine.*1 sector, \d+ B to send", said), said
+    for host in demo.hosts:
+        host.with_name(host.name + ".away").rename(host)
+    assert fusefs("cat", demo.volume, "before", "during").out == b"12"
 
 
 def test_umount_says_that_another_mount_namespace_has_the_mount(demo: Demo) -> None:

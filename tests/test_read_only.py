@@ -173,8 +173,8 @@ async def test_what_only_an_absent_host_has_cannot_be_read_and_all_else_can(tmp_
     assert set(holders.values()) == {1, 2}, "by bad luck all sectors are on one host"
     (tmp_path / "host1").rename(tmp_path / "away")
     async with viewed(ReadOnlySource(tmp_path / "v", passphrase=PASSPHRASE), tmp_path / "scratch") as view:
-        assert any(urls[1] in warning for warning in view.warnings)
-        assert any("are only on" in warning for warning in view.warnings)
+        assert any(urls[1] in warning for warning in view.standing_warnings())
+        assert any("are only on" in warning for warning in view.standing_warnings())
         for number, host in holders.items():
             if host == 1:
                 assert await content(view, f"f{number}") == data
@@ -304,7 +304,7 @@ async def test_hosts_that_moved_are_found_where_they_are_said_to_be(tmp_path: Pa
     (tmp_path / "host0").rename(tmp_path / "elsewhere")
     async with viewed(ReadOnlySource(hosts=(f"dir:{tmp_path / 'elsewhere'}",), passphrase=PASSPHRASE), tmp_path / "scratch") as view:
         assert await content(view, "f") == data
-        assert any("host1" in warning for warning in view.warnings)
+        assert any("host1" in warning for warning in view.standing_warnings())
 
 
 async def test_a_host_that_was_away_does_not_hide_what_the_others_have(tmp_path: Path) -> None:

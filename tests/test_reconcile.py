@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from storage.checking import Finding, check_volume
 from storage.errors import NotFound, Unavailable
-from storage.interfaces import Buffer
+from storage.interfaces import Buffer, SealedShard
 from storage.metadata.keys import SECTOR, UNDERREPLICATED, prefix_end, read_u64
 from storage.pacing import Pace
 from storage.replication import parse_replication
@@ -101,6 +101,36 @@ async def test_a_lost_host_s_shards_are_made_again_on_the_others(tmp_path: Path)
         assert volume.sectors.degraded() == 0
 
 
+async def test_a_host_lost_while_a_sector_is_on_its_way_there_is_a_copy_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_volume(tmp_path, 3, "2", staging=0) as (volume, urls):
+        real, under_way, go_on = volume.host_io.write_sealed, trio.Event(), trio.Event()
+        hosts: list[int] = []
+
+        async def slowly(contract_id: str, shard: SealedShard) -> None:
+            hosts.append(volume.contractor.contract(contract_id).host_number)
+            under_way.set()
+            await go_on.wait()
+            await real(contract_id, shard)
+
+        monkeypatch.setattr(volume.host_io, "write_sealed", slowly)
+        async with trio.open_nursery() as nursery:
+            value = new_value(volume)
+            await append(volume, value, noise(SIZE))
+            nursery.start_soon(volume.flush)
+            await under_way.wait()
+            await volume.mark_host(str(hosts[0]), lost=True)
+            await volume.reconciler.round()
+            go_on.set()
+        # Whoever flushes is told, and it is not mistaken for one that may wait.
+        assert volume.sectors.degraded() == 1
+        monkeypatch.undo()
+        await volume.reconciler.round()
+        assert volume.sectors.degraded() == 0
+        assert as_wanted(volume, [url for number, url in enumerate(urls, 1) if number != hosts[0]])
+
+
 async def test_what_is_only_to_move_is_no_damage_to_check(tmp_path: Path) -> None:
     async with a_volume(tmp_path, 3, "2") as (volume, urls):
         await fill(volume, 3)
@@ -179,6 +209,23 @@ async def test_a_host_that_is_away_for_long_is_done_without_and_its_copies_go_wh
         await volume.reconciler.round()
         await delete_freed(volume)
         assert as_wanted(volume, urls)
+
+
+async def test_what_could_not_be_read_at_first_is_no_warning_any_more_once_the_hosts_are_back(tmp_path: Path) -> None:
+    async with a_volume(tmp_path, 2, "2") as (volume, urls):
+        await fill(volume, 1)
+    paths = [Path(url.removeprefix("dir:")) for url in urls]
+    for path in paths:
+        path.rename(path.with_suffix(".away"))
+    async with opened(tmp_path / "volume", options=QUIET) as volume:
+        assert sum("cannot be read before" in warning for warning in volume.standing_warnings()) == 1
+        for url in urls:
+            assert any(url in warning for warning in (await volume.status()).warnings)
+        for path in paths:
+            path.with_suffix(".away").rename(path)
+        await volume.hosts.retry_once()
+        await published(volume)
+        assert (await volume.status()).warnings == []
 
 
 async def test_a_short_absence_makes_nobody_copy_anything(tmp_path: Path) -> None:

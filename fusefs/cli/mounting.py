@@ -141,6 +141,7 @@ def umount(mountpoint: Path) -> None:
         say(f"{mountpoint} was a dead mount: its process had ended; what it had committed is there at the next mount")
         return
     flushed: FlushReport | None = None
+    failure: FusefsError | None = None
     try:
         # While it is still mounted, so that most of the waiting can be broken off without consequences.
         flushed = _flush(mount.volume)
@@ -153,9 +154,20 @@ def umount(mountpoint: Path) -> None:
             raise NoSpace(
                 f"{mountpoint} stays mounted: what was written is not durable ({now.local_error}); free some space, then again"
             ) from error
-        if not now.fenced:  # else the process says so once more, at its end
-            say(f"warning: {error}")
-    _tell(_stop(mount) or flushed, mount.volume)
+        # Fenced, the process says so once more, at its end.
+        failure = None if now.fenced else error
+    try:
+        report = _stop(mount) or flushed
+    except (NoSpace, Unavailable) as error:
+        if mount_at(mountpoint) is not None:
+            raise
+        what = f"{mountpoint} is unmounted; what is not on its hosts yet is kept in {mount.volume}, and goes there after the next mount"
+        raise type(error)(f"{what}: {error}") from error
+    if failure is not None and report is not None and not report.degraded_sectors and not report.reasons:
+        failure = None  # the last flush went well
+    if failure is not None:
+        say(f"warning: {failure}")
+    _tell(report, mount.volume)
 
 
 def _stop(mount: Mount) -> FlushReport | None:

@@ -232,10 +232,11 @@ def warnings(now: VolumeStatus, now_ns: int) -> list[str]:
 
 def _host_warning(host: HostStatus, now_ns: int) -> str:
     if host.error_ns:
-        return f"host {host.url} had an error {human_span(max(0.0, (now_ns - host.error_ns) / 1e9))} ago: {host.error}"
+        what = host.error if host.url in host.error else f"host {host.url} had an error: {host.error}"
+        return f"{human_span(max(0.0, (now_ns - host.error_ns) / 1e9))} ago: {what}"
     if host.state in ("ok", "failing"):
         return f"host {host.url} does not have its part of the metadata: {host.error}"
-    return f"host {host.url} cannot be used: {host.error}"
+    return host.error if host.url in host.error else f"host {host.url} cannot be used: {host.error}"
 
 
 def _contract_warnings(host: HostStatus, contracts: list[ContractStatus], now_ns: int) -> list[str]:

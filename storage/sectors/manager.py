@@ -333,8 +333,9 @@ class SectorManager:
             batch.delete(UNDERREPLICATED + u64(sector_id))
             self.staging.settled(batch, sector_id)
         elif full:
-            # Some on a host whose contract is ending, for want of another.
-            batch.put(UNDERREPLICATED + u64(sector_id), MOVING)
+            # Some on a host whose contract is ending, for want of another; or it was left, or lost, while they were on their way.
+            there = self._placement.present(host for shard in shards for host in shard.hosts)
+            batch.put(UNDERREPLICATED + u64(sector_id), MOVING if there else b"")
         else:
             batch.put(UNDERREPLICATED + u64(sector_id), b"")
         if staged:

@@ -63,6 +63,10 @@ class Placement:
         """Do all of these keep what they have?"""
         return self._standing.keeping().issuperset(hosts)
 
+    def present(self, hosts: Iterable[int]) -> bool:
+        """Do all of these have what they have, whether or not it is to stay there?"""
+        return self._standing.present().issuperset(hosts)
+
     def others(self, hosts: Collection[int], keeping: Collection[int]) -> list[Contract]:
         """For one shard more of a sector that is on `hosts`: active contracts on hosts of `keeping` that are none of them, best first,
         those of other failure domains before the rest."""

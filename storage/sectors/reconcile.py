@@ -280,12 +280,15 @@ class Reconciler:
                 raw = self._store.get(SECTOR + key[1:])
                 if raw is None:
                     continue
-                sectors += 1
                 try:
                     sector_id = read_u64(key, 1)
+                    if self.uploading(sector_id):
+                        continue  # not ours yet, and told by itself
                     record = decode_sector(raw, sector_id)
                 except Corrupt:
+                    sectors += 1
                     continue
+                sectors += 1
                 missing += sum(record.shards[index].length for index in self._plan(sector_id, record, keeping).missing)
             start = found[-1][0] + b"\0"
             await trio.lowlevel.checkpoint()

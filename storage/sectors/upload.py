@@ -7,6 +7,7 @@ writer goes on (I2); the rest follow. What was put and is named by nobody is que
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -83,7 +84,8 @@ class Upload:
         for error in self._errors:
             if isinstance(error, Fenced):
                 raise error
-        said = "; ".join(map(str, self._errors))
+        # Each once, without what they all begin with: the sector and its root.
+        said = "; ".join(dict.fromkeys(re.sub(r"^sector \d+, root [0-9a-f]{12}: ", "", str(error)) for error in self._errors))
         if any(isinstance(error, NoSpace) for error in self._errors):
             raise NoSpace(f"sector {self.sector_id}: hosts are full ({said}); free space or add a host")
         raise Unavailable(f"sector {self.sector_id}: too few hosts took it ({said})")
