@@ -52,6 +52,8 @@ INLINE = 2 * BLOCK + 1024
 TIMEOUT = 20.0
 #: Bytes per second below which a host counts as not answering.
 SLOWEST = 1024 * 1024
+#: The same of a remote host: a quarter of a megabit a second is a line somebody has.
+SLOWEST_REMOTE = 32 * 1024
 #: For timing a read whose size nobody has told.
 _UNKNOWN_SIZE = 16 * 1024 * 1024
 #: Sector ids sealed lately whose roots are remembered (I1); about 4 MB.
@@ -481,7 +483,8 @@ class HostIO:
         `sent`: bytes of an object that go to the host; how many come from it is seen.
         """
         host = self._registry.get(number)
-        limit = self._timeout + size / self._slowest
+        slowest = min(self._slowest, SLOWEST_REMOTE) if self._registry.remote(number) else self._slowest
+        limit = self._timeout + size / slowest
         received = 0
         try:
             with trio.move_on_after(limit):

@@ -45,7 +45,7 @@ from storage.volume import absolute, only
 #: Sectors fetched and opened at the same time.
 FETCHES = 3
 #: Seconds a shard may take, besides what its bytes take at `SLOWEST` bytes per second.
-TIMEOUT, SLOWEST = 20.0, 1024 * 1024
+TIMEOUT, SLOWEST = 20.0, 32 * 1024
 #: Notes, and files with holes, that are listed; all are counted.
 MAX_NOTES, MAX_HOLES = 50, 1000
 LOST_AND_FOUND = "lost+found"

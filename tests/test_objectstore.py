@@ -42,6 +42,8 @@ class Answer:
     hang: float = 0.0
     held: bool = False
     drop: bool = False
+    #: Seconds for which it takes its time to read what it is sent.
+    slow: float = 0.0
 
 
 def refusal(status: int, code: str, message: str = "because") -> Answer:
@@ -67,7 +69,10 @@ class Server:
             protocol_version = "HTTP/1.1"
 
             def handle_any(self) -> None:
-                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                length = int(self.headers.get("Content-Length") or 0)
+                for part in range(10):
+                    self.rfile.read(length // 10 + (length % 10 if part == 9 else 0))
+                    time.sleep(outer.answers[0].slow / 10)
                 outer.asked.append((self.command, self.path, {name.lower(): value for name, value in self.headers.items()}))
                 answer = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
                 if answer.held:
@@ -453,3 +458,15 @@ async def test_missing_credentials_are_said_with_their_place(text: str, says: st
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(Unavailable, match=says):
         await open_host(parse_url(text.format(tmp=tmp_path)), make_seams())
+
+
+async def test_an_object_may_be_sent_for_longer_than_an_answer_may_be_silent(
+    url: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow line: nothing is answered before all is sent."""
+    monkeypatch.setattr(clients, "SILENCE_SECONDS", 0.5)
+    server.answers = [Answer(headers={"ETag": '"tag"'}, slow=1.5)]
+    host = await ObjectStoreHost.open(parse_url(url), Seams())
+    # More than what the sockets' buffers take at once.
+    assert await host.put("volumes/x", bytes(16 * 2**20))
+    assert [method for method, _, _ in server.asked] == ["PUT"]

@@ -30,7 +30,7 @@ MAX_SLOT = 10**19
 GENERATIONS = 2
 #: Seconds a request may take, besides what its bytes take at `SLOWEST` bytes per second.
 TIMEOUT = 20.0
-SLOWEST = 1024 * 1024
+SLOWEST = 32 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,13 @@ DEFAULT_REGION = "us-east-1"
 Store = S3Store | GCSStore | AzureStore
 
 
-def make_store(url: HostURL) -> Store:
-    """obstore's client for a URL; blocks. Unavailable, BadArgument."""
+def make_store(url: HostURL, silence: float | None = None) -> Store:
+    """obstore's client for a URL; blocks. `silence`: seconds without a byte of an answer, if not SILENCE_SECONDS; while an object is sent
+    there is none. Unavailable, BadArgument."""
     endpoint = url.parameter("endpoint")
     options: Any = {
         "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
-        "read_timeout": timedelta(seconds=SILENCE_SECONDS),
+        "read_timeout": timedelta(seconds=SILENCE_SECONDS if silence is None else silence),
         "timeout": timedelta(seconds=REQUEST_SECONDS),
         "user_agent": "fusefs",
     }

@@ -24,7 +24,7 @@ import trio
 
 from storage.errors import BadArgument, Busy, Corrupt, FusefsError, NotFound, Unavailable
 from storage.hosts.buckets import features
-from storage.hosts.clients import Store, make_store
+from storage.hosts.clients import REQUEST_SECONDS, Store, make_store
 from storage.hosts.failures import STORE_ERRORS, Failure, failure_of
 from storage.hosts.layout import check_name, check_prefix, is_component
 from storage.hosts.slots import Slots
@@ -72,9 +72,11 @@ class _Listing:
 class ObjectStoreHost:
     """See `interfaces.Host`. Open with `ObjectStoreHost.open`."""
 
-    def __init__(self, url: HostURL, store: Store, seams: Seams) -> None:
+    def __init__(self, url: HostURL, store: Store, sender: Store, seams: Seams) -> None:
+        """`sender`: a client for puts, as patient as a slow line needs."""
         self._place = url
         self._store = store
+        self._sender = sender
         self._seams = seams
         self._slots = Slots(url.base, SLOTS, seams.threads.run_remote, "see whether it answers")
         #: False once it has answered a request for a range with the whole.
@@ -88,7 +90,10 @@ class ObjectStoreHost:
     async def open(cls, url: HostURL, seams: Seams, *, look: bool = False) -> ObjectStoreHost:
         """Unavailable where there are no credentials. Nothing is asked of the service yet, unless `look`: then what the bucket is for
         stands in `capabilities`; Unavailable where it does not answer."""
-        host = cls(url, await seams.threads.run_remote(make_store, url), seams)
+        store = await seams.threads.run_remote(make_store, url)
+        # A slow line sends for longer than any answer may be silent.
+        sender = await seams.threads.run_remote(make_store, url, REQUEST_SECONDS)
+        host = cls(url, store, sender, seams)
         if look and url.scheme == "s3":
             host._versions, host._object_lock = await host._slots.read(features, url)
         return host
@@ -268,7 +273,7 @@ class ObjectStoreHost:
 
     def _put(self, name: str, data: Buffer, mode: Any) -> str:
         try:
-            result = obstore.put(self._store, name, data, mode=mode or "overwrite", use_multipart=False)
+            result = obstore.put(self._sender, name, data, mode=mode or "overwrite", use_multipart=False)
         except STORE_ERRORS as error:
             raise self._failed(error, "writing", name) from error
         return self._tag_of(name, result)

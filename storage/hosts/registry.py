@@ -141,6 +141,7 @@ class HostRegistry:
         self._hosts: dict[int, Host] = {}
         self._reasons: dict[int, tuple[State, str]] = {}
         self._suspects: set[int] = set()
+        self._remote: dict[int, bool] = {}
         #: What is sent to any of them goes through it.
         self.uplink = Uplink(seams.clock)
         #: Told of requests besides those for shards: (number, bytes sent, received).
@@ -174,7 +175,10 @@ class HostRegistry:
 
     def remote(self, number: int) -> bool:
         """See Opener. NotFound."""
-        return self._opener.remote(parse_url(self.record(number).url))
+        known = self._remote.get(number)
+        if known is None:
+            known = self._remote[number] = self._opener.remote(parse_url(self.record(number).url))
+        return known
 
     def resolve(self, text: str) -> int:
         """The number of the host with this number, id or URL. NotFound names the ones there are."""
