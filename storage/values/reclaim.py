@@ -6,7 +6,9 @@ Freeing is one key, whatever the size of the file; the walk goes on here in slic
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 import trio
 
@@ -20,6 +22,8 @@ log = logging.getLogger("fusefs.values")
 
 #: Extents per slice: the loop is given back after each, within about a millisecond.
 SLICE = 64
+#: Freed values remembered; beyond that their marks are looked for in the store, as those of earlier processes are.
+REMEMBERED = 100_000
 
 
 class Reclaimer:
@@ -30,11 +34,24 @@ class Reclaimer:
         self._sectors = sectors
         self._wake = trio.Event()
         self._wake.set()
+        #: Freed by this process, oldest first. Looked for in the store they would cost ever more: the marks of those that are done stay in
+        #: the memtable as deletions, which each scan passes one by one.
+        self._freed: deque[int] = deque()
+        #: Marks from here on that are not in `_freed` may be in the store; None: there are none.
+        self._others: bytes | None = GARBAGE
         #: Told after sectors lost live bytes, for merging.
         self.on_freed: Callable[[], None] = lambda: None
 
     def wake(self) -> None:
         self._wake.set()
+
+    def freed(self, value_id: int) -> None:
+        """Its mark is about to be applied. No await until it is."""
+        if len(self._freed) < REMEMBERED:
+            self._freed.append(value_id)
+        else:
+            self._others = GARBAGE
+        self.wake()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -52,13 +69,13 @@ class Reclaimer:
 
         No await: the live bytes in the sector records always match the extents.
         """
-        garbage = self._store.scan(GARBAGE, prefix_end(GARBAGE), SLICE)
-        if not garbage:
+        garbage = self._marked()
+        if not garbage and not self._freed and self._others is None:
             return False
         batch = Batch()
         deltas: dict[int, int] = {}
         left = SLICE
-        for key, _ in garbage:
+        for key in garbage:
             if len(key) != 9:
                 log.error("metadata: %s names no freed value; what it held stays; run fusefs check", key[:24].hex())
                 batch.delete(key)
@@ -84,8 +101,23 @@ class Reclaimer:
             if sector_id not in self._sectors.partials.held:
                 self._sectors.delete_now(batch, sector_id)
         self._store.apply(batch)
+        while self._freed and self._store.get(GARBAGE + u64(self._freed[0])) is None:
+            self._freed.popleft()
         self.on_freed()
         return True
+
+    def _marked(self) -> list[bytes]:
+        """Marks of freed values, at most `SLICE`."""
+        if self._freed:
+            # Without a mark it was not freed after all: its batch was refused.
+            keys = (GARBAGE + u64(value_id) for value_id in islice(self._freed, SLICE))
+            return [key for key in keys if self._store.get(key) is not None]
+        if self._others is None:
+            return []
+        found = [key for key, _ in self._store.scan(self._others, prefix_end(GARBAGE), SLICE)]
+        # No mark is left behind: what is not done in this slice is first in the next one.
+        self._others = found[0] if found else None
+        return found
 
     def _known(self, sector_id: int) -> bool:
         try:

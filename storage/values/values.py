@@ -129,7 +129,7 @@ class Values:
         tail = self._tails.pop(value_id, None)
         if tail is not None:
             self.shipper.drop(tail)
-        self._reclaimer.wake()
+        self._reclaimer.freed(value_id)
 
     def recover(self, pieces: Mapping[int, Sequence[tuple[int, bytes]]], *, ship: bool = True) -> int:
         """At open: tails as the journal has them; pieces may overlap, and then agree. Returns the bytes taken back.
