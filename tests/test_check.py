@@ -469,7 +469,6 @@ MENDED: dict[str, tuple[Damage, str]] = {
     "not in the partial index": (lose(lambda s: s.all(PARTIAL)[0][0]), "partial-index"),
     "in the partial index for nothing": (_put(lambda _s: PARTIAL + b"\0" + u64(77), b"2"), "partial-index"),
     "in the wrong class": (_put(lambda s: PARTIAL + b"\7" + _sector_of("logs/deep/large")(s)[1:], b"2"), "partial-index"),
-    "in the copies index": (_put(lambda s: UNDERREPLICATED + _sector_of("holey")(s)[1:]), "copies-index"),
     "in the copies index for nothing": (_put(lambda _s: UNDERREPLICATED + u64(77)), "copies-index"),
     "number of sectors wrong": (_put(lambda _s: SETTING + b"sectors", u64(1000)), "sector-count"),
     "freed and in use": (_freed_in_use, "freed-in-use"),

@@ -144,6 +144,25 @@ async def test_what_is_only_to_move_is_no_damage_to_check(tmp_path: Path) -> Non
     assert {finding.kind for finding in found if not finding.note} == {"unowned-value"}, found
 
 
+async def test_what_is_to_be_made_again_elsewhere_is_known_to_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash in the middle of reconcile: copies are missing, and the list that says so is right."""
+    async with a_volume(tmp_path, 3, "2") as (volume, _urls):
+        await fill(volume, 3)
+
+        async def never(_contract_id: str, _shard: SealedShard) -> None:
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(volume.host_io, "write_sealed", never)
+        await volume.mark_host("1", lost=True)
+        await volume.reconciler._look(volume.standing.keeping())
+        await volume.commit()
+        assert volume.store.scan(UNDERREPLICATED, prefix_end(UNDERREPLICATED), 10)
+    monkeypatch.undo()
+    found: list[Finding] = []
+    await check_volume(tmp_path / "volume", passphrase=PASSPHRASE, on_finding=found.append)
+    assert {finding.kind for finding in found if not finding.note} == {"unowned-value", "missing-copy"}, found
+
+
 async def test_a_host_that_is_left_is_empty_in_the_end_and_every_sector_has_its_copies_all_the_time(tmp_path: Path) -> None:
     async with a_volume(tmp_path, 3, "2") as (volume, urls):
         content = await fill(volume)

@@ -118,18 +118,13 @@ def _wanted(patient: Patient, rescue: Rescue, entry: TableEntry) -> bool:
 
 
 async def _check_copies_mark(patient: Patient, sector_id: int, record: SectorRecord) -> None:
-    fewer = has_fewer(record)
+    """A mark where every copy is on record is none too many: a host is lost, doubted, or was away for long. Reconcile looks at each."""
     mark = patient.store.get(UNDERREPLICATED + u64(sector_id))
-    marked = mark is not None and mark != MOVING
-    if fewer == marked:
+    if not has_fewer(record) or (mark is not None and mark != MOVING):
         return
     batch = Batch()
-    if fewer:
-        batch.put(UNDERREPLICATED + u64(sector_id), b"")
-    else:
-        batch.delete(UNDERREPLICATED + u64(sector_id))
-    said = "is not in the index of those" if fewer else "is in the index of sectors"
-    what = f"it has {'fewer copies than it should, and' if fewer else 'all its copies, and'} {said}{'' if fewer else ' with fewer'}"
+    batch.put(UNDERREPLICATED + u64(sector_id), b"")
+    what = "it has fewer copies than it should, and is not in the index of those"
     await patient.found("copies-index", f"sector {sector_id}", what, batch)
 
 
