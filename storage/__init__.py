@@ -84,7 +84,7 @@ if TYPE_CHECKING:
     from storage.status import VolumeStatus as VolumeStatus
     from storage.volume import Volume as Volume
     from storage.volume import VolumeOptions as VolumeOptions
-    from storage.volume import open_volume as open_volume
+    from storage.wiring import open_volume as open_volume
 
 _HOMES = {
     "storage.checking": ("CheckProgress", "CheckReport", "Finding", "check_volume"),
@@ -126,7 +126,8 @@ _HOMES = {
         "StoredAs",
         "VolumeStatus",
     ),
-    "storage.volume": ("Volume", "VolumeOptions", "open_volume"),
+    "storage.volume": ("Volume", "VolumeOptions"),
+    "storage.wiring": ("open_volume",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

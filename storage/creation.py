@@ -20,7 +20,8 @@ from storage.keys import Keys, phrase_of
 from storage.lock import VolumeLock
 from storage.replication import parse_replication
 from storage.seams import Seams
-from storage.volume import VolumeOptions, absolute, with_layers
+from storage.volume import VolumeOptions
+from storage.wiring import absolute, with_layers
 
 
 async def create_volume(

@@ -45,7 +45,8 @@ from storage.metadata.store import MAP_SIZE, Store
 from storage.seams import Seams
 from storage.status import VolumeStatus
 from storage.values.records import sealed_end, tail_needed
-from storage.volume import SECTOR_RANGE, Volume, VolumeOptions, absolute, check_servable, make_layers, only
+from storage.volume import Volume, VolumeOptions
+from storage.wiring import SECTOR_RANGE, absolute, check_servable, make_layers, only
 
 log = logging.getLogger("fusefs.volume")
 

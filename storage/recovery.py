@@ -46,7 +46,8 @@ from storage.sectors.plan import can_be_read, make_plan
 from storage.sectors.records import decode_sector
 from storage.sectors.staging import DIRECTORY as STAGING_DIRECTORY
 from storage.values.records import decode_extent, decode_value, sealed_end, value_key
-from storage.volume import Volume, VolumeOptions, absolute, with_layers
+from storage.volume import Volume, VolumeOptions
+from storage.wiring import absolute, with_layers
 
 RECOVERING_FILE = "recovering.json"
 RECOVERING_FORMAT = "fusefs recovering"

@@ -40,7 +40,7 @@ from storage.seams import Seams, Worker
 from storage.sectors.preamble import PREAMBLE_SIZE, Preamble, parse_preamble
 from storage.sectors.redundancy import Layout, layout_of
 from storage.values.packing import TableEntry, parse_table
-from storage.volume import absolute, only
+from storage.wiring import absolute, only
 
 #: Sectors fetched and opened at the same time.
 FETCHES = 3

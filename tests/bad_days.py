@@ -24,7 +24,8 @@ from storage.hosts.faults import Faults
 from storage.interfaces import FlushReport
 from storage.seams import NoFailpoints, Seams
 from storage.status import HostStatus, VolumeStatus
-from storage.volume import Volume, VolumeOptions, open_volume
+from storage.volume import Volume, VolumeOptions
+from storage.wiring import open_volume
 from tests.complete import incomplete
 from tests.fakes import SeededRandom, VirtualClock, make_seams
 from tests.host_rig import FaultyOpener

@@ -13,7 +13,8 @@ import trio.testing
 from storage.hosts.memory import forget_memory_hosts, memory_content
 from storage.interfaces import Contract
 from storage.seams import Seams
-from storage.volume import Volume, open_volume
+from storage.volume import Volume
+from storage.wiring import open_volume
 from tests.fakes import SeededRandom, VirtualClock, make_seams
 from tests.host_rig import FaultyOpener, Stored
 from tests.rig import PASSPHRASE, QUIET, append, contents, make, new_value, noise

@@ -42,7 +42,8 @@ from storage.sectors import deleter
 from storage.sectors.records import decode_sector
 from storage.sectors.sweep import RECOVERED_KEY
 from storage.values import merge, reclaim, shipping
-from storage.volume import Volume, open_volume
+from storage.volume import Volume
+from storage.wiring import open_volume
 from tests.fakes import Crash, InlineThreads
 from tests.metadata_rig import quick_directory, take_over
 from tests.nonces import Nonces, RecordingOpener

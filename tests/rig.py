@@ -11,7 +11,8 @@ from storage.creation import create_volume
 from storage.interfaces import Batch
 from storage.keyfile import CHEAP
 from storage.seams import Seams
-from storage.volume import Volume, VolumeOptions, open_volume
+from storage.volume import Volume, VolumeOptions
+from storage.wiring import open_volume
 
 PASSPHRASE = "correct horse"
 SECTOR = 256 * 1024

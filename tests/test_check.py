@@ -43,7 +43,8 @@ from storage.namespace.records import COUNTS_KEY, ROOT, decode_dirent, decode_in
 from storage.seams import Seams
 from storage.sectors.records import decode_sector
 from storage.values.records import Extent, decode_extent, decode_value, value_key
-from storage.volume import Volume, open_volume
+from storage.volume import Volume
+from storage.wiring import open_volume
 from tests.fakes import Crash
 from tests.rig import PASSPHRASE, QUIET, host_dirs, make, opened
 from tests.test_crash_fuzz import DeadFrom, _leaves

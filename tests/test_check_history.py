@@ -10,7 +10,7 @@ import pytest
 
 from storage.history.objects import metadata_prefix
 from storage.recovery import recover_volume
-from storage.volume import open_volume
+from storage.wiring import open_volume
 from tests.host_rig import Stored
 from tests.rig import PASSPHRASE, QUIET, host_dirs, make, opened
 from tests.test_check import Checked, check

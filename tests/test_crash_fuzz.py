@@ -27,7 +27,8 @@ from storage.sectors import deleter
 from storage.sectors.records import decode_sector
 from storage.values import merge, shipping
 from storage.values.records import decode_extent
-from storage.volume import Volume, open_volume
+from storage.volume import Volume
+from storage.wiring import open_volume
 from tests.fakes import Crash
 from tests.host_rig import FaultyOpener
 from tests.rig import PASSPHRASE, QUIET, contents, free, host_dirs, make, new_value

@@ -25,7 +25,7 @@ from storage.errors import Fenced, FusefsError, IOFailure, NoSpace, Unavailable
 from storage.hosts.faults import shards_only
 from storage.interfaces import Batch
 from storage.metadata.store import Store
-from storage.volume import open_volume
+from storage.wiring import open_volume
 from tests.cli_runner import fusefs
 from tests.host_rig import FaultyOpener
 from tests.metadata_rig import SEGMENT, FailAt, content, copy, opened, piece, put, quick_directory, seal, tail_of, take_over

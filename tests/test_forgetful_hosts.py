@@ -10,7 +10,8 @@ import pytest
 from storage.errors import FusefsError
 from storage.hosts.faults import Faults
 from storage.recovery import recover_volume
-from storage.volume import Volume, open_volume
+from storage.volume import Volume
+from storage.wiring import open_volume
 from tests.host_rig import FaultyOpener, Stored
 from tests.rig import PASSPHRASE, QUIET, host_dirs, make, noise, published
 from tests.test_split_brain import acknowledged, reaching, write

@@ -13,7 +13,8 @@ from storage.metadata.keys import EXTENT, FREED, FRESH, GARBAGE, INODE, MAP, ORP
 from storage.namespace import filemap
 from storage.sectors import deleter
 from storage.values import merge, reclaim
-from storage.volume import Volume, open_volume
+from storage.volume import Volume
+from storage.wiring import open_volume
 from tests import crash_points
 from tests.crash_points import FILE, ROOT, DeadFrom, Run, Script, tree
 from tests.metadata_rig import quick_directory

@@ -22,7 +22,8 @@ from storage.interfaces import Batch
 from storage.keyfile import CHEAP, KEY_FILE, change_passphrase
 from storage.metadata.keys import LOST, SETTING, u32
 from storage.recovery import recover_volume
-from storage.volume import Volume, open_volume
+from storage.volume import Volume
+from storage.wiring import open_volume
 from tests.host_rig import FaultyOpener, Stored
 from tests.rig import PASSPHRASE, QUIET, append, contents, free, host_dirs, make, new_value, noise, published
 

@@ -31,7 +31,8 @@ LAYERS: list[set[str]] = [
     {"storage.namespace"},
     {"storage.files"},
     {"storage.checking"},
-    {"storage.volume"},
+    {"storage.volume", "storage.status_of"},
+    {"storage.wiring"},
     {"storage.creation", "storage.recovery", "storage.salvage", "storage.read_only", "storage.pruning"},
     {"storage"},  # storage/__init__.py: the public names
 ]

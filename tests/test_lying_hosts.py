@@ -20,7 +20,8 @@ from storage.errors import BadArgument, FusefsError
 from storage.hosts.faults import Faults
 from storage.read_only import ReadOnlySource, open_read_only
 from storage.recovery import recover_volume
-from storage.volume import Volume, open_volume
+from storage.volume import Volume
+from storage.wiring import open_volume
 from tests.host_rig import FaultyOpener
 from tests.rig import PASSPHRASE, QUIET, host_dirs, make
 

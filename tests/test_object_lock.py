@@ -23,7 +23,8 @@ from storage.pruning import open_pruner
 from storage.recovery import recover_volume
 from storage.seams import Seams
 from storage.sectors.records import SectorRecord, decode_sector
-from storage.volume import Volume, VolumeOptions, open_volume
+from storage.volume import Volume, VolumeOptions
+from storage.wiring import open_volume
 from tests.fakes import SeededRandom, VirtualClock, make_seams
 from tests.lock_rig import LockedOpener, vandalize
 from tests.rig import PASSPHRASE, QUIET, append, contents, free, new_value, noise, published

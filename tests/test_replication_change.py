@@ -19,7 +19,8 @@ from storage.metadata.keys import EXTENT, FREED, HANDING_DOWN, MISPLACED, SECTOR
 from storage.seams import InlineWorker, Seams
 from storage.sectors.records import decode_sector
 from storage.values.records import decode_extent
-from storage.volume import Volume, open_volume
+from storage.volume import Volume
+from storage.wiring import open_volume
 from tests.crash_points import DeadFrom, leaves
 from tests.fakes import Crash, InlineThreads
 from tests.metadata_rig import quick_directory

@@ -21,7 +21,8 @@ from storage.namespace.records import inode_key
 from storage.values import shipping
 from storage.values.packing import parse_table
 from storage.values.records import extents_between
-from storage.volume import Volume, VolumeOptions, open_volume
+from storage.volume import Volume, VolumeOptions
+from storage.wiring import open_volume
 from tests.host_rig import FaultyOpener
 from tests.rig import PASSPHRASE, QUIET, append, contents, free, host_dirs, make, new_value, noise, published
 from tests.rig import SECTOR as SECTOR_SIZE

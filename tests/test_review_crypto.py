@@ -48,7 +48,8 @@ from storage.metadata.records import HEADER_SIZE
 from storage.sealing import ShardHeader
 from storage.seams import NoFailpoints, Seams
 from storage.values.packing import MAX_TABLE, TRAILER_SIZE, TableEntry, encode_table, parse_table
-from storage.volume import Volume, VolumeOptions, open_volume
+from storage.volume import Volume, VolumeOptions
+from storage.wiring import open_volume
 from tests.fakes import BASE_NS, Crash, CrashAt, MemoryStore, make_seams
 from tests.host_rig import Rig
 from tests.metadata_rig import copy

@@ -24,7 +24,8 @@ from storage.seams import Clock, Seams
 from storage.sectors.damage import BadRecord, Copy, Damages
 from storage.sectors.records import SectorRecord
 from storage.sectors.scrub import PassRecord
-from storage.volume import Volume, open_volume
+from storage.volume import Volume
+from storage.wiring import open_volume
 from tests.fakes import Crash, CrashAt, SeededRandom, make_seams
 from tests.host_rig import FaultyOpener, Stored
 from tests.rig import PASSPHRASE, QUIET, append, host_dirs, make, new_value, noise, opened

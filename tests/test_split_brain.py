@@ -23,7 +23,8 @@ from storage.interfaces import Host
 from storage.read_only import ReadOnlySource, open_read_only
 from storage.recovery import recover_volume
 from storage.seams import Seams
-from storage.volume import Volume, open_volume
+from storage.volume import Volume
+from storage.wiring import open_volume
 from tests.host_rig import FaultyOpener
 from tests.rig import PASSPHRASE, QUIET, host_dirs, make
 

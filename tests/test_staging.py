@@ -23,7 +23,8 @@ from storage.metadata.keys import SECTOR, UNDERREPLICATED, prefix_end, read_u64
 from storage.recovery import recover_volume
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
 from storage.values.records import extents_between
-from storage.volume import Volume, VolumeOptions, open_volume
+from storage.volume import Volume, VolumeOptions
+from storage.wiring import open_volume
 from tests.fakes import make_seams
 from tests.host_rig import FaultyOpener
 from tests.recovery_rig import tree

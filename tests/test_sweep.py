@@ -16,7 +16,7 @@ from storage.seams import Seams
 from storage.sectors import sweep as sweep_module
 from storage.sectors.records import VERSION, SectorRecord, ShardRecord
 from storage.sectors.sweep import SweepCounts
-from storage.volume import open_volume
+from storage.wiring import open_volume
 from tests.fakes import Crash, CrashAt
 from tests.host_rig import FaultyOpener
 from tests.rig import PASSPHRASE, QUIET, append, contents, host_dirs, make, new_value, noise, opened

@@ -11,7 +11,8 @@ import trio
 from storage.interfaces import Host
 from storage.pacing import SMOOTH, URGENT_SIZE, Uplink
 from storage.seams import Seams
-from storage.volume import Volume, VolumeOptions, open_volume
+from storage.volume import Volume, VolumeOptions
+from storage.wiring import open_volume
 from tests.fakes import VirtualClock
 from tests.rig import PASSPHRASE, QUIET, append, host_dirs, make, new_value, noise, opened, published
 

@@ -25,7 +25,8 @@ from storage.keyfile import CHEAP
 from storage.pruning import open_pruner
 from storage.recovery import recover_volume
 from storage.seams import Seams
-from storage.volume import Volume, open_volume
+from storage.volume import Volume
+from storage.wiring import open_volume
 from tests.engines.fixtures import Engine
 from tests.rig import PASSPHRASE, QUIET, append, contents, new_value, noise
 from tests.rig import SECTOR as SECTOR_SIZE
