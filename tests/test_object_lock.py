@@ -15,7 +15,7 @@ from storage.history.reading import superblocks_on
 from storage.hosts.holders import decode_holders, holders_key
 from storage.hosts.layout import HOST_FILE
 from storage.hosts.locking import SHORT_LOCK
-from storage.hosts.memory_lock import Versions
+from storage.hosts.memory_lock import VersionedMemoryHost, Versions
 from storage.hosts.urls import parse_url
 from storage.keyfile import CHEAP
 from storage.metadata.keys import SECTOR, prefix_end, read_u64
@@ -179,6 +179,33 @@ async def test_a_lost_machine_s_volume_comes_back_from_the_locked_versions(world
     )
     async with world.opened("again", replace(QUIET, cache=1)) as volume:
         assert await same(volume, content)
+
+
+async def hide(versions: Versions) -> None:
+    """Delete every name."""
+    host = VersionedMemoryHost("mem:thief", versions)
+    for name in list(versions.content.objects):
+        await host.delete(name)
+
+
+async def test_after_a_thief_hid_every_superblock_new_ones_are_not_mistaken_for_those_he_hid(world: World) -> None:
+    """Of a name that is written once the oldest version counts: a number that a hidden one has is not used again."""
+    async with world.opened() as volume:
+        await fill(volume, (1000,))
+        await fill(volume, (1000,))
+    for versions in world.versions():
+        await hide(versions)
+    async with world.opened() as volume:
+        ino = volume.namespace.create(1, b"later", 0o100644, 0, 0)
+        await volume.namespace.append(ino, b"after the theft")
+        await volume.flush()
+    for directory in ("again", "and again"):
+        path = world.tmp_path / directory
+        await recover_volume(path, world.urls, passphrase=PASSPHRASE, seams=world.seams(), opener=world.opener, argon2=CHEAP)
+        async with world.opened(directory) as volume:
+            assert await volume.namespace.read(volume.namespace.lookup(1, b"later"), 0, 100) == b"after the theft"
+        for versions in world.versions():
+            await hide(versions)
 
 
 async def test_what_changed_since_the_last_round_is_locked_shortly_and_the_round_s_state_to_the_end(world: World) -> None:

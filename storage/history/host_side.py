@@ -96,8 +96,8 @@ class HostSide:
         self.newest: Found | None = None
         #: Highest generation of those that verify: what others are called proves nothing.
         self.highest = 0
-        #: The highest number in a superblock's name here, whatever stands there. The next one goes right above it, if nobody was quicker:
-        #: so whoever writes here contends for the same name, and nobody's goes unseen (I5).
+        #: The highest number in a superblock's name here, whatever stands there, or was hidden there and is still locked. The next one
+        #: goes right above it, if nobody was quicker: so whoever writes here contends for the same name, and nobody's goes unseen (I5).
         self.top = 0
         #: What this process has put there and not deleted since, by number: it counts also while the host answers with something else (I3).
         self._put: dict[int, Kept] = {}

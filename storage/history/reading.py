@@ -33,7 +33,8 @@ async def superblocks_on(host: Host, volume_id: bytes) -> tuple[list[Superblock]
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """The superblocks of a host by the number in their names, latest first; None for a damaged one. `top`: the highest number, or 0."""
+    """The superblocks of a host by the number in their names, latest first; None for a damaged one. `top`: the highest number, or 0; also
+    of what was deleted and a lock still keeps, since of such a name the oldest version counts: it can never be used again."""
 
     top: int
     blocks: dict[int, Superblock | None]
@@ -44,7 +45,7 @@ class Slots:
 
 async def slots_on(host: Host, volume_id: bytes, *, hidden: bool = False) -> Slots:
     """As `superblocks_on`, with where each stands. `hidden`: also what was deleted and a lock still keeps."""
-    limit = TIMEOUT_HIDDEN if hidden and locking(host) is not None else TIMEOUT
+    limit = TIMEOUT if locking(host) is None else TIMEOUT_HIDDEN
     with trio.move_on_after(limit):
         return await _slots_on(host, volume_id, hidden)
     raise Unavailable(f"host {host.url} did not give its superblocks within {limit:.0f} s")
@@ -54,11 +55,14 @@ async def _slots_on(host: Host, volume_id: bytes, hidden: bool) -> Slots:
     listed = await numbers_on(host, volume_id)
     numbers = set(listed)
     wanted, tries = MAX_READ, MAX_READ
-    locked = locking(host) if hidden else None
-    if locked is not None:
-        numbers |= await _hidden_numbers(locked, volume_id)
-        wanted, tries = MAX_READ_LOCKED, MAX_TRIED_LOCKED
-    found = Slots(max(numbers, default=0), {}, [], listed)
+    top = max(listed, default=0)
+    if (locked := locking(host)) is not None:
+        unseen = await _hidden_numbers(locked, volume_id)
+        top = max(top, *unseen, 0)
+        if hidden:
+            numbers |= unseen
+            wanted, tries = MAX_READ_LOCKED, MAX_TRIED_LOCKED
+    found = Slots(top, {}, [], listed)
     whole: set[bytes] = set()
     for number in sorted(numbers, reverse=True)[:tries]:
         where = f"host {host.url}: superblock {number}"
