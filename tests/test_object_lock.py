@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.checking import Finding, check_volume
 from storage.creation import create_volume
 from storage.history.reading import superblocks_on
 from storage.hosts.holders import decode_holders, holders_key
@@ -206,6 +207,33 @@ async def test_after_a_thief_hid_every_superblock_new_ones_are_not_mistaken_for_
             assert await volume.namespace.read(volume.namespace.lookup(1, b"later"), 0, 100) == b"after the theft"
         for versions in world.versions():
             await hide(versions)
+
+
+async def test_check_reads_what_a_thief_deleted_from_the_locked_versions_and_puts_the_names_there_again(world: World) -> None:
+    async with world.opened() as volume:
+        ino = volume.namespace.create(1, b"file", 0o100644, 0, 0)
+        await volume.namespace.append(ino, noise(3 * SECTOR_SIZE))
+        await volume.flush()
+    for versions in world.versions():
+        await hide(versions)
+
+    async def kinds(*, repair: bool = False) -> set[str]:
+        found: list[Finding] = []
+        await check_volume(
+            world.tmp_path / "volume",
+            passphrase=PASSPHRASE,
+            repair=repair,
+            on_finding=found.append,
+            seams=world.seams(),
+            opener=world.opener,
+        )
+        return {finding.kind for finding in found if not finding.note}
+
+    told = await kinds()
+    assert "missing-copy" in told
+    assert "unreadable" not in told
+    await kinds(repair=True)
+    assert "missing-copy" not in await kinds()
 
 
 async def test_what_changed_since_the_last_round_is_locked_shortly_and_the_round_s_state_to_the_end(world: World) -> None:

@@ -8,6 +8,7 @@ import trio
 from storage.checking.patient import Patient
 from storage.errors import Corrupt, FusefsError, Unavailable
 from storage.hosts.layout import shard_name
+from storage.hosts.locking import locking
 from storage.interfaces import Batch, SealedShard
 from storage.metadata.keys import DOUBTED, SECTOR, UNDERREPLICATED, u32, u64
 from storage.sealing import MAX_SEALED, root_of, sealed_length
@@ -49,6 +50,18 @@ async def remake(patient: Patient, sector_id: int, index: int, bad: int | None, 
         await _note(patient, sector_id, index, bad, host)
         return f"; a new one is on {patient.url(host)}", True
     return f" ({'; '.join(errors) or 'no other host can take one'})", False
+
+
+async def kept_by_lock(patient: Patient, sector_id: int, shard: ShardRecord, host: int) -> bool:
+    """Of a name that somebody deleted or overwrote: does the host have a locked version with the shard, whole?"""
+    registry = patient.registry
+    if registry is None or not registry.available(host) or locking(registry.get(host)) is None:
+        return False
+    try:
+        await _fetch(patient, sector_id, shard, [host])
+    except FusefsError:
+        return False
+    return True
 
 
 async def _sealed(patient: Patient, sector_id: int, record: SectorRecord, index: int, good: list[list[int]]) -> SealedShard:

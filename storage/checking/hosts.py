@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from storage.checking.copies import remake
+from storage.checking.copies import kept_by_lock, remake
 from storage.checking.patient import Patient
 from storage.checking.scanning import pages
 from storage.contractor import Contractor
@@ -267,6 +267,14 @@ async def _conclude_sector(patient: Patient, seen: _Seen, sector_id: int, record
     for at, shard in enumerate(record.shards):
         bad[at] |= {host: ("missing-copy", "is on a host that is lost") for host in shard.hosts if host in seen.lost}
     good = [[host for host in shard.hosts if host not in bad[at] and host not in seen.away] for at, shard in enumerate(record.shards)]
+    if sum(map(bool, good)) < layout.needed:
+        # What a thief deleted or overwrote is still read from the versions that a lock keeps, and made again from them.
+        for at, shard in enumerate(record.shards):
+            for host in [] if good[at] else sorted(bad[at].keys() - seen.lost):
+                if await kept_by_lock(patient, sector_id, shard, host):
+                    good[at].append(host)
+                    bad[at][host] = (bad[at][host][0], f"{bad[at][host][1]}, but a locked version is")
+                    break
     readable = sum(map(bool, good)) >= layout.needed
     if not readable and record.live and len(lost) < MAX_LOST:
         lost.add(sector_id)
