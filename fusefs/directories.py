@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 #: Cookies 1 and 2 stand behind "." and ".."; an entry's own cookie is moved up by this.
 DOT_COOKIES = 2
-#: Entries fetched at a time: what one READDIRPLUS of 4 KiB to 128 KiB takes, about.
-ENTRIES_PER_FETCH = 128
+#: Entries fetched at a time: what a READDIRPLUS of 4 KiB takes, about. What is fetched and does not fit is fetched again for the next one.
+ENTRIES_PER_FETCH = 32
 
 
 class DirectoryHandlers(HandlerBase):
