@@ -337,12 +337,7 @@ class ControlServer:
 
 
 def _flushed(report: FlushReport) -> FlushedAnswer:
-    return FlushedAnswer(
-        degraded_sectors=report.degraded_sectors,
-        reasons=list(report.reasons),
-        kept_sectors=report.kept_sectors,
-        kept_bytes=report.kept_bytes,
-    )
+    return FlushedAnswer(degraded_sectors=report.degraded_sectors, reasons=list(report.reasons))
 
 
 async def _next_line(stream: trio.SocketStream, received: bytearray) -> bytes | None:

@@ -276,7 +276,7 @@ class ControlClient:
 
 
 def _report(answer: FlushedAnswer) -> FlushReport:
-    return FlushReport(answer.degraded_sectors, tuple(answer.reasons), answer.kept_sectors, answer.kept_bytes)
+    return FlushReport(answer.degraded_sectors, tuple(answer.reasons))
 
 
 def _unexpected(answer: AnyAnswer) -> BadArgument:

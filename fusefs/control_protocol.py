@@ -154,8 +154,6 @@ class StatusAnswer(Answer, frozen=True, tag="status", kw_only=True):
 class FlushedAnswer(Answer, frozen=True, tag="flushed", kw_only=True):
     degraded_sectors: int
     reasons: list[str]
-    kept_sectors: int = 0
-    kept_bytes: int = 0
 
 
 class ContractAnswer(Answer, frozen=True, tag="contract", kw_only=True):

@@ -500,9 +500,6 @@ class FlushReport:
 
     degraded_sectors: int = 0
     reasons: tuple[str, ...] = ()
-    #: Of them, those on too few hosts to count as stored there, which staging has; and the bytes of them still to be sent.
-    kept_sectors: int = 0
-    kept_bytes: int = 0
 
 
 class Values(Protocol):

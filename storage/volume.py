@@ -154,8 +154,7 @@ class Volume:
         # A host that is away now may have copies of anything: whoever flushes to be safe wants to know.
         reasons = [self.hosts.reason(number) for number in self.hosts.numbers() if not self.hosts.available(number)]
         away = [reason for reason in reasons if not any(reason in said for said in report.reasons)]
-        kept = self.sectors.drain.status()
-        return replace(report, reasons=(*report.reasons, *away), kept_sectors=kept.sectors, kept_bytes=kept.bytes)
+        return replace(report, reasons=(*report.reasons, *away)) if away else report
 
     async def add_host(self, url: str, contract_days: float | None = None) -> int:
         """A new host with a first contract. Returns its number. Unavailable without a majority of the hosts there are."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import trio
 
-from fusefs.cli.output import Advance, human_bytes, progress_bar, say
+from fusefs.cli.output import Advance, progress_bar, say
 from storage import FlushProgress, FlushReport, Volume, VolumeOptions, open_volume
 from storage.errors import FusefsError
 
@@ -102,20 +102,9 @@ async def follow(progress: FlushProgress, advance: Advance) -> None:
 
 def tell_degraded(report: FlushReport) -> None:
     """Say what a flush could not bring to full replication."""
-    # More was staged since, perhaps.
-    fewer = max(0, report.degraded_sectors - report.kept_sectors)
-    reasons = "; ".join(dict.fromkeys(report.reasons)) or "too few hosts answer"
-    if report.kept_sectors:
-        also = f"; {_sectors(fewer)} more with fewer copies than they should have" if fewer else ""
-        say(
-            f"warning: kept on this machine, and sent to the hosts whenever they take it while the volume is mounted: "
-            f"{_sectors(report.kept_sectors)}, {human_bytes(report.kept_bytes)} to send{also}: {reasons}"
-        )
-    elif fewer:
-        say(f"warning: {_sectors(fewer)} with fewer copies than they should have: {reasons}")
+    if report.degraded_sectors:
+        count = f"{report.degraded_sectors} sector{'' if report.degraded_sectors == 1 else 's'}"
+        reasons = "; ".join(dict.fromkeys(report.reasons)) or "too few hosts answer"
+        say(f"warning: {count} with fewer copies than they should have: {reasons}")
     elif report.reasons:
         say(f"warning: what has a copy there has one fewer now: {'; '.join(report.reasons)}")
-
-
-def _sectors(count: int) -> str:
-    return f"{count} sector{'' if count == 1 else 's'}"
