@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -47,6 +48,8 @@ def main(
     def say(text: str) -> None:
         Console(stderr=True).print(f"{time.monotonic() - started:6.0f} s  {text}")
 
+    # As Ctrl-C: what is mounted is unmounted on the way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     base = Path(tempfile.mkdtemp(prefix="fusefs-bench-", dir=disk))
     sizes = QUICK if quick else Sizes()
     try:

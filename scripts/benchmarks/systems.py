@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -22,19 +23,30 @@ class Failed(Exception):
 
 
 def run(command: Sequence[str | Path], *, text: str | None = None, **settings: str) -> str:
-    """A command to its end; its output. Failed with what it said."""
-    done = subprocess.run(
-        [str(word) for word in command],
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=4 * SECONDS,
-        env=os.environ | settings,
-        check=False,
-    )
-    if done.returncode:
-        raise Failed(f"{command[0]} ended with {done.returncode}: {(done.stderr or done.stdout).strip()[-500:]}")
-    return done.stdout
+    """A command to its end; its output. Failed with what it said.
+
+    The output goes through files: what stays in the background may keep a pipe open, and reading it would then never end.
+    """
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        try:
+            done = subprocess.run(
+                [str(word) for word in command],
+                input=text,
+                stdout=output,
+                stderr=errors,
+                text=True,
+                timeout=4 * SECONDS,
+                env=os.environ | settings,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise Failed(f"{command[0]} did not end within {error.timeout:.0f} s") from None
+        output.seek(0)
+        errors.seek(0)
+        said = output.read()
+        if done.returncode:
+            raise Failed(f"{command[0]} ended with {done.returncode}: {(errors.read() or said).strip()[-500:]}")
+        return said
 
 
 def is_mounted(path: Path) -> bool:
