@@ -302,6 +302,9 @@ class HostIO:
         except (Corrupt, NotFound) as error:
             # Also of a shard that should be there and is gone: as bad as a damaged one.
             self._hostdb.failed(number, error, ("read",))
+            if isinstance(error, NotFound):
+                # Perhaps it is all gone, or its disk is: then nothing may be put there, which the next mount would not take for the host.
+                self._registry.suspect(number)
             raw = await self._find_version(number, sector_root, name, _about(error, f"host {self._registry.url(number)}, {what}", what))
             raw = raw if part is None else raw[part[0] : part[0] + part[1]]
             return verify(raw) if len(raw) <= INLINE else await self._seams.threads.run(verify, raw)

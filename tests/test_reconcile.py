@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -245,6 +246,20 @@ async def test_what_could_not_be_read_at_first_is_no_warning_any_more_once_the_h
         await volume.hosts.retry_once()
         await published(volume)
         assert (await volume.status()).warnings == []
+
+
+async def test_a_directory_that_was_emptied_under_a_mount_is_no_host_any_more(tmp_path: Path) -> None:
+    """A disk that was unmounted, say: what is put there would be in nobody's sight after the next opening."""
+    async with a_volume(tmp_path, 3, "2", away_grace=0.0) as (volume, urls):
+        content = await fill(volume, 3)
+        emptied = Path(urls[0].removeprefix("dir:"))
+        for path in emptied.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        await volume.scrub(full=True)
+        await volume.hosts.retry_once()
+        assert volume.hosts.state(1) == "unavailable"
+        assert "fusefs-host.json" in volume.hosts.reason(1)
+        assert await unchanged(volume, content)
 
 
 async def test_a_short_absence_makes_nobody_copy_anything(tmp_path: Path) -> None:
