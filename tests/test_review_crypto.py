@@ -526,9 +526,12 @@ async def test_whatever_stands_in_place_of_a_hosts_file_or_a_shard_is_an_error_o
     identity = tmp_path / "host0" / HOST_FILE
     identity.unlink()
     plant(identity)
-    with pytest.raises(Unavailable):
-        async with opened(tmp_path / "v"):
-            pass
+    # It opens, without that host; and what is there alone is not to be had, rather than wrong.
+    async with opened(tmp_path / "v") as volume:
+        assert not volume.hosts.available(1)
+        fd = await volume.files.open("f")
+        with pytest.raises(Unavailable):
+            await volume.files.read_at(fd, 0, 400_000)
 
 
 async def test_a_host_that_hangs_holds_up_no_contract(autojump_clock: trio.testing.MockClock) -> None:
