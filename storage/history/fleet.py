@@ -100,6 +100,7 @@ class Fleet:
             except FusefsError as error:
                 # NotFound, Corrupt: what a lying host says; it is looked at anew.
                 side.examined = side.examined and isinstance(error, Unavailable)
+                side.failed = True
                 side.too_new = isinstance(error, BadArgument)
                 if str(error) != side.trouble:
                     log.warning("history: %s", error)

@@ -111,6 +111,8 @@ class HostSide:
         self.too_new = False
         #: Why the last attempt failed; "" after a success.
         self.trouble = ""
+        #: A call has failed since `present` was listed: what such a host acknowledged meanwhile it need not have.
+        self.failed = False
 
     @property
     def generation(self) -> int:
@@ -155,7 +157,7 @@ class HostSide:
         self.kept += [replace(kept, readable=False) for slot, kept in self._put.items() if slot not in opened]
         self.kept.sort(key=lambda kept: -kept.slot)
         self.examined = True
-        self.trouble = ""
+        self.trouble, self.failed = "", False
 
     def _say(self, notes: list[str]) -> None:
         """Once, not at every look."""
@@ -203,9 +205,14 @@ class HostSide:
 
         Then the host is to be examined again. True: it was re-read, and is the newest there. Unavailable, NoSpace, Corrupt.
         """
+        host = self._registry.get(self.number)
+        if self.failed:
+            with self._request(host):
+                level = await host.level(metadata_prefix(self._volume_id))
+            self.present = {name: size for name, size in level.objects.items() if writer_of(name) is not None}
+            self.failed = False
         for ref in refs:
             await self.place(ref, fetch)
-        host = self._registry.get(self.number)
         slot = self.top + 1
         if slot >= MAX_SLOT:
             raise Corrupt(f"host {host.url}: a superblock is called {self.top}, and none can stand above it: remove it, it is no volume's")
