@@ -156,10 +156,13 @@ class Takeover:
         except FusefsError as error:
             if isinstance(error, NoSpace):
                 self._retry_in = min(self._retry_in, _RETRY_FULL)
-            self._retry_at = self._seams.clock.monotonic() + self._retry_in
             self.trouble = error
-            log.warning("%s; trying again in %.0f s", error, self._retry_in)
-            self._retry_in = min(self._retry_in * 2, _RETRY_LAST)
+            now = self._seams.clock.monotonic()
+            if now >= self._retry_at:
+                # Not when a pass that somebody asked for in between fails, too: asked for often enough, nothing would ever be tried again.
+                self._retry_at = now + self._retry_in
+                log.warning("%s; trying again in %.0f s", error, self._retry_in)
+                self._retry_in = min(self._retry_in * 2, _RETRY_LAST)
         else:
             self.trouble = None
             self._retry_in = _RETRY_FIRST
