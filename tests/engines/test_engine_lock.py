@@ -28,6 +28,7 @@ from storage.seams import Seams
 from storage.volume import Volume
 from storage.wiring import open_volume
 from tests.engines.fixtures import Engine
+from tests.mounting import mounting_in
 from tests.rig import PASSPHRASE, QUIET, append, contents, new_value, noise
 from tests.rig import SECTOR as SECTOR_SIZE
 
@@ -165,15 +166,40 @@ async def test_after_the_end_of_the_contract_it_can_be_pruned(engine: Engine, tm
     assert not [entry for page in _versions(engine) for entry in page.get("Versions", []) if "/volumes/" in entry["Key"]]
 
 
-async def test_who_may_not_delete_is_told_so_and_no_more(moto: Engine, tmp_path: Path) -> None:
-    """moto enforces policies: what a person would give to a machine whose backups must outlive it."""
+def without_deletions(moto: Engine, *, lock: bool) -> Engine:
+    """A new bucket of moto's, which enforces policies: what a person would give to a machine whose backups must outlive it."""
     bucket = f"kept{next(_numbers)}"
-    moto.client.create_bucket(Bucket=bucket)
-    host = await open_host(parse_url(replace(moto, bucket=bucket).url()), Seams(), create=True)
+    moto.client.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=lock)
+    actions = ["s3:DeleteObject", "s3:DeleteObjectVersion"]
+    deny = {"Effect": "Deny", "Principal": "*", "Action": actions, "Resource": f"arn:aws:s3:::{bucket}/*"}
+    moto.client.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [deny]}))
+    return replace(moto, bucket=bucket)
+
+
+def test_a_mount_works_with_credentials_that_may_not_delete(moto: Engine, tmp_path: Path) -> None:
+    kept = without_deletions(moto, lock=True)
+    with mounting_in(tmp_path) as mounting:
+        volume = mounting.volume(hosts=[kept.url()], sector_size=SECTOR_SIZE)
+        mounted = mounting.mount("commit_interval=1,flush_interval=1", volume=volume)
+        files = {f"file{number}": noise(3000 * number) for number in range(1, 40)}
+        for name, data in files.items():
+            (mounted.path / name).write_bytes(data)
+        for name in list(files)[::3]:
+            (mounted.path / name).unlink()
+            del files[name]
+        (mounted.path / "file2").rename(mounted.path / "file3")
+        files["file3"] = files.pop("file2")
+        mounted.unmount()
+        again = mounting.mount(volume=volume)
+        assert {path.name: path.read_bytes() for path in again.path.iterdir()} == files
+        (again.path / "more").write_bytes(b"more")
+        again.unmount()
+        assert mounting.mount(volume=volume).path.joinpath("more").read_bytes() == b"more"
+
+
+async def test_who_may_not_delete_is_told_so_and_no_more(moto: Engine, tmp_path: Path) -> None:
+    host = await open_host(parse_url(without_deletions(moto, lock=False).url()), Seams(), create=True)
     await host.put("a/b", b"1")
-    deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:DeleteObject", "Resource": f"arn:aws:s3:::{bucket}/*"}
-    policy = json.dumps({"Version": "2012-10-17", "Statement": [deny]})
-    moto.client.put_bucket_policy(Bucket=bucket, Policy=policy)
     with pytest.raises(NotPermitted, match="may not delete"):
         await host.delete("a/b")
     assert await host.get("a/b", 10) == b"1"
