@@ -3,6 +3,7 @@
 - In CI a skipped test fails, unless the reason it gives starts with `CANNOT_CHANGE`: a test that quietly stops running
   checks nothing. Elsewhere a skip is a skip.
 - A run that leaves a mount or a process behind fails, and what it left is taken away.
+- Files that take long come first: with a file at a time on each core, neither then waits for the other at the end.
 
 Tests are coroutines or plain functions: pytest-trio's `trio_mode` is on (pyproject.toml). `tests` is a package:
 `from tests.fakes import ...`.
@@ -26,6 +27,39 @@ CANNOT_CHANGE = "cannot change:"
 GRACE_S = float(os.environ.get("FUSEFS_TEST_GRACE", "15"))
 #: Inherited by every process a test starts, however it detaches itself, and found again in /proc.
 SESSION_VARIABLE = "FUSEFS_TEST_SESSION"
+
+
+#: Files that take half a minute or more.
+LONG_FILES = (
+    "test_mount_scale",
+    "test_coded_rounds",
+    "test_lost_machine",
+    "test_mount_read_only",
+    "test_mount_hosts",
+    "test_mount_machine",
+    "test_engine_lock",
+    "test_power_cut",
+    "test_crash_points",
+    "test_cli_mount",
+    "test_kill_rounds",
+    "test_cli_volume",
+    "test_cli_bad_input",
+    "test_full_disk",
+    "test_engine_volumes",
+    "test_mount_programs",
+    "test_merging_cost",
+    "test_host",
+    "test_scrub",
+    "test_cli_scrub",
+    "test_cli_contracts",
+    "test_cli_replication",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """See the module. Within a file, and among the others, the order stays."""
+    rank = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 # --------------------------------------------------------------------------------------------------------------- skips

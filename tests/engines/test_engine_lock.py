@@ -37,11 +37,14 @@ _numbers = itertools.count()
 
 @pytest.fixture(params=["moto", "seaweedfs"])
 def engine(request: pytest.FixtureRequest) -> Engine:
+    return locked_bucket(request.getfixturevalue(request.param))
+
+
+def locked_bucket(engine: Engine) -> Engine:
     """With a new bucket that has Object Lock."""
-    found: Engine = request.getfixturevalue(request.param)
     bucket = f"locked{next(_numbers)}"
-    found.client.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=True)
-    return replace(found, bucket=bucket)
+    engine.client.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=True)
+    return replace(engine, bucket=bucket)
 
 
 def vandalize(engine: Engine) -> int:
@@ -143,14 +146,22 @@ async def test_once_its_lock_is_over_a_version_can_be_purged(engine: Engine) -> 
     await host.aclose()
 
 
-async def test_after_the_end_of_the_contract_it_can_be_pruned(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a contract of some seconds: the engine's clock cannot be turned."""
+async def test_after_the_end_of_the_contract_it_can_be_pruned(
+    moto: Engine, seaweedfs: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a contract of some seconds, on both at the same time: an engine's clock cannot be turned."""
     monkeypatch.setattr("storage.hosts.locking.SHORT_LOCK", 2.0)
     monkeypatch.setattr("storage.hosts.locked_shards.SHORT_LOCK", 2.0)
+    async with trio.open_nursery() as nursery:
+        for found in (moto, seaweedfs):
+            nursery.start_soon(_end_and_prune, locked_bucket(found), tmp_path / found.name)
+
+
+async def _end_and_prune(engine: Engine, path: Path) -> None:
     url, seconds = engine.url(), 20
-    await create_volume(tmp_path / "volume", PASSPHRASE, hosts=[url], sector_size=SECTOR_SIZE, argon2=CHEAP, contract_days=seconds / 86400)
+    await create_volume(path, PASSPHRASE, hosts=[url], sector_size=SECTOR_SIZE, argon2=CHEAP, contract_days=seconds / 86400)
     ends = time.monotonic() + seconds
-    async with opened(tmp_path / "volume") as volume:
+    async with opened(path) as volume:
         value = new_value(volume)
         await append(volume, value, noise(SECTOR_SIZE))
         await volume.flush()
