@@ -53,6 +53,7 @@ from fusefs.control_protocol import (
     decode_request,
     encode,
     error_answer,
+    socket_address,
 )
 from storage import FlushProgress, FlushReport, RepairStatus, RewriteStatus, ScrubReport
 from storage.errors import BadArgument, Busy, FusefsError, NotPermitted, Unavailable
@@ -101,11 +102,6 @@ class MountState:
 
 async def _nothing() -> None:
     return None
-
-
-def socket_address(directory_fd: int) -> str:
-    """An address of the socket in an open directory: a socket's own path may have only 107 bytes."""
-    return f"/proc/self/fd/{directory_fd}/{SOCKET_NAME}"
 
 
 def listen(volume: Path) -> socket.socket:

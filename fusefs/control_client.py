@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from fusefs.control import socket_address
 from fusefs.control_protocol import (
     MAX_ANSWER,
     AddHost,
@@ -45,10 +44,14 @@ from fusefs.control_protocol import (
     decode_answer,
     encode,
     error_of,
+    socket_address,
 )
 from fusefs.dead_mounts import is_dying, peer_pid
-from storage import ContractStatus, FlushReport, HostStatus, RenewalStatus, RepairStatus, ReplicationStatus, RewriteStatus, ScrubReport
+from storage import FlushReport
 from storage.errors import BadArgument, FusefsError, NotFound, NotPermitted, Unavailable
+
+if TYPE_CHECKING:
+    from storage import ContractStatus, HostStatus, RenewalStatus, RepairStatus, ReplicationStatus, RewriteStatus, ScrubReport
 
 #: Seconds between two looks whether the process still lives.
 LOOK_SECONDS = 2.0

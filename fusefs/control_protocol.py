@@ -33,6 +33,11 @@ Text = Annotated[str, Meta(min_length=1, max_length=4096)]
 Duration = Annotated[float, Meta(ge=1.0, le=100 * 366 * 86400.0)]
 
 
+def socket_address(directory_fd: int) -> str:
+    """An address of the socket in an open directory: a socket's own path may have only 107 bytes."""
+    return f"/proc/self/fd/{directory_fd}/{SOCKET_NAME}"
+
+
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     """Base of all requests."""
 

@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import trio
 
 from fusefs.control_protocol import error_of
-from fusefs.mount import serve, serve_read_only
 from fusefs.options import MountOptions
 from storage import ReadOnlySource
 from storage.errors import BadArgument, FusefsError, Unavailable
@@ -224,6 +222,11 @@ def read_order(stream: Any) -> Order:
 
 def main() -> int:
     """The child."""
+    # Not for the parent, which only starts it.
+    import trio
+
+    from fusefs.mount import serve, serve_read_only
+
     try:
         order = read_order(sys.stdin.buffer)
     except BadArgument as error:

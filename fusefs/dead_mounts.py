@@ -17,7 +17,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-from fusefs.control import socket_address
+from fusefs.control_protocol import socket_address
 from fusefs.mounts import Mount, mounts
 from storage.errors import Unavailable
 

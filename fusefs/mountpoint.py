@@ -8,8 +8,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import trio
-
 from fusefs.dead_mounts import free_dead
 from fusefs.mounts import mount_at, mount_of_volume
 from storage.errors import BadArgument, Busy, NotFound, Unavailable
@@ -108,6 +106,8 @@ def unmount(mountpoint: Path, lazy: bool = False) -> None:
 
 async def unmount_while_serving(mountpoint: Path, lazy: bool = False) -> None:
     """As `unmount`, while this process goes on answering the kernel."""
+    import trio
+
     try:
         done = await trio.run_process(_command(mountpoint, lazy), capture_stdout=True, capture_stderr=True, check=False)
     except FileNotFoundError:

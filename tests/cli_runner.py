@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import trio
 
 from fusefs.cli import main
+from fusefs.cli.create import init as init_command
+from storage import create_volume
+from storage.keyfile import CHEAP
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSPHRASE = "correct horse"
@@ -57,6 +61,25 @@ def quick(capfd: pytest.CaptureFixture[str], *arguments: str, expect: int = 0) -
     captured = capfd.readouterr()
     assert status == expect, f"{arguments} ended with {status}: {captured.err}"
     return Result(status, captured.out.encode(), captured.err)
+
+
+def init(volume: Path, *options: str) -> str:
+    """The volume that `fusefs init VOLUME OPTIONS` makes, in this process; returns its phrase. What unlocking it costs, each later command
+    pays: here next to nothing. For tests of what comes after `init`."""
+    given = init_command.make_context("init", [str(volume), *options]).params
+
+    async def create() -> str:
+        return await create_volume(
+            given["volume"],
+            PASSPHRASE,
+            hosts=given["hosts"],
+            replication=given["replication"],
+            sector_size=given["sector_size"],
+            contract_days=given["days"],
+            argon2=CHEAP,
+        )
+
+    return trio.run(create)
 
 
 def fusefs(

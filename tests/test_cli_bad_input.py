@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_runner import PASSPHRASE, environment, fusefs, quick
+from tests.cli_runner import PASSPHRASE, environment, fusefs, init, quick
 
 COMMAND_NAMES = "init mount umount flush status hosts contracts ls put append cat rm passwd worm completion".split()  # noqa: SIM905
 
@@ -232,7 +232,7 @@ def test_ctrl_c_at_the_question_is_130(tmp_path: Path) -> None:
 @pytest.fixture
 def volume(tmp_path: Path) -> Path:
     path = tmp_path / "volume"
-    fusefs("init", path)
+    init(path)
     return path
 
 
@@ -240,7 +240,7 @@ def volume(tmp_path: Path) -> Path:
 def shared_volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For tests that must not change it."""
     path = tmp_path_factory.mktemp("shared") / "volume"
-    fusefs("init", path)
+    init(path)
     return path
 
 
@@ -392,13 +392,27 @@ class Finder:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder())
 from fusefs.cli import main
-sys.exit(main(["--version"]))
+sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("module", ["fusefs.cli.app", "click", "trio", "pyfuse3", "lmdb"])
-def test_ctrl_c_during_the_imports_is_130_in_one_line(module: str) -> None:
-    done = subprocess.run([sys.executable, "-c", EARLY, module], capture_output=True, env=environment(), timeout=60, check=False)
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("fusefs.cli.app", ["--version"]),
+        ("click", ["--version"]),
+        ("fusefs.cli.status", ["status", "/"]),
+        # Nothing is mounted or opened before all is imported.
+        ("trio", ["ls", "/"]),
+        ("lmdb", ["ls", "/"]),
+        ("storage.checking", ["check", "/"]),
+        ("storage.recovery", ["recover", "--list", "--host", "dir:/"]),
+        ("fusefs.daemon", ["mount", "/", "/"]),
+    ],
+)
+def test_ctrl_c_during_the_imports_is_130_in_one_line(module: str, arguments: list[str]) -> None:
+    command = [sys.executable, "-c", EARLY, module, *arguments]
+    done = subprocess.run(command, capture_output=True, env=environment(), timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"fusefs: interrupted\n")
 
 
@@ -412,7 +426,7 @@ def test_the_entry_imports_next_to_nothing() -> None:
 def test_host_directory_gone_says_which_sectors_need_which_host(tmp_path: Path) -> None:
     host = tmp_path / "host"
     host.mkdir()
-    fusefs("init", tmp_path / "volume", "--host", f"dir:{host}")
+    init(tmp_path / "volume", "--host", f"dir:{host}")
     fusefs("put", tmp_path / "volume", "-", "x", stdin=b"precious")
     host.rename(tmp_path / "elsewhere")
     line = fusefs("cat", tmp_path / "volume", "x", expect=10).error_line

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_runner import fusefs
+from tests.cli_runner import fusefs, init
 from tests.test_check import Store, edit_inode, edit_sector, shard_of
 from tests.test_cli_volume import put
 
@@ -22,7 +22,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two hosts, two copies, three files."""
     place = tmp_path_factory.mktemp("made")
     hosts = [word for name in ("host0", "host1") for word in ("--host", f"dir:{place / name}")]
-    fusefs("init", place / "v", "--replication", "2", *hosts)
+    init(place / "v", "--replication", "2", *hosts)
     put(place / "v", "logs/today", b"a line\n" * 1000)
     put(place / "v", "logs/\x1b[31mred\n", b"a name that must not reach the terminal as it is")
     put(place / "v", "other", b"data")

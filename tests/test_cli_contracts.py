@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.cli_runner import environment, fusefs
+from tests.cli_runner import init as make_volume
 
 #: Days: due after two seconds, ended after three.
 SHORT = "0.0000347"
@@ -22,7 +23,7 @@ SHORT = "0.0000347"
 
 def init(base: Path, *hosts: str, contract: str = "90") -> Path:
     options = [option for host in hosts for option in ("--host", f"dir:{base / host}")]
-    fusefs("init", base / "v", "--replication", str(len(hosts)), "--contract", contract, *options)
+    make_volume(base / "v", "--replication", str(len(hosts)), "--contract", contract, *options)
     return base / "v"
 
 

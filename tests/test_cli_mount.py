@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_runner import Result, environment, fusefs, quick
+from tests.cli_runner import Result, environment, fusefs, init, quick
 
 
 class Demo:
@@ -26,7 +26,7 @@ class Demo:
         self.hosts = [base / "a", base / "b"]
         for made in (self.mountpoint, *self.hosts):
             made.mkdir()
-        fusefs("init", self.volume, "--replication", "2", *(word for host in self.hosts for word in ("--host", f"dir:{host}")))
+        init(self.volume, "--replication", "2", *(word for host in self.hosts for word in ("--host", f"dir:{host}")))
 
     def mount(self, *options: str, expect: int = 0) -> Result:
         return fusefs("mount", self.volume, self.mountpoint, "--log", self.volume.parent / "log", *options, expect=expect)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_runner import fusefs
+from tests.cli_runner import fusefs, init
 from tests.mounting import wait_until
 
 NAMES = [f"file{i}" for i in range(6)]
@@ -46,7 +46,7 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Rig, d
     """Three hosts, two copies of every sector, some files; mounted, unless the test asks for both."""
     rig = Rig(tmp_path, getattr(request, "param", True))
     hosts = [option for number in (1, 2, 3) for option in ("--host", rig.host(number))]
-    fusefs("init", rig.volume, "--replication", "2", "--sector-size", "256K", *hosts)
+    init(rig.volume, "--replication", "2", "--sector-size", "256K", *hosts)
     content = {name: os.urandom(300_000) for name in NAMES}
     if not rig.mounted:
         for name in NAMES[2:]:
@@ -115,7 +115,7 @@ def test_a_mount_does_it_by_itself_and_a_new_host_gets_its_share(rig: tuple[Rig,
 
 def test_bad_input_says_what_is_wrong(tmp_path: Path) -> None:
     it = Rig(tmp_path, False)
-    fusefs("init", it.volume, "--host", it.host(1))
+    init(it.volume, "--host", it.host(1))
     assert "needs URL" in fusefs("hosts", it.volume, "add", expect=2).err
     assert "needs HOST" in fusefs("hosts", it.volume, "leave", expect=2).err
     assert "--contract goes with add" in fusefs("hosts", it.volume, "leave", "1", "--contract", "3", expect=2).err

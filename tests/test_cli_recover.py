@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_runner import PASSPHRASE, fusefs, quick
+from tests.cli_runner import PASSPHRASE, fusefs, init, quick
 
 DATA = bytes(range(256)) * 1000
 
@@ -32,7 +32,7 @@ class Gone:
 def gone(tmp_path: Path) -> Gone:
     """Two hosts with a file `docs/data` and an empty one; the machine is lost after a flush."""
     hosts = [option for number in range(2) for option in ("--host", f"dir:{tmp_path / f'host{number}'}")]
-    phrase = fusefs("init", tmp_path / "volume", "--replication", "2", *hosts).text.strip()
+    phrase = init(tmp_path / "volume", "--replication", "2", *hosts)
     fusefs("put", tmp_path / "volume", "-", "docs/data", stdin=DATA)
     fusefs("put", tmp_path / "volume", "-", "empty", stdin=b"")
     shutil.rmtree(tmp_path / "volume")

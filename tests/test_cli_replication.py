@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.cli_runner import fusefs
+from tests.cli_runner import fusefs, init
 
 
 @pytest.fixture
 def mnt(tmp_path: Path) -> Iterator[Path]:
     hosts = [option for number in range(4) for option in ("--host", f"dir:{tmp_path / f'host{number}'}")]
-    fusefs("init", tmp_path / "volume", "--replication", "2", "--sector-size", "256K", *hosts)
+    init(tmp_path / "volume", "--replication", "2", "--sector-size", "256K", *hosts)
     mnt = tmp_path / "mnt"
     mnt.mkdir()
     fusefs("mount", tmp_path / "volume", mnt, "-o", "flush_interval=1,commit_interval=1")

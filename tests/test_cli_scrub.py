@@ -16,7 +16,7 @@ import pytest
 from fusefs.control_client import ControlClient
 from storage import ScrubStatus
 from storage.errors import Busy, FusefsError
-from tests.cli_runner import environment, fusefs, quick
+from tests.cli_runner import environment, fusefs, init, quick
 from tests.mounting import wait_until
 
 
@@ -36,7 +36,7 @@ class Rig:
 
     def make(self, hosts: int = 2) -> None:
         named = [option for number in range(1, hosts + 1) for option in ("--host", f"dir:{self.base}/host{number}")]
-        fusefs("init", self.volume, "--replication", str(hosts), "--sector-size", "64K", *named)
+        init(self.volume, "--replication", str(hosts), "--sector-size", "64K", *named)
         self.mountpoint.mkdir()
 
     @contextmanager

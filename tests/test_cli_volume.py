@@ -17,13 +17,13 @@ import msgspec
 import pytest
 
 from storage import VolumeStatus
-from tests.cli_runner import PASSPHRASE, environment, fusefs
+from tests.cli_runner import PASSPHRASE, environment, fusefs, init
 
 
 @pytest.fixture
 def volume(tmp_path: Path) -> Path:
     path = tmp_path / "volume"
-    fusefs("init", path)
+    init(path)
     return path
 
 
@@ -198,7 +198,7 @@ def test_a_damaged_copy_is_read_from_the_other_host_and_no_wrong_byte_comes_out(
     for host in hosts:
         host.mkdir()
     volume = tmp_path / "volume"
-    fusefs("init", volume, "--replication", "2", "--host", f"dir:{hosts[0]}", "--host", f"dir:{hosts[1]}")
+    init(volume, "--replication", "2", "--host", f"dir:{hosts[0]}", "--host", f"dir:{hosts[1]}")
     data = os.urandom(200_000)
     put(volume, "x", data)
 
@@ -248,7 +248,7 @@ def test_a_host_that_is_gone_is_warned_about_first(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     hosts = [word for name in ("a", "b", "c") for word in ("--host", f"dir:{tmp_path / name}")]
     volume = tmp_path / "volume"
-    fusefs("init", volume, "--replication", "2", *hosts)
+    init(volume, "--replication", "2", *hosts)
     put(volume, "x", b"data")
     (tmp_path / "b").rename(tmp_path / "gone")
     text = fusefs("status", volume).text
@@ -290,7 +290,7 @@ def test_a_host_is_marked_lost_and_back(tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / f"h{number}").mkdir()
     volume = tmp_path / "v"
-    fusefs("init", volume, "--host", f"dir:{tmp_path}/h0", "--host", f"dir:{tmp_path}/h1")
+    init(volume, "--host", f"dir:{tmp_path}/h0", "--host", f"dir:{tmp_path}/h1")
 
     def states() -> list[str]:
         return [host["state"] for host in json.loads(fusefs("status", volume, "--json").text)["hosts"]]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_runner import fusefs
+from tests.cli_runner import fusefs, init
 from tests.torture_rig import ByCommand, LostRounds, temporary
 
 ROUNDS = int(os.environ.get("FUSEFS_TORTURE_ROUNDS", "5"))
@@ -92,7 +92,7 @@ def test_a_flushed_tree_comes_back_from_each_host_alone_with_all_its_attributes(
     mountpoint = base / "mnt"
     mountpoint.mkdir()
     options = [word for host in hosts for word in ("--host", f"dir:{host}")]
-    fusefs("init", base / "volume", "--replication", str(HOSTS), "--sector-size", "64K", *options)
+    init(base / "volume", "--replication", str(HOSTS), "--sector-size", "64K", *options)
     mounted = ByCommand(base / "volume", mountpoint, "commit_interval=600,flush_interval=600,xattr", base / "log")
     try:
         plant(mountpoint)

@@ -16,7 +16,7 @@ import pytest
 
 from fusefs.mounts import mount_at
 from storage.history.superblock import superblock_number
-from tests.cli_runner import Result, fusefs, quick
+from tests.cli_runner import Result, fusefs, init, quick
 from tests.mounting import wait_until
 from tests.test_read_only import NOT_STORED, everything
 
@@ -33,7 +33,7 @@ class Demo:
         for made in (self.mnt, self.view, *self.hosts):
             made.mkdir()
         words = [word for host in self.hosts for word in ("--host", f"dir:{host}")]
-        self.phrase = fusefs("init", self.volume, "--replication", "2", *words).text
+        self.phrase = init(self.volume, "--replication", "2", *words)
 
     def fusefs(self, *arguments: str | Path, expect: int | None = 0, **env: str | None) -> Result:
         return fusefs(*arguments, env={"XDG_CACHE_HOME": str(self.cache), **env}, expect=expect)

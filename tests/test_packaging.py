@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -276,6 +277,11 @@ def test_a_process_left_behind_fails_the_run_and_is_ended(tmp_path: Path) -> Non
     assert left is not None, done.stdout
     command = Path("/proc") / left[1] / "cmdline"
     assert not command.exists() or b"sleep" not in command.read_bytes()
+
+
+def test_a_busy_machine_fails_no_example() -> None:
+    assert settings().deadline is None
+    assert HealthCheck.too_slow in settings().suppress_health_check
 
 
 def test_a_mount_left_behind_fails_the_run_and_is_taken_away(tmp_path: Path) -> None:

@@ -8,39 +8,65 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import click
-from click.shell_completion import shell_complete
+from click.shell_completion import CompletionItem, shell_complete
 
-from fusefs.cli import (
-    check,
-    contracts,
-    create,
-    files,
-    host,
-    hosts,
-    keys,
-    mounting,
-    notices,
-    recover,
-    replication,
-    scrub,
-    shell,
-    status,
-    worm,
-)
+from fusefs.cli.notices import collecting
 from fusefs.cli.output import OutputClosed, flush_output, say, standard_output, write_line
 from fusefs.cli.session import Interrupted, leaves
+from fusefs.cli.startup import importing
 from storage.errors import FusefsError
 
+PROGRAM = "fusefs"
+#: Set by the completion script when it asks for candidates.
+COMPLETE_VARIABLE = "_FUSEFS_COMPLETE"
 #: Exit statuses that no kind of `storage.errors` has; the others are its `exit_status`.
 BUG = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
+class Home(NamedTuple):
+    """Where a command stands, and what the list of commands says about it: its `short_help`, which tests/test_cli_imports.py compares."""
+
+    module: str
+    name: str
+    short_help: str
+
+
+#: In the order of a first acquaintance, not of the alphabet.
+COMMANDS = {
+    "init": Home("create", "init", "Make a new volume."),
+    "mount": Home("mounting", "mount", "Mount a volume on a directory."),
+    "umount": Home("mounting", "umount", "Send everything to the hosts and unmount."),
+    "flush": Home("mounting", "flush", "Send everything to the hosts; stay mounted."),
+    "status": Home("status", "status", "What is stored, where, and what is wrong."),
+    "check": Home("check", "check", "Check the metadata, and what the hosts hold."),
+    "scrub": Home("scrub", "scrub", "Look at what the hosts keep, and put right what is damaged."),
+    "hosts": Home("hosts", "hosts", "List the hosts of a volume; add one, leave one, say which is lost."),
+    "contracts": Home("contracts", "contracts", "List, conclude and renew contracts with hosts."),
+    "repair": Home("hosts", "repair", "Make every sector good again, now."),
+    "host": Home("host", "host", "For the owner of a host: take away what no contract covers."),
+    "ls": Home("files", "ls", "List files, without mounting."),
+    "put": Home("files", "put", "Store a new file, without mounting."),
+    "append": Home("files", "append", "Append to a file, without mounting."),
+    "cat": Home("files", "cat", "Write files to standard output, without mounting."),
+    "rm": Home("files", "rm", "Remove files, without mounting."),
+    "passwd": Home("keys", "passwd", "Change the passphrase."),
+    "replication": Home("replication", "replication", "Show or set how often files are stored."),
+    "worm": Home("worm", "worm", "Let a directory only grow."),
+    "recover": Home("recover", "recover", "Get a volume back from its hosts."),
+    "completion": Home("shell", "completion", "Print what makes a shell complete commands."),
+    "help": Home("shell", "help_command", "Show help, for fusefs or for one command."),
+}
+
+
 def _version() -> str:
+    with importing():
+        from importlib.metadata import PackageNotFoundError, version
     try:
         return version("sectorfs")
     except PackageNotFoundError:
@@ -69,11 +95,41 @@ def _add_help_option(command: click.Command) -> None:
     )
 
 
-class _Commands(click.Group):
-    """Lists commands in the order of a first acquaintance, not of the alphabet."""
+class _InOrder(click.Group):
+    """Lists commands in the order in which they were given."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(self.commands)
+
+
+class _Commands(_InOrder):
+    """Imports a command's module when somebody runs it, not before: all of them take ten times as long as one that asks a mount.
+
+    `commands` holds stand-ins, which have a name and a short help, for whoever only lists.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(commands={name: click.Command(name, short_help=home.short_help) for name, home in COMMANDS.items()}, **settings)
+        self._loaded: dict[str, click.Command] = {}
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
+        home = COMMANDS.get(cmd_name)
+        if home is None:
+            return None
+        if cmd_name not in self._loaded:
+            with importing():
+                command: click.Command = getattr(import_module(f"fusefs.cli.{home.module}"), home.name)
+            for each in (command, *(command.commands.values() if isinstance(command, click.Group) else ())):
+                _add_help_option(each)
+            self._loaded[cmd_name] = command
+        return self._loaded[cmd_name]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _InOrder(commands=self.commands).format_commands(ctx, formatter)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        names = [CompletionItem(name, help=home.short_help) for name, home in COMMANDS.items() if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
 
 
 @click.group(cls=_Commands, context_settings={"max_content_width": 100})
@@ -92,33 +148,6 @@ def cli() -> None:
     """
 
 
-for _command in (
-    create.init,
-    mounting.mount,
-    mounting.umount,
-    mounting.flush,
-    status.status,
-    check.check,
-    scrub.scrub,
-    hosts.hosts,
-    contracts.contracts,
-    hosts.repair,
-    host.host,
-    files.ls,
-    files.put,
-    files.append,
-    files.cat,
-    files.rm,
-    keys.passwd,
-    replication.replication,
-    worm.worm,
-    recover.recover,
-    shell.completion,
-    shell.help_command,
-):
-    cli.add_command(_command)
-    for _each in (_command, *(_command.commands.values() if isinstance(_command, click.Group) else ())):
-        _add_help_option(_each)
 _add_help_option(cli)
 
 
@@ -132,9 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     status: int
     try:
-        if instruction := os.environ.get(shell.COMPLETE_VARIABLE):
+        if instruction := os.environ.get(COMPLETE_VARIABLE):
             with standard_output():
-                status = shell_complete(cli, {}, shell.PROGRAM, shell.COMPLETE_VARIABLE, instruction)
+                status = shell_complete(cli, {}, PROGRAM, COMPLETE_VARIABLE, instruction)
         else:
             status = _run(list(sys.argv[1:] if arguments is None else arguments))
         # Here, not at interpreter exit: a full disk behind standard output is an error like any other.
@@ -146,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     try:
-        with notices.collecting() as collected, cli.make_context(shell.PROGRAM, arguments) as context:
+        with collecting() as collected, cli.make_context(PROGRAM, arguments) as context:
             # `status` shows what was collected in its own way.
             context.obj = collected
             cli.invoke(context)

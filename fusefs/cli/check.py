@@ -8,11 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import trio
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fusefs.cli import live
 from fusefs.cli.arguments import passphrase_option, volume_argument
@@ -20,9 +18,14 @@ from fusefs.cli.notices import Notices
 from fusefs.cli.output import printable, style, write_line
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run
+from fusefs.cli.startup import importing
 from fusefs.mounts import mount_of_volume
-from storage import CheckProgress, CheckReport, Finding, check_volume
 from storage.errors import Busy
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from storage import CheckProgress, CheckReport, Finding
 
 
 @click.command(short_help="Check the metadata, and what the hosts hold.")
@@ -46,6 +49,10 @@ def check(context: click.Context, volume: Path, repair: bool, data: bool, as_jso
     """
     _refuse_if_mounted(volume)
     secret = passphrase(passphrase_file)
+    with importing():
+        import trio
+
+        from storage import CheckProgress, check_volume
     progress = CheckProgress()
 
     def tell(finding: Finding) -> None:
@@ -146,6 +153,9 @@ def _stages() -> Iterator[_Bar | _Nothing]:
     if not sys.stderr.isatty():
         yield _Nothing()
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
         yield _Bar(bar)
@@ -153,6 +163,8 @@ def _stages() -> Iterator[_Bar | _Nothing]:
 
 async def _follow(progress: CheckProgress, show: _Bar | _Nothing) -> None:
     """Until cancelled."""
+    import trio
+
     while True:
         show.show(progress)
         await trio.sleep(0.2)

@@ -14,7 +14,8 @@ from fusefs.cli.hosts import say_what_it_can
 from fusefs.cli.output import OutputClosed, flush_output, out_is_terminal, say, write_line
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run
-from storage import create_volume, parse_replication
+from fusefs.cli.startup import importing
+from storage import parse_replication
 from storage.errors import BadArgument, Exists, FusefsError, IOFailure, NotADirectory, NotFound
 
 
@@ -43,6 +44,9 @@ def init(volume: Path, hosts: tuple[str, ...], replication: str, sector_size: in
     _check_new(volume)
     _check_hosts(hosts, replication)
     secret = passphrase(passphrase_file, twice=True)
+
+    with importing():
+        from storage import create_volume
 
     async def create() -> str:
         return await create_volume(

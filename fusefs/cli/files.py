@@ -9,17 +9,19 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import trio
 
 from fusefs.cli.arguments import passphrase_option, upload_rate_option, volume_argument
 from fusefs.cli.live import refuse_if_mounted
 from fusefs.cli.output import Advance, human_time, mode_letters, out_is_terminal, progress_bar, say, write_bytes, write_record
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import flush_with_bar, run, unmounted_volume
-from storage import Volume
 from storage.errors import BadArgument, FusefsError, IOFailure, IsADirectory, NotFound, NotPermitted
+
+if TYPE_CHECKING:
+    from storage import Volume
 
 #: Bytes read and handed on at a time.
 CHUNK = 1024 * 1024
@@ -131,6 +133,8 @@ async def _append_all(
     volume: Volume, descriptor: int, local: str, name: str, existing: bool | None, advance: Advance, total: int | None
 ) -> None:
     """All of the descriptor at the end of `name`, committed. A file that must be new is whole or not there at all."""
+    import trio
+
     fd = await volume.files.open(name, existing=existing, write=True, read=False)
     try:
         try:
@@ -151,6 +155,8 @@ async def _append_all(
 
 
 async def _chunks(descriptor: int, local: str) -> AsyncIterator[bytes]:
+    import trio
+
     while True:
         # Abandoned when cancelled: nobody can interrupt a read of a terminal or a pipe. os.read, not a buffered file, whose lock
         # the abandoned thread would take with it into the interpreter's exit.
@@ -225,6 +231,8 @@ def cat(volume: Path, names: tuple[str, ...], passphrase_file: Path | None) -> N
 
 
 async def _write_out(volume: Volume, name: str) -> None:
+    import trio
+
     fd = await volume.files.open(name, existing=True)
     try:
         size, offset = await volume.files.size_of(fd), 0

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
-import trio
 
 from fusefs.cli import live
 from fusefs.cli.arguments import DAY, DIRECTORY_PATH, Days, passphrase_option, upload_rate_option
 from fusefs.cli.output import Advance, human_bytes, progress_bar, say, write_line, write_table
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
+from fusefs.cli.startup import importing
 from fusefs.cli.status import hosts_table, milliseconds, volume_status
-from storage import RepairStatus, Volume, parse_url
 from storage.errors import FusefsError
+
+if TYPE_CHECKING:
+    from storage import RepairStatus, Volume
 
 #: Days shown by `hosts -l`; --json has all that are kept.
 SHOWN_DAYS = 7
@@ -111,6 +114,8 @@ def _rate(value: float | None) -> str:
 
 
 def _add(target: live.Target, url: str, days: float | None, passphrase_file: Path | None) -> None:
+    with importing():
+        from storage import parse_url
     # Here, where the working directory is the person's.
     text = str(parse_url(url))
     if target.served:
@@ -184,6 +189,8 @@ def repair(path: Path, upload_rate: int | None, passphrase_file: Path | None) ->
 
 
 async def _repair_unmounted(path: Path, secret: str, upload_rate: float | None) -> RepairStatus:
+    import trio
+
     async with unmounted_volume(path, secret, "repair", upload_rate) as volume, trio.open_nursery() as nursery:
         with progress_bar("making copies") as advance:
             nursery.start_soon(_follow, volume, advance)
@@ -199,6 +206,8 @@ async def _repair_unmounted(path: Path, secret: str, upload_rate: float | None) 
 
 
 async def _follow(volume: Volume, advance: Advance) -> None:
+    import trio
+
     while True:
         done, total = volume.repair_progress()
         advance(done, total or None)

@@ -13,7 +13,7 @@ import click
 from fusefs.cli.arguments import passphrase_option, volume_argument
 from fusefs.cli.output import say
 from fusefs.cli.passphrase import new_passphrase, passphrase
-from storage import KEY_FILE, Seams, change_passphrase, load_config
+from fusefs.cli.startup import importing
 
 
 @click.command(short_help="Change the passphrase.")
@@ -35,6 +35,8 @@ def passwd(volume: Path, passphrase_file: Path | None, new_passphrase_file: Path
     Example:
       fusefs passwd ~/volume
     """
+    with importing():
+        from storage import KEY_FILE, Seams, change_passphrase, load_config
     config = load_config(volume)
     old, new = passphrase(passphrase_file), new_passphrase(new_passphrase_file)
     with _one_at_a_time(volume):

@@ -8,22 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 import click
-import trio
 
 from fusefs.cli import live
 from fusefs.cli.arguments import DIRECTORY_PATH, passphrase_option
 from fusefs.cli.output import progress_bar, say
 from fusefs.cli.passphrase import PHRASE_ENVIRONMENT, passphrase, recovery_phrase
 from fusefs.cli.session import tell_degraded
-from fusefs.daemon import setup_logging, start_from
-from fusefs.mount import serve, serve_read_only
+from fusefs.cli.startup import importing
 from fusefs.mountpoint import check_mountpoint, unmount
 from fusefs.mounts import Mount, mount_at
 from fusefs.options import MountOptions
-from storage import FlushReport, ReadOnlySource, load_config
 from storage.errors import FusefsError, NoSpace, NotFound, Unavailable
+
+if TYPE_CHECKING:
+    from storage import FlushReport
 
 #: Seconds a process that has let go of the volume may take to end.
 EXIT_SECONDS = 60.0
@@ -83,6 +84,9 @@ def mount(
     if upload_rate is not None:
         options = (*options, f"upload_rate={upload_rate}")
     parsed = MountOptions.parse(options)
+    with importing():
+        from fusefs.daemon import setup_logging, start_from
+        from storage import ReadOnlySource, load_config
     if hosts:
         if mountpoint is not None:
             raise click.UsageError("--host takes the place of VOLUME: give only MOUNTPOINT besides.")
@@ -104,6 +108,10 @@ def mount(
     if not foreground:
         start_from(source, mountpoint, options, log, say)
         return
+    with importing():
+        import trio
+
+        from fusefs.mount import serve, serve_read_only
     setup_logging(True, log, parsed.debug)
     # They handle the signals themselves: they unmount while they go on serving.
     if source.path is None:

@@ -1,7 +1,7 @@
 """What a person sees: sizes, times, tables, progress bars, and names that cannot play tricks on a terminal.
 
 Results go to standard output, everything else to standard error. Colours, bars and boxes appear only on a terminal;
-anywhere else the same text comes out plain: columns padded with spaces, one record a line.
+anywhere else the same text comes out plain: columns padded with spaces, one record a line, and rich is not even imported.
 """
 
 from __future__ import annotations
@@ -14,20 +14,6 @@ import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
-from rich.text import Text
 
 from storage.errors import IOFailure, NoSpace
 
@@ -137,6 +123,9 @@ def style(text: str, how: str) -> str:
     """The text in a rich style such as `bold yellow`, if standard output is a terminal that shows it."""
     if not out_is_terminal():
         return text
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console(file=sys.stdout)
     with console.capture() as capture:
         console.print(Text(text, style=how), end="", soft_wrap=True)
@@ -157,6 +146,10 @@ def write_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Se
     """A table on standard output; `right` are the numbers of right-aligned columns. Cells are escaped here."""
     cells = [[printable(cell) for cell in row] for row in rows]
     if out_is_terminal():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(box=None, pad_edge=False, header_style="bold")
         for number, header in enumerate(headers):
             table.add_column(header, justify="right" if number in right else "left", no_wrap=number in right, overflow="fold")
@@ -190,6 +183,18 @@ def progress_bar(label: str, total: int | None = None, *, show: bool = True, uni
     if not show or not sys.stderr.isatty():
         yield _no_bar
         return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     counted = (MofNCompleteColumn(), TextColumn(unit)) if unit else (DownloadColumn(binary_units=True), TransferSpeedColumn())
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), *counted, TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -12,8 +13,11 @@ from fusefs.cli.arguments import DIRECTORY_PATH, passphrase_option
 from fusefs.cli.output import human_bytes, human_time, printable, progress_bar, say, write_line, write_table
 from fusefs.cli.passphrase import PHRASE_ENVIRONMENT, new_passphrase, passphrase, recovery_phrase
 from fusefs.cli.session import run
-from storage import RecoveryReport, SalvageReport, VolumeOnHosts, list_volumes, recover_volume, salvage_volume
+from fusefs.cli.startup import importing
 from storage.errors import BadArgument, Exists
+
+if TYPE_CHECKING:
+    from storage import RecoveryReport, SalvageReport, VolumeOnHosts
 
 #: Lines about one kind of trouble.
 MANY = 20
@@ -68,6 +72,8 @@ def recover(
     """
     if not hosts:
         raise BadArgument("recover: name a host of the volume: --host URL, as in --host dir:/mnt/disk1")
+    with importing():
+        from storage import list_volumes, recover_volume, salvage_volume
     if listing:
         _tell_volumes(run(lambda: list_volumes(hosts)), as_json)
         return

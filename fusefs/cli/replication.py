@@ -6,19 +6,23 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
-import trio
 
 from fusefs.cli import live
 from fusefs.cli.arguments import passphrase_option
 from fusefs.cli.output import Advance, human_bytes, printable, progress_bar, say, write_line, write_table
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
+from fusefs.cli.startup import importing
 from fusefs.mounts import Mount, find_mount
-from storage import KEY_FILE, ReplicationStatus, RewriteStatus, Volume, parse_replication
+from storage import parse_replication
 from storage.errors import BadArgument, FusefsError, NotFound, NotPermitted
+
+if TYPE_CHECKING:
+    from storage import ReplicationStatus, RewriteStatus, Volume
 
 #: Takes the place of a SPEC.
 INHERIT = "inherit"
@@ -96,6 +100,8 @@ def _inode(mount: Mount, path: Path) -> int:
 
 def _split(path: str) -> tuple[Path, str]:
     """VOLUME[:NAME]: the first colon behind which it is no path any more, but a name in the volume before it."""
+    with importing():
+        from storage import KEY_FILE
     at = len(path)
     for at in [at for at, character in enumerate(path) if character == ":"] + [len(path)]:
         if os.path.exists(os.path.join(path[:at], KEY_FILE)):
@@ -117,6 +123,8 @@ async def _look_unmounted(path: Path, secret: str, name: str) -> ReplicationStat
 
 
 async def _set_unmounted(path: Path, secret: str, name: str, wanted: str, now: bool, wait: bool) -> RewriteStatus:
+    import trio
+
     async with unmounted_volume(path, secret, "replication") as volume:
         await volume.set_replication(_find(volume, name), wanted, now=now)
         if not (now and wait):
@@ -137,6 +145,8 @@ async def _set_unmounted(path: Path, secret: str, name: str, wanted: str, now: b
 
 
 async def _follow(volume: Volume, advance: Advance) -> None:
+    import trio
+
     while True:
         now = volume.rewrite_status()
         advance(now.bytes, now.bytes + now.pending_bytes or None)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
-import trio
 
 from fusefs.cli import live
 from fusefs.cli.arguments import DIRECTORY_PATH, passphrase_option
@@ -16,8 +16,10 @@ from fusefs.cli.notices import Notices
 from fusefs.cli.output import Advance, human_bytes, printable, progress_bar, write_line
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
-from storage import ScrubReport, Volume
 from storage.errors import FusefsError
+
+if TYPE_CHECKING:
+    from storage import ScrubReport, Volume
 
 
 @click.command(short_help="Look at what the hosts keep, and put right what is damaged.")
@@ -69,6 +71,8 @@ def scrub(context: click.Context, path: Path, full: bool, sample: float, as_json
 
 
 async def _unmounted(path: Path, secret: str, full: bool, sample: float) -> ScrubReport:
+    import trio
+
     async with unmounted_volume(path, secret, "scrub") as volume, trio.open_nursery() as nursery:
         with progress_bar("looking at copies", unit="sectors") as advance:
             nursery.start_soon(_follow, volume, advance)
@@ -84,6 +88,8 @@ async def _unmounted(path: Path, secret: str, full: bool, sample: float) -> Scru
 
 
 async def _follow(volume: Volume, advance: Advance) -> None:
+    import trio
+
     while True:
         done, total = volume.scrub_progress()
         advance(done, total or None)

@@ -6,13 +6,16 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
-
-import trio
+from typing import TYPE_CHECKING, TypeVar
 
 from fusefs.cli.output import Advance, progress_bar, say
-from storage import FlushProgress, FlushReport, Volume, VolumeOptions, open_volume
+from fusefs.cli.startup import importing
 from storage.errors import FusefsError
+
+if TYPE_CHECKING:
+    import trio
+
+    from storage import FlushProgress, FlushReport, Volume
 
 T = TypeVar("T")
 
@@ -32,10 +35,17 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
 
     A second signal ends the process the hard way; what was acknowledged survives that too. Raises Interrupted, and what `work` raises.
     """
+    with importing():
+        import trio
+
+        # What nearly all work needs, while nothing has to be closed yet.
+        from storage import open_volume  # noqa: F401
     return trio.run(_supervised, work)
 
 
 async def _supervised(work: Callable[[], Awaitable[T]]) -> T:
+    import trio
+
     results: list[T] = []
     received: list[int] = []
 
@@ -69,6 +79,8 @@ def leaves(error: BaseException) -> list[BaseException]:
 async def unmounted_volume(path: Path, passphrase: str, command: str, upload_rate: float | None = None) -> AsyncIterator[Volume]:
     """The volume, open in this process; what was changed is committed at the end. `command`: for whom else wants it meanwhile.
     `upload_rate`: bytes per second that may be sent to hosts; None: no limit."""
+    from storage import VolumeOptions, open_volume
+
     options = VolumeOptions(purpose=f"fusefs {command}", upload_rate=upload_rate, scrub_interval=None)
     async with open_volume(path, passphrase=passphrase, options=options) as volume:
         yield volume
@@ -79,6 +91,10 @@ async def flush_with_bar(volume: Volume) -> None:
 
     What is not there in full afterwards is said, not raised: it is committed, so safe on this machine, and the next use goes on with it.
     """
+    import trio
+
+    from storage import FlushProgress
+
     progress = FlushProgress()
     try:
         with progress_bar("to the hosts") as advance:
@@ -95,6 +111,8 @@ async def flush_with_bar(volume: Volume) -> None:
 
 async def follow(progress: FlushProgress, advance: Advance) -> None:
     """Show a flush's progress until cancelled."""
+    import trio
+
     while True:
         advance(progress.bytes_done, progress.bytes_total or None)
         await trio.sleep(0.1)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from fusefs.cli.app import COMPLETE_VARIABLE, PROGRAM
 from fusefs.cli.output import write_line
-
-PROGRAM = "fusefs"
-#: Set by the completion script when it asks for candidates.
-COMPLETE_VARIABLE = "_FUSEFS_COMPLETE"
 
 
 @click.command(short_help="Print what makes a shell complete commands.")

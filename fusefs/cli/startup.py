@@ -1,6 +1,8 @@
-"""From the start of the process to the first line of a command: the imports, which take the better part of a second.
+"""From the start of the process to the first line of a command: the imports, which take their time.
 
-Imports as little as it can, and the rest inside `main`: until that runs, Ctrl-C is Python's own, with a traceback.
+Imports as little as it can, and the rest inside `main`: until that runs, Ctrl-C is Python's own, with a traceback. A command's own module
+is imported once it is known which one it is (`app`), and what only works on a volume that is not mounted (trio, `storage`, the libraries
+of hosts) by whoever opens one.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command (default: of `sys.argv`); returns its exit status and never raises. Ctrl-C while it starts: status 130."""
     try:
         fill_standard_descriptors()
-        with _interrupt_ends_the_process():
+        with importing():
             from fusefs.cli import app
         return app.main(arguments)
     except KeyboardInterrupt:  # in the moments that neither handler covers
@@ -51,10 +53,11 @@ def fill_standard_descriptors() -> None:
 
 
 @contextmanager
-def _interrupt_ends_the_process() -> Iterator[None]:
-    """While the body imports, Ctrl-C ends the process at once: there is nothing to close yet.
+def importing() -> Iterator[None]:
+    """While the body imports, Ctrl-C ends the process at once: there is nothing to close yet. For imports while nothing is open.
 
-    Not by an exception, which importlib's callbacks would print and drop. Where SIGINT is ignored or somebody else's, it stays so.
+    Not by an exception, which importlib's callbacks would print and drop. Where SIGINT is ignored or somebody else's, it stays so: inside
+    `session.run` a signal cancels, at the next checkpoint.
     """
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     try:

@@ -6,7 +6,6 @@ import json
 import shlex
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import click
 import msgspec
@@ -18,7 +17,7 @@ from fusefs.cli.output import human_bytes, human_span, human_time, printable, st
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
 from fusefs.control_protocol import MountStatus
-from storage import ContractStatus, HostStatus, ReadOnlySource, ScrubStatus, StagingStatus, VolumeStatus, open_read_only
+from storage import ContractStatus, HostStatus, ScrubStatus, StagingStatus, VolumeStatus
 from storage.errors import Fenced
 
 #: Warnings shown to a person: where everything is wrong, what is stored must not scroll away.
@@ -80,6 +79,10 @@ def volume_status(target: live.Target, passphrase_file: Path | None, command: st
 
 
 async def _read_only_status(volume: Path, secret: str) -> VolumeStatus:
+    from tempfile import TemporaryDirectory
+
+    from storage import ReadOnlySource, open_read_only
+
     with TemporaryDirectory(prefix="fusefs-") as scratch:
         async with open_read_only(ReadOnlySource(volume, passphrase=secret), scratch=Path(scratch)) as opened:
             return await opened.status()

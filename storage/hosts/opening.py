@@ -5,8 +5,6 @@ from __future__ import annotations
 from storage.hosts.directory import DirectoryHost
 from storage.hosts.locking import LockedHost
 from storage.hosts.memory import MemoryHost, memory_content
-from storage.hosts.objectstore import ObjectStoreHost
-from storage.hosts.s3_locks import S3Locks
 from storage.hosts.urls import LOCK_MODES, PARAMETERS, HostURL
 from storage.interfaces import Host
 from storage.seams import Seams
@@ -27,6 +25,10 @@ async def open_host(url: HostURL, seams: Seams, *, create: bool = False) -> Host
 
 
 async def _object_store(url: HostURL, seams: Seams, create: bool) -> Host:
+    # Only where there is such a host: every command that opens a volume would wait for obstore.
+    from storage.hosts.objectstore import ObjectStoreHost
+    from storage.hosts.s3_locks import S3Locks
+
     lock = url.parameter("lock")
     host = await ObjectStoreHost.open(url, seams, look=create or (url.scheme == "s3" and lock is None))
     if url.scheme != "s3" or lock == "off" or (lock is None and not host.capabilities.object_lock):

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from pyeclib.ec_iface import ECDriver
-
 from storage.errors import Corrupt
 from storage.interfaces import Buffer
 from storage.replication import Replication, parse_replication
@@ -63,6 +61,9 @@ class _Copies:
 
 class _Coded:
     def __init__(self, k: int, m: int) -> None:
+        # Only where there are codes: it brings libraries of its own.
+        from pyeclib.ec_iface import ECDriver
+
         self._k, self._m = k, m
         self._driver = ECDriver(k=k, m=m, ec_type="isa_l_rs_cauchy")
         self._headers = lru_cache(maxsize=64)(self._make_headers)
