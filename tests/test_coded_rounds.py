@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.nonces import Nonces
+from tests.torture_hosts import DirectoryHost
 from tests.torture_rig import KillRounds, LostRounds, PowerRounds, Rounds, temporary
 
 ROUNDS = int(os.environ.get("FUSEFS_TORTURE_ROUNDS", "2"))
@@ -32,8 +33,8 @@ def go(rounds: Rounds) -> None:
         print(rounds.round())
         # After a power cut they are away until the next round.
         for host in rounds.hosts:
-            if host.is_dir():
-                nonces.host_directory(host)
+            if isinstance(host, DirectoryHost) and host.path.is_dir():
+                nonces.host_directory(host.path)
     rounds.finish()
     nonces.check()
     assert nonces.counts["shard"] > 0 or isinstance(rounds, PowerRounds)

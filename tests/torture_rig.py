@@ -3,7 +3,8 @@
 One round: mounted, by a new process with nothing cached; compared with what the journals of all earlier rounds allow; written to by several
 programs while sectors merge; dead at a random moment. `python -m tests.torture_rig` (scripts/torture) runs as many as wanted.
 
-A round that shows nothing fails as well: nothing acknowledged, or nothing pending when it ended.
+A round that shows nothing fails as well: nothing acknowledged, or nothing pending when it ended. Hosts are directories, or on S3
+(`torture_hosts`): then sectors are staged and on their way when it dies, and a run in which none ever was fails, too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +36,7 @@ from tests.cli_runner import ROOT, environment
 from tests.mount_child import PASSPHRASE
 from tests.mounting import START_SECONDS, Mounted, MountFailed, reap, wait_until
 from tests.power_rig import Power
+from tests.torture_hosts import PLACES, Directories, DirectoryHost, Place, S3Host, TortureHost
 from tests.torture_model import DIRECTORY, Tree
 
 WRITERS = 3
@@ -46,6 +48,8 @@ LONGEST = 0.8
 #: One round in so many lives until shards are being deleted: that takes a merge, two publications and the deleter's turn, seconds more.
 DELETING = 6
 COPIES = "2"
+#: Bytes per second of a slow line to an S3 host: less than the writers write.
+SLOW = 400_000.0
 
 
 class Lost(AssertionError):
@@ -124,7 +128,7 @@ class Rounds(ABC):
         self.trees = [Tree(f"{seed}/{number}") for number in range(WRITERS)]
         #: Shards that were on the hosts at one look and not at the next: merged ones, and deleted files'.
         self.deleted = 0
-        self._shards: set[Path] = set()
+        self._shards: set[str] = set()
         self._started = False
         self._writers: list[subprocess.Popen[bytes]] = []
         self._server: Served | None = None
@@ -170,8 +174,7 @@ class Rounds(ABC):
 
     # ---- what differs
 
-    #: Directories of the hosts.
-    hosts: list[Path]
+    hosts: list[TortureHost]
 
     @abstractmethod
     def _serve(self) -> Served:
@@ -222,7 +225,7 @@ class Rounds(ABC):
 
     def _look(self) -> int:
         """At the shards on the hosts: how many are gone since the last look."""
-        shards = {path for host in self.hosts for path in host.glob("volumes/*/sectors/*/*")}
+        shards = set().union(*(host.shards() for host in self.hosts))
         gone = len(self._shards - shards)
         self.deleted += gone
         self._shards = shards
@@ -284,25 +287,35 @@ class Rounds(ABC):
         return Lost("\n".join([f"seed {self.seed}, found in round {self.count}:", *wrong[:30], *([said] if said else [])]))
 
 
-async def _create(volume: Path, hosts: Sequence[Path], replication: str) -> None:
+async def _create(volume: Path, hosts: Sequence[TortureHost], replication: str) -> None:
     await create_volume(
-        volume, PASSPHRASE, hosts=[f"dir:{host}" for host in hosts], replication=replication, sector_size=SECTOR_SIZE, argon2=CHEAP
+        volume, PASSPHRASE, hosts=[host.url for host in hosts], replication=replication, sector_size=SECTOR_SIZE, argon2=CHEAP
     )
 
 
 class KillRounds(Rounds):
-    """kill -9 of `fusefs mount`, started by the command line. Now and then while it is only starting."""
+    """kill -9 of `fusefs mount`, started by the command line. Now and then while it is only starting. Lines to S3 hosts are slow in half of
+    the rounds, and in some one is cut, until another round says otherwise: it is mounted again with that host away."""
 
     #: Hosts besides those the replication needs.
     MORE = 0
+    #: May a line be cut?
+    CUTS = True
 
-    def __init__(self, base: Path, seed: int, replication: str = COPIES) -> None:
+    def __init__(self, base: Path, seed: int, replication: str = COPIES, place: Place | None = None) -> None:
         super().__init__(base, seed, replication)
         self._volume = base / "volume"
-        self.hosts = [self.base / f"host{number}" for number in range(self.replication.hosts_needed + self.MORE)]
-        for host in self.hosts:
-            host.mkdir()
+        place = place or Directories(base)
+        self.hosts = [place.make(number) for number in range(self.replication.hosts_needed + self.MORE)]
+        self.far = any(isinstance(host, S3Host) for host in self.hosts)
+        #: Rounds that died with sectors in staging and nowhere else.
+        self.staged = 0
         trio.run(_create, self._volume, self.hosts, replication)
+
+    def finish(self) -> None:
+        super().finish()
+        if self.far and not self.staged:
+            raise self._lost(["a run that shows nothing: no sector was staged when it died"])
 
     def _serve(self) -> Served:
         if self.count > 1 and self.random.random() < 0.2:
@@ -312,10 +325,36 @@ class KillRounds(Rounds):
             short.kill()
         return ByCommand(self._volume, self.mountpoint, OPTIONS, self.base / "log")
 
+    def _weather(self) -> str:
+        """Of the lines to hosts. Says what it is."""
+        lines = [host.line for host in self.hosts if isinstance(host, S3Host)]
+        # Where deletions are waited for, what they need is there: a majority, and publications not behind a minute of sectors.
+        fair = self.count % DELETING == 2
+        slow = not fair and self.random.random() < 0.5
+        for line in lines:
+            line.rate, line.cut = SLOW if slow else None, False
+        said = ", slow lines" if lines and slow else ""
+        if lines and self.CUTS and not fair and self.random.random() < 0.4:
+            cut = self.random.randrange(len(lines))
+            lines[cut].cut = True
+            said += f", host {cut} cut off"
+        return said
+
+    def _in_staging(self) -> str:
+        """Before it dies: what is nowhere but here. Says how much."""
+        if not self.far:
+            return ""
+        with ControlClient.connect(self._volume) as client:
+            sectors = client.status().volume.staging.sectors
+        self.staged += sectors > 0
+        return f", {sectors} sectors staged"
+
     def _die(self) -> str:
+        weather = self._weather()
         self._busy()
         self._deleting()
         time.sleep(self.random.random() ** 2 * LONGEST)
+        weather += self._in_staging()
         # Before the kill: afterwards errors are what there is to expect.
         ended = [number for number, process in enumerate(self._writers) if process.poll() is not None]
         self._kill()
@@ -323,7 +362,7 @@ class KillRounds(Rounds):
             self._stop_writers()
             self._read()
             raise self._lost(self._failures() or [f"the program in w{number} ended by itself" for number in ended])
-        return "killed"
+        return f"killed{weather}"
 
 
 class LostRounds(KillRounds):
@@ -335,9 +374,10 @@ class LostRounds(KillRounds):
     """
 
     MORE = 1
+    CUTS = False
 
-    def __init__(self, base: Path, seed: int, replication: str = COPIES) -> None:
-        super().__init__(base, seed, replication)
+    def __init__(self, base: Path, seed: int, replication: str = COPIES, place: Place | None = None) -> None:
+        super().__init__(base, seed, replication, place)
         self._at_once = False
         #: Bytes of each journal up to which what is acknowledged must be there; None: all.
         self._covered: list[int] | None = None
@@ -411,19 +451,19 @@ class LostRounds(KillRounds):
     def _lose(self) -> None:
         if keep := os.environ.get("FUSEFS_TORTURE_KEEP"):
             shutil.rmtree(Path(keep) / "left", ignore_errors=True)
-            shutil.copytree(self.base, Path(keep) / "left", symlinks=True, ignore=shutil.ignore_patterns("control.sock", "mnt"))
+            shutil.copytree(self.base, Path(keep) / "left", symlinks=True, ignore=shutil.ignore_patterns("control.sock", "mnt", "s3"))
         shutil.rmtree(self._volume)
         self._volume = self.base / f"volume{self.count}"
         away = self.random.choice(self.hosts) if self.random.random() < 0.5 else None
         if away is not None:
-            away.rename(away.with_name("away"))
+            away.leave()
         there = [host for host in self.hosts if host != away]
         # One is enough: it names the others.
         given = self.random.choice(there)
-        self._command("recover", self._volume, "--host", f"dir:{given}")
+        self._command("recover", self._volume, "--host", given.url)
         if away is not None:
             # It comes back with what it had: an ancestor by now.
-            away.with_name("away").rename(away)
+            away.come_back()
 
 
 class PowerRounds(Rounds):
@@ -435,14 +475,15 @@ class PowerRounds(Rounds):
         self._only = only
         self.power = Power(base)
         self._volume = self.power.mountpoint / "volume"
-        self.hosts = [self.power.mountpoint / f"host{number}" for number in range(self.replication.hosts_needed)]
+        self._directories = [self.power.mountpoint / f"host{number}" for number in range(self.replication.hosts_needed)]
+        self.hosts = [DirectoryHost(path) for path in self._directories]
         self._cut_seed: int | None = None
 
     def __enter__(self) -> Rounds:
         self.power.start()
         try:
-            for host in self.hosts:
-                host.mkdir()
+            for path in self._directories:
+                path.mkdir()
             fd = os.open(self.power.mountpoint, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
@@ -532,11 +573,23 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="of a run that is to be seen again (times still differ)")
     parser.add_argument("--replication", default=COPIES, help=f"of the volume, on as many hosts as that takes; default {COPIES}")
     parser.add_argument(
+        "--hosts",
+        choices=sorted(PLACES),
+        default="dir",
+        help="kill and lost: directories (default), or s3: a SeaweedFS that runs for all rounds (scripts/bootstrap engines), each host"
+        " behind a line that is slow or cut at times, so that sectors are staged and on their way when it dies",
+    )
+    parser.add_argument(
         "--without", action="append", default=[], metavar="RULE", help="power only: a rule of tests/mount_child.py to take out"
     )
     arguments = parser.parse_args()
+    if arguments.what == "power" and arguments.hosts != "dir":
+        parser.error("power cuts are of a disk, with the hosts on it: --hosts is for kill and lost")
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(1 << 32)
-    print(f"{arguments.what}: {arguments.rounds} rounds, --replication {arguments.replication} --seed {seed}", flush=True)
+    print(
+        f"{arguments.what}: {arguments.rounds} rounds, --replication {arguments.replication} --hosts {arguments.hosts} --seed {seed}",
+        flush=True,
+    )
     # Ended from outside, too, it takes its mounts away.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with ExitStack() as stack:
@@ -545,7 +598,8 @@ def main() -> int:
         if arguments.what == "power":
             rounds = PowerRounds(base, seed, arguments.without, replication=arguments.replication)
         else:
-            rounds = (KillRounds if arguments.what == "kill" else LostRounds)(base, seed, arguments.replication)
+            place = stack.enter_context(closing(PLACES[arguments.hosts](base)))
+            rounds = (KillRounds if arguments.what == "kill" else LostRounds)(base, seed, arguments.replication, place)
         stack.enter_context(rounds)
         try:
             for _ in range(arguments.rounds):
