@@ -7,12 +7,18 @@ import trio
 
 from storage.seams import Clock
 
-#: Seconds of the rate that may go out at once after a pause.
-BURST = 1.0
+#: Seconds of a rate that may go out at once after a pause: short, so that nobody else on the line notices.
+SMOOTH = 0.2
+#: Who comes back within so many seconds was sending meanwhile: up to one piece is then to its credit. Later, nothing is.
+PAUSE = 10.0
 
 
 class Pace:
-    """A leaky bucket over bytes (as in Turner, "New directions in communications", 1986). One event loop's tasks."""
+    """A leaky bucket over bytes (as in Turner, "New directions in communications", 1986). One event loop's tasks.
+
+    The wait for something's bytes is before it goes out, not before what follows: so the rate holds from the first byte after a pause on.
+    What goes out in the background can wait, and the first ones of a few workers, of 4 MiB each, would be seconds of a slow line.
+    """
 
     def __init__(self, clock: Clock, rate: float | None) -> None:
         """`rate`: bytes per second; None: as fast as it goes."""
@@ -27,14 +33,12 @@ class Pace:
         if self.rate is None:
             return
         # No await in between: each caller has a place of its own in time.
-        begin = max(self._free_at, now - BURST)
-        self._free_at = begin + size / self.rate
-        if begin > now:
-            await self._clock.sleep(begin - now)
+        credit = max(SMOOTH, size / self.rate) if now - self._free_at <= PAUSE else 0.0
+        self._free_at = max(self._free_at, now - credit) + size / self.rate
+        if self._free_at > now:
+            await self._clock.sleep(self._free_at - now)
 
 
-#: Seconds of the upload rate that may go out at once after a pause: short, so that nobody else on the line notices.
-SMOOTH = 0.2
 #: The part of the upload rate that what is urgent may use without waiting for the rest.
 URGENT_SHARE = 0.5
 #: Objects of metadata up to so many bytes are urgent; superblocks always are.

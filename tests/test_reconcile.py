@@ -18,7 +18,7 @@ from storage.checking import Finding, check_volume
 from storage.errors import NotFound, Unavailable
 from storage.interfaces import Buffer, SealedShard
 from storage.metadata.keys import SECTOR, UNDERREPLICATED, prefix_end, read_u64
-from storage.pacing import Pace
+from storage.pacing import SMOOTH, Pace
 from storage.replication import parse_replication
 from storage.seams import Seams
 from storage.sectors.plan import make_plan
@@ -415,7 +415,41 @@ async def test_the_rate_bounds_what_is_sent(autojump_clock: trio.testing.MockClo
     started = trio.current_time()
     for _ in range(50):
         await pace.take(200)
-    assert 8.0 <= trio.current_time() - started <= 10.0
+    assert trio.current_time() - started == pytest.approx(10.0, abs=SMOOTH)
+
+
+async def test_the_rate_holds_from_the_first_byte_however_large_the_first_pieces_are(autojump_clock: trio.testing.MockClock) -> None:
+    """Also after a pause, and for several at a time."""
+    pace = Pace(VirtualClock(), 1000.0)
+    for _ in range(2):
+        started, sent = trio.current_time(), 0
+
+        async def send(started: float = started) -> None:
+            nonlocal sent
+            await pace.take(5000)
+            sent += 5000
+            assert sent <= (trio.current_time() - started) * 1000.0 + 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(send)
+        assert trio.current_time() - started == pytest.approx(20.0)
+        await trio.sleep(60)
+
+
+async def test_a_sender_that_is_busy_with_each_piece_has_the_whole_rate(autojump_clock: trio.testing.MockClock) -> None:
+    pace = Pace(VirtualClock(), 1000.0)
+    started = trio.current_time()
+    for _ in range(10):
+        await pace.take(5000)
+        await trio.sleep(4)
+    assert trio.current_time() - started == pytest.approx(54.0)
+    # And one that the line keeps from reaching it never waits for it.
+    started = trio.current_time()
+    for _ in range(10):
+        await pace.take(5000)
+        await trio.sleep(6)
+    assert trio.current_time() - started <= 65.0
 
 
 async def test_without_a_rate_nothing_waits() -> None:
