@@ -117,10 +117,7 @@ class NoThreads:
         await trio.lowlevel.checkpoint()
         return fn(*args)
 
-    async def run_abandonable(self, fn: Callable[..., T], *args: object) -> T:
-        return await self.run(fn, *args)
-
-    async def run_remote(self, fn: Callable[..., T], *args: object) -> T:
+    async def run_abandonable(self, place: str, fn: Callable[..., T], *args: object) -> T:  # noqa: ARG002 (the Protocol's)
         return await self.run(fn, *args)
 
 

@@ -20,6 +20,9 @@ import trio
 
 T = TypeVar("T")
 
+#: Threads that may work for, or hang in, one place: a little more than what an open host needs for itself (storage/hosts/slots.py).
+PER_PLACE = 18
+
 
 class Clock(Protocol):
     """Time, in the two kinds that must not be mixed up."""
@@ -56,15 +59,12 @@ class Threads(Protocol):
         """
         ...
 
-    async def run_abandonable(self, fn: Callable[..., T], *args: object) -> T:
+    async def run_abandonable(self, place: str, fn: Callable[..., T], *args: object) -> T:
         """As `run`, but a caller that is cancelled goes on at once; the thread finishes by itself, and nobody learns how.
 
-        For what a hung disk may hold up, where it does not matter whether it happens after all. Has a limit of its own.
+        For what a hung disk or network may hold up, where it does not matter whether it happens after all. Each `place`, a host's URL,
+        has a limit of its own, however often it is opened: what hangs there keeps no other place from being asked.
         """
-        ...
-
-    async def run_remote(self, fn: Callable[..., T], *args: object) -> T:
-        """As `run_abandonable`, for what a network may hold up: hosts that hang, all at once, must not keep disks from being asked."""
         ...
 
 
@@ -113,19 +113,15 @@ class WorkerThreads:
 
     def __init__(self, limit: int = 16) -> None:
         self._limiter = trio.CapacityLimiter(limit)
-        #: Apart from the other, so that hung calls cannot starve sealing and the metadata store.
-        self._abandonable = trio.CapacityLimiter(2 * limit)
-        #: Waiting for answers costs next to nothing; each host has a limit of its own besides.
-        self._remote = trio.CapacityLimiter(16 * limit)
+        #: By place: apart from the other, so that hung calls cannot starve sealing and the metadata store, and from each other.
+        self._places: dict[str, trio.CapacityLimiter] = {}
 
     async def run(self, fn: Callable[..., T], *args: object) -> T:
         return await trio.to_thread.run_sync(fn, *args, limiter=self._limiter)
 
-    async def run_abandonable(self, fn: Callable[..., T], *args: object) -> T:
-        return await trio.to_thread.run_sync(fn, *args, limiter=self._abandonable, abandon_on_cancel=True)
-
-    async def run_remote(self, fn: Callable[..., T], *args: object) -> T:
-        return await trio.to_thread.run_sync(fn, *args, limiter=self._remote, abandon_on_cancel=True)
+    async def run_abandonable(self, place: str, fn: Callable[..., T], *args: object) -> T:
+        limiter = self._places.setdefault(place, trio.CapacityLimiter(PER_PLACE))
+        return await trio.to_thread.run_sync(fn, *args, limiter=limiter, abandon_on_cancel=True)
 
 
 class DedicatedThread:

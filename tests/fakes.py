@@ -154,10 +154,7 @@ class InlineThreads:
         self.calls += 1
         return fn(*args)
 
-    async def run_abandonable(self, fn: Callable[..., T], *args: object) -> T:
-        return await self.run(fn, *args)
-
-    async def run_remote(self, fn: Callable[..., T], *args: object) -> T:
+    async def run_abandonable(self, place: str, fn: Callable[..., T], *args: object) -> T:
         return await self.run(fn, *args)
 
 

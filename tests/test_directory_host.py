@@ -7,6 +7,8 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import trio.testing
 from storage.errors import Busy, NoSpace, NotFound, Unavailable
 from storage.hosts.directory import SLOTS, DirectoryHost
 from storage.hosts.tree import TEMPORARY
-from storage.seams import Seams
+from storage.seams import PER_PLACE, Seams
 from tests.fakes import BASE_NS, Crash, CrashAt, ManualClock, RecordingFailpoints, make_seams
 
 LIMIT = 1 << 20
@@ -284,6 +286,39 @@ async def test_a_hung_directory_holds_only_its_own_slots_and_can_be_given_up(tmp
     with trio.fail_after(10):
         await host.put("b", b"2")
         assert await host.get("b", LIMIT) == b"2"
+
+
+async def test_many_hung_directories_do_not_keep_a_healthy_one_from_being_asked(tmp_path: Path) -> None:
+    """Not those that are open, with every thread they may have, nor one that hangs again each time the registry tries to open it."""
+    failpoints, release = RecordingFailpoints(), threading.Event()
+    failpoints.actions["host.put.before_fsync"] = lambda: release.wait(60)
+    healthy = Seams()
+    seams = Seams(failpoints=failpoints, threads=healthy.threads)
+    hung = [await opened(tmp_path / f"hung{number}", seams) for number in range(12)]
+    before = threading.active_count()
+
+    async def give_up(call: Callable[[], Awaitable[object]]) -> None:
+        with trio.move_on_after(0.3) as scope:
+            await call()
+        assert scope.cancelled_caught
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for host in hung:
+                for number in range(SLOTS + 2):
+                    nursery.start_soon(give_up, partial(host.put, f"a/{number}", b"1"))
+        assert threading.active_count() <= before + len(hung) * SLOTS
+        other = await opened(tmp_path / "other", healthy)
+        with trio.fail_after(10):
+            await other.put("a", b"1")
+        async with trio.open_nursery() as nursery:
+            for _ in range(100):
+                nursery.start_soon(give_up, partial(healthy.threads.run_abandonable, "dir:/gone", release.wait, 60))
+        assert threading.active_count() <= before + len(hung) * SLOTS + PER_PLACE + 1
+        with trio.fail_after(10):
+            await other.put("b", b"1")
+    finally:
+        release.set()
 
 
 @pytest.mark.parametrize("what", ["delete", "put_if", "put"])

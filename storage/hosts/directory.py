@@ -36,8 +36,8 @@ class DirectoryHost:
     @classmethod
     async def open(cls, path: str, seams: Seams, *, url: str = "", create: bool = False) -> DirectoryHost:
         """`path`: absolute. Unavailable if it is missing (unless `create`), no directory, or not accessible."""
-        now = seams.clock.time_ns()
-        return cls(await seams.threads.run_abandonable(Tree.open, path, url or f"dir:{path}", seams.failpoints, now, create), seams)
+        now, url = seams.clock.time_ns(), url or f"dir:{path}"
+        return cls(await seams.threads.run_abandonable(url, Tree.open, path, url, seams.failpoints, now, create), seams)
 
     @property
     def url(self) -> str:

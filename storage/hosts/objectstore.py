@@ -78,7 +78,7 @@ class ObjectStoreHost:
         self._store = store
         self._sender = sender
         self._seams = seams
-        self._slots = Slots(url.base, SLOTS, seams.threads.run_remote, "see whether it answers")
+        self._slots = Slots(url.base, SLOTS, seams.threads.run_abandonable, "see whether it answers")
         #: False once it has answered a request for a range with the whole.
         self._ranges = True
         #: Name, content and age of what was last read whole for a range.
@@ -90,9 +90,9 @@ class ObjectStoreHost:
     async def open(cls, url: HostURL, seams: Seams, *, look: bool = False) -> ObjectStoreHost:
         """Unavailable where there are no credentials. Nothing is asked of the service yet, unless `look`: then what the bucket is for
         stands in `capabilities`; Unavailable where it does not answer."""
-        store = await seams.threads.run_remote(make_store, url)
+        store = await seams.threads.run_abandonable(url.base, make_store, url)
         # A slow line sends for longer than any answer may be silent.
-        sender = await seams.threads.run_remote(make_store, url, REQUEST_SECONDS)
+        sender = await seams.threads.run_abandonable(url.base, make_store, url, REQUEST_SECONDS)
         host = cls(url, store, sender, seams)
         if look and url.scheme == "s3":
             host._versions, host._object_lock = await host._slots.read(features, url)

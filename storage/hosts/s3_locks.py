@@ -37,12 +37,12 @@ class S3Locks:
         """`mode`: COMPLIANCE, which nobody can lift, or GOVERNANCE, which those with a special right can."""
         self._url, self._client, self._mode = url, client, mode
         self._prefix = f"{url.prefix}/" if url.prefix else ""
-        self._slots = Slots(url.base, SLOTS, seams.threads.run_remote, "see whether it answers")
+        self._slots = Slots(url.base, SLOTS, seams.threads.run_abandonable, "see whether it answers")
 
     @classmethod
     async def open(cls, url: HostURL, seams: Seams, mode: str) -> S3Locks:
         """Unavailable: no credentials."""
-        return cls(url, await seams.threads.run_remote(s3_client, url), mode, seams)
+        return cls(url, await seams.threads.run_abandonable(url.base, s3_client, url), mode, seams)
 
     async def put(self, name: str, data: Buffer, until_ns: int, *, new: bool) -> tuple[str, str]:
         return await self._change(name, self._put, name, data, until_ns, new)

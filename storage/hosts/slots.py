@@ -29,7 +29,7 @@ class Slots:
     """The slots of one host. Belongs to the event loop."""
 
     def __init__(self, url: str, count: int, run: Callable[..., Awaitable[Any]], remedy: str) -> None:
-        """`run`: `run_abandonable` or `run_remote` of the seams' threads. `remedy`: what a person can do about a change that hangs."""
+        """`run`: `run_abandonable` of the seams' threads. `remedy`: what a person can do about a change that hangs."""
         self._url, self._run, self._remedy = url, run, remedy
         self._limiter = trio.CapacityLimiter(count)
         #: Objects with a change whose caller has given up and whose thread has not ended.
@@ -54,7 +54,7 @@ class Slots:
         """Run in a thread, in that slot."""
         await self._limiter.acquire_on_behalf_of(slot)
         try:
-            result: T = await self._run(slot.work, fn, *args)
+            result: T = await self._run(self._url, slot.work, fn, *args)
             return result
         except BaseException:
             slot.give_up()
