@@ -166,6 +166,7 @@ class HostIO:
         were asked for. NotFound, Corrupt: it is not so.
 
         Two requests, or one where the block is the last: what was cut off, lengthened or swapped for another is noticed whichever block.
+        What counts is what the name shows: a locked version behind it is protected, and what nobody finds by its name is to be mended.
         """
         number = self._contractor.contract(contract_id).host_number
         check_root(sector_root)
@@ -184,7 +185,14 @@ class HostIO:
                 return await host.get_range(name, tail, TAG_SIZE + 1)
 
             await self._fetch(
-                number, sector_root, sector_id, ends, (tail, TAG_SIZE + 1), TAG_SIZE, lambda raw: _check_end(sector_id, raw, tail, end)
+                number,
+                sector_root,
+                sector_id,
+                ends,
+                (tail, TAG_SIZE + 1),
+                TAG_SIZE,
+                lambda raw: _check_end(sector_id, raw, tail, end),
+                named=True,
             )
             asked += TAG_SIZE
         more = stop == end
@@ -198,17 +206,21 @@ class HostIO:
                 check_header(header, raw[:HEADER_SIZE])
             open_blocks(key, header, block, memoryview(raw)[at - start :])
 
-        await self._fetch(number, sector_root, sector_id, blocks, (start, stop - start + more), stop - start, verify)
+        await self._fetch(number, sector_root, sector_id, blocks, (start, stop - start + more), stop - start, verify, named=True)
         return asked + stop - start
 
-    async def read_sealed(self, contract_id: str, sector_root: str, sector_id: int, plaintext_length: int) -> SealedShard:
-        """The shard as it was sealed, to be stored once more: its root verified, nothing opened (I1)."""
+    async def read_sealed(
+        self, contract_id: str, sector_root: str, sector_id: int, plaintext_length: int, *, named: bool = False
+    ) -> SealedShard:
+        """The shard as it was sealed, to be stored once more: its root verified, nothing opened (I1). `named`: as the name shows it, not
+        from a locked version behind it."""
         number = self._contractor.contract(contract_id).host_number
         check_root(sector_root)
         name, size = shard_name(self._volume_id, sector_root), sealed_length(plaintext_length)
 
         async def fetch(host: Host) -> bytes:
-            return await host.get(name, size)
+            # A locked host finds by root what the name does not show; ranges are of what it shows.
+            return await (host.get_range(name, 0, size + 1) if named and host.capabilities.object_lock else host.get(name, size))
 
         def verify(sealed: bytes) -> SealedShard:
             found = root_of(sealed)
@@ -216,7 +228,7 @@ class HostIO:
                 raise Corrupt(f"sector {sector_id}: what is stored has the root {found[:12]} ({len(sealed)} bytes)")
             return SealedShard(sector_root, sector_id, plaintext_length, sealed)
 
-        return await self._fetch(number, sector_root, sector_id, fetch, None, size, verify)
+        return await self._fetch(number, sector_root, sector_id, fetch, None, size, verify, named=named)
 
     def seal_again(self, data: Sequence[Buffer], sector_id: int, sector_root: str) -> SealedShard:
         """Blocking, for a thread: a shard that was sealed once and is gone, from the same bytes; of whatever epoch it was.
@@ -279,13 +291,18 @@ class HostIO:
         part: tuple[int, int] | None,
         size: int,
         verify: Callable[[bytes], T],
+        *,
+        named: bool = False,
     ) -> T:
         """Fetch and verify; the host's record gets a success only if both went well, with the time of the fetch. `part`: offset and length
-        of what `fetch` fetches of the sealed shard; None: all of it. Where a name is gone or wrong, a locked version is asked for."""
+        of what `fetch` fetches of the sealed shard; None: all of it. Where a name is gone or wrong, a locked version is asked for, unless
+        `named`."""
         what = f"sector {sector_id}, root {sector_root[:12]}"
         name = shard_name(self._volume_id, sector_root)
 
         async def fetch_or_version(host: Host) -> bytes:
+            if named:
+                return await fetch(host)
             known = await self._locked.fetch(host, number, sector_root, name, part or (0, MAX_SEALED))
             return known if known is not None else await fetch(host)
 
@@ -305,7 +322,10 @@ class HostIO:
             if isinstance(error, NotFound):
                 # Perhaps it is all gone, or its disk is: then nothing may be put there, which the next mount would not take for the host.
                 self._registry.suspect(number)
-            raw = await self._find_version(number, sector_root, name, _about(error, f"host {self._registry.url(number)}, {what}", what))
+            about = _about(error, f"host {self._registry.url(number)}, {what}", what)
+            if named:
+                raise about from error
+            raw = await self._find_version(number, sector_root, name, about)
             raw = raw if part is None else raw[part[0] : part[0] + part[1]]
             return verify(raw) if len(raw) <= INLINE else await self._seams.threads.run(verify, raw)
         except Unavailable as error:

@@ -236,6 +236,50 @@ async def test_check_reads_what_a_thief_deleted_from_the_locked_versions_and_put
     assert "missing-copy" not in await kinds()
 
 
+def shown(versions: Versions, part: str) -> int:
+    """Names with `part` that show something."""
+    return sum(1 for name, stored in versions.by_name.items() if part in name and stored and stored[-1].data)
+
+
+@pytest.mark.parametrize("full", [False, True])
+async def test_scrub_puts_the_names_there_again_that_a_thief_deleted_or_overwrote(world: World, full: bool) -> None:
+    async with world.opened() as volume:
+        content = await fill(volume)
+        copies = sum(len(shard.hosts) for record in records(volume) for shard in record.shards)
+        for versions in world.versions():
+            await vandalize(versions)
+        report = await volume.scrub(full=full)
+        assert (report.missing + report.damaged, report.repaired, report.lost) == (copies, copies, 0)
+        report = await volume.scrub(full=True)
+        assert (report.missing, report.damaged) == (0, 0)
+        assert await same(volume, content)
+
+
+async def test_check_calls_no_metadata_lost_that_a_lock_kept_and_puts_its_names_there_again(world: World) -> None:
+    async with world.opened() as volume:
+        await fill(volume)
+    for versions in world.versions():
+        await hide(versions)
+
+    async def findings(*, repair: bool = False) -> list[Finding]:
+        found: list[Finding] = []
+        await check_volume(
+            world.tmp_path / "volume",
+            passphrase=PASSPHRASE,
+            repair=repair,
+            on_finding=found.append,
+            seams=world.seams(),
+            opener=world.opener,
+        )
+        return [finding for finding in found if "metadata" in finding.kind or "superblock" in finding.kind]
+
+    told = await findings()
+    assert {finding.kind for finding in told} == {"superblock", "metadata-object"}
+    assert all("but a locked version" in str(finding) for finding in told)
+    assert all(finding.repaired for finding in await findings(repair=True))
+    assert await findings() == []
+
+
 async def test_what_changed_since_the_last_round_is_locked_shortly_and_the_round_s_state_to_the_end(world: World) -> None:
     """A machine that is killed, and a thief who waits until the short locks are over."""
     async with world.opened() as volume:

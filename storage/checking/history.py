@@ -15,8 +15,10 @@ from storage.errors import BadArgument, Corrupt, FusefsError, NotFound, Unavaila
 from storage.history.ancestry import Lineage, point_of
 from storage.history.host_side import SLOWEST, TIMEOUT
 from storage.history.objects import CHUNK, INDEX, LOG, MAX_OBJECT, Ref, decode_index, metadata_prefix, object_name, open_object, writer_of
-from storage.history.reading import slots_on
+from storage.history.reading import Slots, slots_on
 from storage.history.superblock import Body, KnownEpoch, Superblock
+from storage.hosts.layout import superblock_name
+from storage.hosts.locking import locking
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, Host
 from storage.keys import Keys
@@ -68,6 +70,8 @@ async def _look(patient: Patient, registry: HostRegistry, number: int, key: byte
     where = patient.url(number)
     try:
         slots = await slots_on(host, volume_id)
+        if not any(slots.blocks.values()) and locking(host) is not None:
+            slots = await _hidden(patient, host, where)
         with trio.move_on_after(TIMEOUT) as scope:
             side.objects = (await host.level(metadata_prefix(volume_id))).objects
         if scope.cancelled_caught:
@@ -94,6 +98,24 @@ async def _look(patient: Patient, registry: HostRegistry, number: int, key: byte
             await patient.found("superblock", where, str(error))
     patient.report.looked_at["superblocks"] += len(side.found)
     return side
+
+
+async def _hidden(patient: Patient, host: Host, where: str) -> Slots:
+    """Of a host that shows no superblock: the latest that somebody deleted and a lock has kept. Put there again, if that may be done."""
+    volume_id = patient.config.volume_id_bytes
+    slots = await slots_on(host, volume_id, hidden=True)
+    number, block = next(((number, block) for number, block in slots.blocks.items() if block is not None), (0, None))
+    if block is None:
+        return slots
+    repaired = False
+    if patient.repair:
+        # The same bytes under the same name: whoever's it is, it says what it said.
+        with trio.move_on_after(TIMEOUT):
+            await host.put(superblock_name(volume_id, number), block.raw)
+            repaired = True
+    what = f"none of its superblocks is there by name, but a locked version of number {number} is"
+    patient.report.add("superblock", where, what, repaired=repaired)
+    return Slots(slots.top, {number: block}, slots.notes, slots.numbers)
 
 
 async def _tell_foreign(patient: Patient, registry: HostRegistry, foreign: list[_Side], ours: list[_Side], lineage: Lineage) -> None:
@@ -169,10 +191,9 @@ async def _check_objects(patient: Patient, side: _Side, sides: list[_Side], keys
 async def _problem(patient: Patient, side: _Side, ref: Ref, kind: int, keys: Keys, *, data: bool) -> str:
     """What is wrong with the object there; "" if nothing is."""
     size = side.objects.get(ref.name)
-    if size is None:
-        return "is not there"
     if size != ref.size:
-        return f"has {size} bytes instead of {ref.size}"
+        why = "is not there" if size is None else f"has {size} bytes instead of {ref.size}"
+        return f"{why}, but a locked version is" if await _kept_by_lock(patient, side, ref, kind, keys) else why
     if data:
         try:
             await _open(patient, side, ref, kind, keys)
@@ -183,11 +204,24 @@ async def _problem(patient: Patient, side: _Side, ref: Ref, kind: int, keys: Key
     return ""
 
 
-async def _mend(patient: Patient, side: _Side, others: list[_Side], ref: Ref, kind: int, keys: Keys, why: str) -> None:
-    """Put it there again from a host that has it whole; where none has, see to it that the next mount writes a new checkpoint."""
-    where, what = patient.url(side.number), f"metadata object {ref.name[:26]} {why}"
+async def _kept_by_lock(patient: Patient, side: _Side, ref: Ref, kind: int, keys: Keys) -> bool:
+    """Of a name that somebody deleted or overwrote: does the host have a locked version with the object, whole?"""
+    if locking(side.host) is None:
+        return False
     try:
-        sealed = await _from_any(patient, ref, kind, others, keys, opened=False)
+        await _open(patient, side, ref, kind, keys)
+    except FusefsError:
+        return False
+    return True
+
+
+async def _mend(patient: Patient, side: _Side, others: list[_Side], ref: Ref, kind: int, keys: Keys, why: str) -> None:
+    """Put it there again from a host that has it whole, if only in a locked version; where none has, see to it that the next mount writes a
+    new checkpoint."""
+    where, what = patient.url(side.number), f"metadata object {ref.name[:26]} {why}"
+    sources = others if locking(side.host) is None else [*others, side]
+    try:
+        sealed = await _from_any(patient, ref, kind, sources, keys, opened=False)
     except FusefsError:
         await _lost(patient, side, f"{what}, and no other host has it whole")
         return

@@ -264,7 +264,7 @@ class Damages:
         root = shard.root.hex()
         # Where no range can be asked for, a block costs as much as all of it.
         if whole or not self._registry.get(copy.host).capabilities.ranges:
-            await self._host_io.read_sealed(contract.contract_id, root, shard.shard_id, shard.length)
+            await self._host_io.read_sealed(contract.contract_id, root, shard.shard_id, shard.length, named=True)
             return sealed_length(shard.length)
         block = int.from_bytes(self._seams.random.token_bytes(4), "big") % block_count(shard.length)
         return await self._host_io.probe(contract.contract_id, root, shard.shard_id, shard.length, block)
@@ -475,7 +475,7 @@ class Damages:
                 self._store.apply(batch)
                 return
         try:
-            await self._host_io.read_sealed(contract.contract_id, sealed.root, sealed.sector_id, sealed.plaintext_length)
+            await self._host_io.read_sealed(contract.contract_id, sealed.root, sealed.sector_id, sealed.plaintext_length, named=True)
         except (Corrupt, NotFound) as error:
             self._relapses[copy.host] += 1
             self._relapsed_at[copy.host] = self._seams.clock.monotonic()
