@@ -16,6 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 NAMES = ["a", "b", "c", "dir", "dir/a", "dir/b", "dir/sub", "dir/sub/a", "other", "other/a"]
 PATHS = st.sampled_from(NAMES)
+#: Steps from one remount to the next, at least: one right after another shows nothing, and takes as long as a hundred other steps.
+BETWEEN_REMOUNTS = 6
 SIZES = st.one_of(st.integers(0, 50), st.sampled_from([4095, 4096, 4097, 70_000, 300_000]))
 
 
@@ -61,6 +63,7 @@ def make_machine(fresh: Callable[[], tuple[Path, Path, Callable[[], None]]]) -> 
             self.handles: list[tuple[int, int, int, bool]] = []
             #: local inode -> holes never written, as [start, end).
             self.holes: dict[int, list[tuple[int, int]]] = {}
+            self.steps_mounted = 0
 
         def both(self, call: Callable[[Path], object]) -> object:
             there, here = outcome(lambda: call(self.mount)), outcome(lambda: call(self.model))
@@ -234,14 +237,17 @@ def make_machine(fresh: Callable[[], tuple[Path, Path, Callable[[], None]]]) -> 
             os.close(there)
             os.close(here)
 
+        @precondition(lambda self: self.steps_mounted > BETWEEN_REMOUNTS)
         @rule()
         def remount(self) -> None:
+            self.steps_mounted = 0
             self.close_all()
             self.remount_now()
             assert tree(self.mount) == tree(self.model)
 
         @invariant()
         def same_names(self) -> None:
+            self.steps_mounted += 1
             assert sorted(os.listdir(self.mount)) == sorted(os.listdir(self.model))
 
         def close_all(self) -> None:

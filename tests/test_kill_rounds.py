@@ -14,7 +14,7 @@ import pytest
 
 from tests.torture_rig import KillRounds, temporary
 
-ROUNDS = int(os.environ.get("FUSEFS_TORTURE_ROUNDS", "20"))
+ROUNDS = int(os.environ.get("FUSEFS_TORTURE_ROUNDS", "12"))
 #: Seconds; a round takes two or three on a slow machine.
 LIMIT = 60 + 15 * ROUNDS
 

@@ -22,7 +22,7 @@ from tests.mounting import Mounted, MountFailed, wait_until
 from tests.power_rig import Power, power_in
 from tests.torture_rig import Lost, PowerRounds, temporary
 
-ROUNDS = int(os.environ.get("FUSEFS_TORTURE_ROUNDS", "20"))
+ROUNDS = int(os.environ.get("FUSEFS_TORTURE_ROUNDS", "12"))
 #: Seconds; a round takes three or four on a slow machine.
 LIMIT = 60 + 15 * ROUNDS
 #: Cuts within which a missing flush must show.
