@@ -1,4 +1,7 @@
-"""What must not grow with what is stored: extents per sector, mount time, memory."""
+"""What must not grow with the number of files: mount time, memory. (With that of appends: tests/test_mount_appends.py.)
+
+More of them: scripts/torture scale.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ import trio
 
 from storage import VolumeOptions, open_volume
 from storage.interfaces import Batch
-from storage.metadata.keys import EXTENT, SECTOR, prefix_end
 from tests.mount_child import PASSPHRASE
 from tests.mounting import Mounting, mounting_in
 
-FILES = 200_000
+FILES = int(os.environ.get("FUSEFS_SCALE_FILES", "100000"))
 PER_DIRECTORY = 1000
+#: Anonymous memory of the process after all have been looked at and some read. It was 46 with 40,000 files and 54 with 100,000.
+MEMORY_MIB = 120
 
 
 def anonymous_mib(pid: int) -> float:
@@ -24,42 +28,6 @@ def anonymous_mib(pid: int) -> float:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) / 1024
     raise AssertionError("no RssAnon")
-
-
-def count(volume: Path, prefix: bytes) -> int:
-    async def look() -> int:
-        async with open_volume(volume, passphrase=PASSPHRASE) as opened:
-            return len(opened.store.scan(prefix, prefix_end(prefix), 10_000_000))
-
-    return trio.run(look)
-
-
-@pytest.mark.timeout(300)
-def test_ten_million_appends_of_100_bytes_leave_no_more_extents_than_sectors(tmp_path: Path) -> None:
-    with mounting_in(tmp_path) as mounting:
-        mounted = mounting.mount("commit_interval=2,flush_interval=5")
-        log = mounted.path / "log"
-        line = b"%07d " + b"x" * 91 + b"\n"
-        fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            for start in range(0, 10_000_000, 1_000_000):
-                for number in range(start, start + 1_000_000):
-                    os.write(fd, line % number)
-        finally:
-            os.close(fd)
-        assert log.stat().st_size == 10_000_000 * 100
-        with open(log, "rb") as file:
-            for number in (0, 1, 4_999_999, 9_999_999):
-                file.seek(number * 100)
-                assert file.read(100) == line % number
-        mounted.unmount()
-        extents, sectors = count(mounted.volume, EXTENT), count(mounted.volume, SECTOR)
-        assert 10_000_000 * 100 // (4 << 20) <= extents <= sectors
-        mounted = mounting.mount()
-        with open(mounted.path / "log", "rb") as file:
-            for number in range(0, 10_000_000, 100_003):
-                file.seek(number * 100)
-                assert file.read(100) == line % number
 
 
 async def fill(volume: Path) -> None:
@@ -87,8 +55,8 @@ def seconds_to_mount(mounting: Mounting, volume: Path) -> float:
     return best
 
 
-@pytest.mark.timeout(600)
-def test_200000_files_mount_like_none_and_are_walked_in_little_memory(tmp_path: Path) -> None:
+@pytest.mark.timeout(300 + FILES // 300)
+def test_a_hundred_thousand_files_mount_like_none_and_are_walked_in_little_memory(tmp_path: Path) -> None:
     with mounting_in(tmp_path) as mounting:
         empty, full = mounting.volume("empty"), mounting.volume("full")
         trio.run(fill, full)
@@ -108,5 +76,5 @@ def test_200000_files_mount_like_none_and_are_walked_in_little_memory(tmp_path: 
                 assert sum(entry.stat().st_size > 0 for entry in entries) == PER_DIRECTORY
         assert found == FILES
         used = anonymous_mib(mounted.process.pid)
-        assert used < 300, f"{used:.0f} MiB of anonymous memory"
+        assert used < MEMORY_MIB, f"{used:.0f} MiB of anonymous memory"
         print(f"mount {times[empty]:.2f} s empty, {times[full]:.2f} s with {FILES} files; {used:.0f} MiB after walking them")
