@@ -25,6 +25,7 @@ from storage.hosts.credentials import Credentials
 from storage.hosts.directory import DirectoryHost
 from storage.hosts.objectstore import ObjectStoreHost
 from storage.hosts.opening import open_host
+from storage.hosts.s3_locks import S3Locks
 from storage.hosts.urls import parse_url
 from storage.seams import Seams
 from tests.fakes import make_seams
@@ -286,6 +287,19 @@ async def test_a_hung_request_is_given_up_and_its_thread_ends(url: str, server: 
     server.answers = [Answer(hang=2.0)]
     with pytest.raises(Unavailable, match="no answer in time"):
         await host.get("a", 10)
+
+
+@pytest.mark.parametrize("code", ["RequestTimeTooSkewed", "SignatureDoesNotMatch"])
+async def test_what_versions_and_locks_are_asked_for_names_the_clock_too(url: str, server: Server, code: str) -> None:
+    """It is no lack of rights, and the bucket has not said that it has no lock."""
+    server.answers = [refusal(403, code)]
+    locks = await S3Locks.open(parse_url(url), make_seams(real_threads=True), "COMPLIANCE")
+    with pytest.raises(Unavailable, match="clock"):
+        await locks.put("a/b", b"1", 0, new=False)
+    with pytest.raises(Unavailable, match="clock"):
+        await locks.remove("a/b", "version")
+    with pytest.raises(Unavailable, match="clock"):
+        await ObjectStoreHost.open(parse_url(url), make_seams(real_threads=True), look=True)
 
 
 async def test_hosts_that_hang_all_at_once_do_not_keep_disks_from_being_asked(url: str, server: Server, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from storage.errors import Unavailable
 from storage.hosts.clients import CONNECT_SECONDS, DEFAULT_REGION, SILENCE_SECONDS, endpoint_of
 from storage.hosts.credentials import s3_session
+from storage.hosts.failures import refusal_of
 from storage.hosts.urls import HostURL
 
 
@@ -58,7 +59,10 @@ def features(url: HostURL) -> tuple[bool, bool]:
 
 def _must_be_an_answer(url: HostURL, error: Any) -> None:
     """Not known to the service, or not for us to know: then it is not relied on, and what is really wrong other calls will say. But a
-    service that is in trouble has not said that the bucket has no lock: Unavailable."""
+    service that is in trouble, or does not take our clock or credentials, has not said that the bucket has no lock: Unavailable."""
+    refused = refusal_of(str(error.response.get("Error", {}).get("Code", "")), url)
+    if refused is not None:
+        raise refused from error
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
     if status == 429 or (status >= 500 and status != 501):
         raise Unavailable(f"host {url.base}: asking what its bucket keeps: {status}; it will be asked again") from error

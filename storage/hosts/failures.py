@@ -103,12 +103,12 @@ def failure_of(error: Exception, url: HostURL, doing: str, name: str) -> Failure
         return Failure(NotFound(f"{host}: there is no {name}"))
     if code in _FULL or status == 507:
         return Failure(NoSpace(f"{host} is full: {what}: {answer}; raise its quota, free space or add a host"))
-    if code in _CLOCK:
-        return Failure(Unavailable(f"{host}: this machine's clock and the service's differ too much ({code}); set the clock (NTP)"))
+    if (refused := refusal_of(code, url)) is not None:
+        return Failure(refused)
     if code in _REGION or status in (301, 307) or _REDIRECT.search(said):
         return Failure(Unavailable(f"{host}: the bucket is in another region ({answer}); name it with ?region="))
-    if code in _CREDENTIALS or status == 401:
-        return Failure(Unavailable(f"{host} refuses the credentials ({code or status}); see {_place(url)}, and this machine's clock"))
+    if status == 401:
+        return Failure(_wrong_credentials(url, "401"))
     if status == 403 and doing == "deleting":
         return Failure(NotPermitted(f"{host}: these credentials may not delete {name} ({answer})"))
     if status == 403:
@@ -120,6 +120,17 @@ def failure_of(error: Exception, url: HostURL, doing: str, name: str) -> Failure
     if status == 0 and (match := _KIND.search(debug)):
         return _broken(host, what, match[1], debug)
     return Failure(Unavailable(f"{host}: {what}: {answer}"), untouched=400 <= status < 500)
+
+
+def refusal_of(code: str, url: HostURL) -> Unavailable | None:
+    """Where it is not the request but who asks, or when, that the service does not take; None for any other code of S3 or Azure."""
+    if code in _CLOCK:
+        return Unavailable(f"host {url.base}: this machine's clock and the service's differ too much ({code}); set the clock (NTP)")
+    return _wrong_credentials(url, code) if code in _CREDENTIALS else None
+
+
+def _wrong_credentials(url: HostURL, said: str) -> Unavailable:
+    return Unavailable(f"host {url.base} refuses the credentials ({said}); see {_place(url)}, and this machine's clock")
 
 
 def _broken(host: str, what: str, kind: str, debug: str) -> Failure:

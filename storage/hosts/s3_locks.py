@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from storage.errors import Busy, Corrupt, FusefsError, NotFound, NotPermitted, Unavailable
 from storage.hosts.buckets import s3_client
+from storage.hosts.failures import refusal_of
 from storage.hosts.layout import is_component
 from storage.hosts.slots import Slots
 from storage.hosts.urls import HostURL
@@ -192,6 +193,8 @@ class S3Locks:
             return NotFound(f"{host}: there is no {name}, or not that version")
         if code in _LOST_RACE or status == 412:
             return Busy(f"{host}: {name} was changed by somebody else; read it again")
+        if (refused := refusal_of(code, self._url)) is not None:
+            return refused
         if code in _FORBIDDEN or status == 403:
             return NotPermitted(f"{host}: {doing} {name}: {code} {message}: a lock, or rights that these credentials lack")
         return Unavailable(f"{host}: {doing} {name}: {code} {message}")
