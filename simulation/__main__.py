@@ -11,6 +11,7 @@ import click
 from simulation.driver import DAY, Rates
 from simulation.experiment import Point, Settings, simulate
 from simulation.report import read_json, table, write_json, write_plot, yearly
+from simulation.watching import watching
 from storage.errors import FusefsError
 from storage.replication import parse_replication
 
@@ -20,7 +21,7 @@ _NUMBER_OR_NONE = click.FloatRange(min=0)
 
 @click.command(context_settings={"max_content_width": 120, "show_default": True})
 @click.option("--spec", "specs", multiple=True, default=("2", "3", "4+2", "10+4"), help="A replication; may be given several times.")
-@click.option("--hosts", type=click.IntRange(2, 100_000), default=1000, help="Hosts of the fleet at the real speed.")
+@click.option("--hosts", type=click.IntRange(2, 100_000), default=2000, help="Hosts of the fleet at the real speed.")
 @click.option("--fast-hosts", type=click.IntRange(2, 100_000), default=48, help="Hosts of the fleet at higher speeds.")
 @click.option("--sectors", type=click.FloatRange(min=0.01), default=1.0, help="Sectors simulated, for each host.")
 @click.option("--host-life", type=_NUMBER, default=1000.0, help="Mean days until a host dies.")
@@ -104,7 +105,8 @@ def main(
             for line in table(points):
                 click.echo(line)
         for spec in specs:
-            done = [point for settings in (fleet, fast) if settings.speeds for point in simulate(spec, settings)]
+            with watching(spec) as watch:
+                done = [point for settings in (fleet, fast) if settings.speeds for point in simulate(spec, settings, watch)]
             points += done
             for line in table(done):
                 click.echo(line)

@@ -52,15 +52,19 @@ class Driver:
     def _domain(self, slot: int) -> str:
         return self._domains[slot % len(self._domains)] if self._domains else ""
 
-    async def live(self, rates: Rates, seconds: Sequence[float], then: Callable[[], None]) -> None:
-        """So much time passes, and `then` is told; and so on. At the end everybody is back who is not dead."""
+    async def live(self, rates: Rates, seconds: Sequence[float], then: Callable[[], None], passed: Callable[[float], None]) -> None:
+        """So much time passes, and `then` is told; and so on. At the end everybody is back who is not dead.
+
+        `passed`: told how many seconds of all that have passed, whenever reconcile has looked.
+        """
+        begun = trio.current_time()
         async with trio.open_nursery() as nursery:
             for number in [number for number, host in self._world.fleet.hosts.items() if host.dead and number not in self.slots]:
                 self._forget(number)
             for slot, number in enumerate(self.slots):
                 if self._world.fleet.hosts[number].dead:
                     nursery.start_soon(self._replace, slot, rates)
-            nursery.start_soon(self._reconcile)
+            nursery.start_soon(self._reconcile, lambda: passed(trio.current_time() - begun))
             nursery.start_soon(self._happen, rates, nursery)
             for span in seconds:
                 await trio.sleep(span)
@@ -136,7 +140,7 @@ class Driver:
             self._down.discard(number)
             self._wake.set()
 
-    async def _reconcile(self) -> None:
+    async def _reconcile(self, looked: Callable[[], None]) -> None:
         world = self._world
         seen: dict[int, float] = {}
         while True:
@@ -149,6 +153,7 @@ class Driver:
             world.reconciler.wake()
             await world.reconciler.round()
             await world.deleter.drain()
+            looked()
             now = trio.current_time()
             due = [since + world.standing.away_grace for number, since in seen.items() if not world.standing.gone(number)]
             if world.reconciler.status.pending:

@@ -11,7 +11,7 @@ Two estimates of the same rate of losses per sector and year:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -21,6 +21,7 @@ from trio.testing import MockClock
 from simulation.driver import DAY, Driver, Rates
 from simulation.markov import loss_rate
 from simulation.statistics import Estimate, of_batches, of_count
+from simulation.watching import Watch, nobody
 from simulation.world import Tally, World
 from storage.replication import Replication, parse_replication
 
@@ -72,10 +73,10 @@ class Point:
     closed_form: float
 
 
-def simulate(spec: str, settings: Settings, progress: Callable[[Point], None] = lambda _point: None) -> list[Point]:
-    """All points of one spec. The same for the same arguments."""
+def simulate(spec: str, settings: Settings, watch: Watch = nobody) -> list[Point]:
+    """All points of one spec. The same for the same arguments, whoever watches."""
     _order_tasks(settings.seed)
-    return trio.run(_simulate, parse_replication(spec), settings, progress, clock=MockClock(autojump_threshold=0))
+    return trio.run(_simulate, parse_replication(spec), settings, watch, clock=MockClock(autojump_threshold=0))
 
 
 def _order_tasks(seed: int) -> None:
@@ -88,7 +89,7 @@ def _order_tasks(seed: int) -> None:
     scheduler._r.seed(seed)
 
 
-async def _simulate(spec: Replication, settings: Settings, progress: Callable[[Point], None]) -> list[Point]:
+async def _simulate(spec: Replication, settings: Settings, watch: Watch) -> list[Point]:
     shards_per_host = settings.sectors * spec.hosts_needed / settings.hosts
     shard = SECTOR_BYTES if not spec.coded else max(SECTOR_BYTES // spec.k, 32)
     # So many bytes of the simulation stand for one.
@@ -105,16 +106,11 @@ async def _simulate(spec: Replication, settings: Settings, progress: Callable[[P
     driver = Driver(world, settings.hosts, settings.domains, round(settings.disk * scale), settings.seed)
     world.wanted = settings.sectors
     await world.placement.poll_space()
-    world.fill()
-    points = []
-    for speed in sorted(settings.speeds):
-        point = await _point(world, driver, settings, speed)
-        points.append(point)
-        progress(point)
-    return points
+    world.fill(watch)
+    return [await _point(world, driver, settings, speed, watch) for speed in sorted(settings.speeds)]
 
 
-async def _point(world: World, driver: Driver, settings: Settings, speed: float) -> Point:
+async def _point(world: World, driver: Driver, settings: Settings, speed: float, watch: Watch) -> Point:
     rates = replace(
         settings.rates,
         host_life=settings.rates.host_life / speed,
@@ -128,8 +124,15 @@ async def _point(world: World, driver: Driver, settings: Settings, speed: float)
     seen: list[Tally] = []
     # The first is not counted: until what happens is what always happens at this speed.
     first = 4 * settings.grace + rates.replace_after
-    await driver.live(rates, [first, *[seconds] * BATCHES], lambda: seen.append(copy.copy(world.tally)))
-    batches = [_difference(now, before) for before, now in pairwise(seen)]
+    spans = [first, *[seconds] * BATCHES]
+    doing = f"{sum(spans) / DAY:.3g} days of {settings.hosts:,} hosts at speed {speed:g}"
+    before, tally = world.tally.deaths, world.tally
+
+    def passed(so_far: float) -> None:
+        watch(doing, so_far / sum(spans), f"{tally.deaths - before} hosts died")
+
+    await driver.live(rates, spans, lambda: seen.append(copy.copy(tally)), passed)
+    batches = [_difference(now, earlier) for earlier, now in pairwise(seen)]
     sector_years = settings.sectors * seconds / YEAR
     whole = _sum(batches)
     repair_time = whole.waited / whole.remade if whole.remade else settings.grace

@@ -19,6 +19,7 @@ from typing import NoReturn, cast
 import trio
 
 from simulation.store import MemoryStore, virtual_seams
+from simulation.watching import Watch, nobody
 from storage.contractor import Contractor
 from storage.errors import Corrupt, NoSpace, NotFound, Unavailable
 from storage.host_io import HostIO
@@ -74,14 +75,19 @@ class Fleet(HostRegistry):
         self.hosts[host.number] = host
         capabilities = HostCapabilities(conditional_put=True, ranges=True)
         self._known[host.number] = HostRecord(host.number, f"{host.number:032x}", f"virtual:{host.number}", host.domain, 0, capabilities)
-        self._numbers = sorted(self.hosts)
+        # Numbers only grow.
+        self._numbers.append(host.number)
 
     def leave(self, number: int) -> None:
         del self.hosts[number], self._known[number]
-        self._numbers = sorted(self.hosts)
+        self._numbers.remove(number)
 
     def numbers(self) -> list[int]:
         return self._numbers
+
+    def domain(self, number: int) -> str:
+        host = self.hosts.get(number)
+        return "" if host is None else host.domain
 
     def record(self, number: int) -> HostRecord:
         try:
@@ -109,10 +115,13 @@ class Contracts(Contractor):
 
     def enter(self, number: int) -> None:
         contract_id = f"{number:032x}"
-        self._contracts[contract_id] = Contract(contract_id, number, 0, _FOREVER_NS, contract_id)
+        self._know(Contract(contract_id, number, 0, _FOREVER_NS, contract_id), number, None)
 
     def leave(self, number: int) -> None:
-        del self._contracts[f"{number:032x}"]
+        """A volume of the world outside never forgets a contract."""
+        contract_id = f"{number:032x}"
+        del self._contracts[contract_id], self._ordinals[contract_id], self._renewed_from[contract_id], self._on_host[number]
+        self._force = None
 
 
 class VirtualIO:
@@ -287,9 +296,10 @@ class World:
 
     # ---- sectors
 
-    def fill(self) -> None:
+    def fill(self, watch: Watch = nobody) -> None:
         """As many sectors as there ought to be, where there is room for them."""
         while len(self._truth) < self.wanted:
+            watch(f"placing {self.wanted:,} sectors on {len(self.fleet.hosts):,} hosts", len(self._truth) / self.wanted, "")
             try:
                 contracts = self.placement.candidates(self.spec)
             except Unavailable:

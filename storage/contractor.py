@@ -23,7 +23,9 @@ for contracts, the contract is put and then the mark looked for. So at least one
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from bisect import insort
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -91,8 +93,22 @@ def decode_contract(key: bytes, raw: bytes) -> tuple[Contract, int, str | None]:
     return contract, record.ordinal, record.renewed_from
 
 
+@dataclass(frozen=True, slots=True)
+class _Force:
+    """Which contracts are in force, and which of them go on: what is so from `since` until before `until`, while none is added."""
+
+    since: float
+    until: float
+    by_host: Mapping[int, Contract]
+    going_on: frozenset[int]
+
+
 class Contractor:
-    """See `interfaces.Contractor`. All contracts ever are in memory: a few hundred bytes per host and renewal."""
+    """See `interfaces.Contractor`. All contracts ever are in memory: a few hundred bytes per host and renewal.
+
+    Placement asks for each sector, and reconcile in each round, so what is asked of all hosts is kept until time or a contract changes it,
+    and what is asked of one host looks at no other's.
+    """
 
     def __init__(self, volume_id: bytes, store: MetadataStore, registry: HostRegistry, seams: Seams) -> None:
         self._volume_id = volume_id
@@ -100,6 +116,10 @@ class Contractor:
         self._registry = registry
         self._seams = seams
         self._contracts: dict[str, Contract] = {}
+        #: Host number -> its contracts, by end and id.
+        self._on_host: dict[int, list[Contract]] = {}
+        #: None: to be found again.
+        self._force: _Force | None = None
         self._ordinals: dict[str, int] = {}
         self._renewed_from: dict[str, str | None] = {}
         self._latest = 0
@@ -123,7 +143,11 @@ class Contractor:
 
     def all_contracts(self) -> list[Contract]:
         """Every contract on record, ended ones included, by host and end."""
-        return sorted(self._contracts.values(), key=lambda c: (c.host_number, c.end_ns, c.contract_id))
+        return [contract for _, on_host in sorted(self._on_host.items()) for contract in on_host]
+
+    def on_host(self, host_number: int) -> list[Contract]:
+        """Every contract on record with that host, ended ones included, by end."""
+        return list(self._on_host.get(host_number, ()))
 
     def contract(self, contract_id: str) -> Contract:
         """NotFound if there never was one."""
@@ -135,18 +159,37 @@ class Contractor:
     def contract_for(self, host_number: int) -> Contract | None:
         """The one to use on a host: the active one that ends last, else the last to have ended."""
         now = self._seams.clock.time_ns()
-        on_host = (contract for contract in self._contracts.values() if contract.host_number == host_number)
-        return max(on_host, key=lambda c: (c.active(now), c.end_ns, c.contract_id), default=None)
+        return max(self._on_host.get(host_number, ()), key=lambda c: (c.active(now), c.end_ns, c.contract_id), default=None)
 
-    def in_force(self) -> dict[int, Contract]:
-        """Host number -> the active contract that ends last. One pass over all."""
+    def in_force(self) -> Mapping[int, Contract]:
+        """Host number -> the active contract that ends last, by host. As things are now: it does not change."""
+        return self._in_force().by_host
+
+    def going_on(self) -> frozenset[int]:
+        """Hosts whose contract in force was renewed in time: it is not `ending`."""
+        return self._in_force().going_on
+
+    def _in_force(self) -> _Force:
         now = self._seams.clock.time_ns()
-        found: dict[int, Contract] = {}
-        for contract in self._contracts.values():
-            known = found.get(contract.host_number)
-            if contract.active(now) and (known is None or (known.end_ns, known.contract_id) < (contract.end_ns, contract.contract_id)):
-                found[contract.host_number] = contract
-        return found
+        # The wall clock may be set back: what was so later is not what is so now.
+        if self._force is None or not self._force.since <= now < self._force.until:
+            self._force = self._force_at(now)
+        return self._force
+
+    def _force_at(self, now: int) -> _Force:
+        """One pass over all."""
+        by_host: dict[int, Contract] = {}
+        since, until = -math.inf, math.inf
+        for number, on_host in sorted(self._on_host.items()):
+            for contract in on_host:
+                for moment in (contract.start_ns, contract.ending_ns, contract.end_ns):
+                    if moment <= now:
+                        since = max(since, moment)
+                    else:
+                        until = min(until, moment)
+                if contract.active(now):
+                    by_host[number] = contract
+        return _Force(since, until, by_host, frozenset(number for number, contract in by_host.items() if not contract.ending(now)))
 
     def renewed_from(self, contract_id: str) -> str | None:
         """The contract this one renews; None if it renews none. NotFound."""
@@ -166,7 +209,7 @@ class Contractor:
     def active_claims(self, host_number: int) -> list[Claim]:
         """Of the contracts in force on a host."""
         now = self._seams.clock.time_ns()
-        return [self.claim(c.contract_id) for c in self._contracts.values() if c.host_number == host_number and c.active(now)]
+        return [self.claim(c.contract_id) for c in self._on_host.get(host_number, ()) if c.active(now)]
 
     @property
     def latest_ordinal(self) -> int:
@@ -250,6 +293,8 @@ class Contractor:
 
     def _know(self, contract: Contract, ordinal: int, renewed_from: str | None) -> None:
         self._contracts[contract.contract_id] = contract
+        insort(self._on_host.setdefault(contract.host_number, []), contract, key=lambda c: (c.end_ns, c.contract_id))
+        self._force = None
         self._ordinals[contract.contract_id] = ordinal
         self._renewed_from[contract.contract_id] = renewed_from
         self._latest = max(self._latest, ordinal)

@@ -18,7 +18,7 @@ sealed bytes). Times are nanoseconds since the Unix epoch unless a name says oth
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -318,7 +318,12 @@ class Contract:
 
     def ending(self, now_ns: int) -> bool:
         """It was not renewed in time, so its host is being left: a sixth of its time is left, or less; or it has ended."""
-        return 6 * (self.end_ns - now_ns) <= self.end_ns - self.start_ns
+        return now_ns >= self.ending_ns
+
+    @property
+    def ending_ns(self) -> int:
+        """From when on it is `ending`."""
+        return self.end_ns - (self.end_ns - self.start_ns) // 6
 
 
 class Contractor(Protocol):
@@ -340,8 +345,16 @@ class Contractor(Protocol):
         """The one to use on a host: the active one that ends last, else (to read what is still there) the last to have ended."""
         ...
 
-    def in_force(self) -> dict[int, Contract]:
-        """Host number -> the active contract that ends last."""
+    def on_host(self, host_number: int) -> list[Contract]:
+        """Every contract on record with that host, ended ones included, by end."""
+        ...
+
+    def in_force(self) -> Mapping[int, Contract]:
+        """Host number -> the active contract that ends last, by host. As things are now: it does not change."""
+        ...
+
+    def going_on(self) -> frozenset[int]:
+        """Hosts whose contract in force was renewed in time: it is not `ending`."""
         ...
 
     async def conclude_contract(self, host: str, duration: float) -> str:

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Set
 
 from storage.contractor import Contractor
-from storage.errors import Corrupt, NotFound
+from storage.errors import Corrupt
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, MetadataStore
 from storage.metadata.keys import LEAVING, LOST, prefix_end, read_u32, u32, u64
@@ -85,12 +85,9 @@ class Standing:
 
     def keeping(self) -> frozenset[int]:
         """The hosts that keep what they have."""
-        given_up = self.lost() | self.leaving().keys()
-        now = self._seams.clock.time_ns()
-        going_on = {number for number, contract in self._contractor.in_force().items() if not contract.ending(now)}
-        return frozenset(
-            number for number in self._registry.numbers() if number in going_on and number not in given_up and not self.gone(number)
-        )
+        # Asked for each sector that is placed: no step of its own for each host.
+        gone = {number for number in self._away_since if self.gone(number)}
+        return self._contractor.going_on().intersection(self._registry.numbers()).difference(self.lost(), self.leaving(), gone)
 
     def ending(self) -> frozenset[int]:
         """Hosts that would keep what they have, had their contract been renewed in time: it is still in force."""
@@ -115,8 +112,4 @@ class Standing:
 
     def domain(self, number: int) -> str:
         """The failure domain; a host without one is one of its own."""
-        try:
-            named = self._registry.record(number).domain
-        except NotFound:
-            named = ""
-        return named or f"\0{number}"
+        return self._registry.domain(number) or f"\0{number}"

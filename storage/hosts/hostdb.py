@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import logging
 import math
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -395,20 +396,25 @@ class HostDB:
         wanted = list(dict.fromkeys(numbers))
         told = [space[number] for number in wanted if number in space]
         average = max(sum(told) / len(told), 1.0) if told else 1.0
-        times = {n: seconds for n in wanted if (seconds := self._hosts.get(n, _NOBODY).write.seconds_for(TYPICAL_WRITE)) is not None}
-        quickest = min(times.values(), default=1.0)
+        speeds = [self._hosts.get(number, _NOBODY).write for number in wanted]
+        times = [speed.seconds_for(TYPICAL_WRITE) for speed in speeds]
+        quickest = min((seconds for seconds in times if seconds is not None), default=1.0)
+        # For all of them at once: it is a call of the system each.
+        chances = struct.unpack(f">{len(wanted)}I", self._seams.random.token_bytes(4 * len(wanted)))
         ranked: list[tuple[int, float, int]] = []
-        for number in wanted:
-            score = self._hosts.get(number, _NOBODY).write.failures(now)
-            if score >= FAILING:
+        for number, speed, seconds, chance in zip(wanted, speeds, times, chances, strict=True):
+            # Most have not failed at all, and a volume may have a thousand.
+            if speed.score >= FAILING and (score := speed.failures(now)) >= FAILING:
                 ranked.append((2, score, number))
                 continue
-            # A slow host gets less, down to a tenth: it still fills in the end, and its speed stays known.
-            speed = max(0.1, quickest / times[number]) if number in times else 1.0
-            weight = max(space.get(number, average), 1) / average * speed
-            chance = (int.from_bytes(self._seams.random.token_bytes(4), "big") + 1) / 2**32
-            ranked.append((1 if space.get(number, LITTLE_SPACE) < LITTLE_SPACE else 0, -math.log(chance) / weight, number))
-        return [number for _, _, number in sorted(ranked)]
+            free = space.get(number)
+            weight = (average if free is None else free if free > 1 else 1) / average
+            if seconds is not None and seconds > quickest:
+                # A slow host gets less, down to a tenth: it still fills in the end, and its speed stays known.
+                weight *= max(0.1, quickest / seconds)
+            ranked.append((1 if free is not None and free < LITTLE_SPACE else 0, -math.log((chance + 1) / 2**32) / weight, number))
+        ranked.sort()
+        return [number for _, _, number in ranked]
 
     def save(self, batch: Batch, *, counts: bool = True) -> None:
         """Put what has changed since the last call into `batch`. Not `counts`: hosts of which there is more than numbers of requests."""

@@ -168,6 +168,11 @@ class HostRegistry:
         except KeyError:
             raise NotFound(f"this volume has no host {number}; it has {self._names()}") from None
 
+    def domain(self, number: int) -> str:
+        """The failure domain it was given; "" without one, and where the volume has no such host."""
+        record = self._records.get(number)
+        return "" if record is None else record.domain
+
     def url(self, number: int) -> str:
         """For messages; never fails."""
         record = self._records.get(number)

@@ -145,7 +145,7 @@ class Deleter:
 
     async def _delete_on(self, host: int, sector_id: int, root: bytes) -> bool:
         now = self._seams.clock.time_ns()
-        on_host = [contract for contract in self._contractor.all_contracts() if contract.host_number == host]
+        on_host = self._contractor.on_host(host)
         # Through every active contract, or the last one if none is in force any more.
         through = [contract for contract in on_host if contract.active(now)] or on_host[-1:]
         for contract in through:

@@ -34,6 +34,8 @@ class Placement:
         self._standing = standing
         #: host number -> room, as of the last poll; empty before the first.
         self._space: dict[int, HostSpace] = {}
+        #: The same, what is free of it.
+        self._free: dict[int, int] = {}
 
     def candidates(self, replication: Replication) -> list[Contract]:
         """Active contracts on distinct reachable hosts that keep what they have, best first, failure domains in turn.
@@ -73,8 +75,8 @@ class Placement:
         usable = {number: contract for number, contract in self._usable(keeping).items() if number not in hosts}
         domains = {self._standing.domain(host) for host in hosts}
         ranked = self._ranked(usable)
-        apart = [number for number in ranked if self._standing.domain(number) not in domains]
-        return [usable[number] for number in [*apart, *(number for number in ranked if number not in apart)]]
+        # Sorting keeps the order of those that are alike.
+        return [usable[number] for number in sorted(ranked, key=lambda number: self._standing.domain(number) in domains)]
 
     def remote(self, contract: Contract) -> bool:
         """Is its host behind a network, as far as its URL tells?"""
@@ -87,17 +89,11 @@ class Placement:
 
     def _usable(self, keeping: Collection[int]) -> dict[int, Contract]:
         """Per host: the active contract that ends last."""
-        by_host: dict[int, Contract] = {}
-        for contract_id in self._contractor.contracts():
-            contract = self._contractor.contract(contract_id)
-            number = contract.host_number
-            known = by_host.get(number)
-            if (known is None or known.end_ns < contract.end_ns) and number in keeping and self._registry.available(number):
-                by_host[number] = contract
-        return by_host
+        in_force, available = self._contractor.in_force(), self._registry.available
+        return {number: contract for number, contract in in_force.items() if number in keeping and available(number)}
 
     def _ranked(self, hosts: Collection[int]) -> list[int]:
-        return self._hostdb.rank_for_write(hosts, {number: space.free for number, space in self._space.items()})
+        return self._hostdb.rank_for_write(hosts, self._free)
 
     async def poll_space(self) -> None:
         """Ask every reachable host for its room; one that does not tell, or does not answer, is left out."""
@@ -117,7 +113,7 @@ class Placement:
                 for number in self._registry.numbers():
                     if self._registry.available(number):
                         nursery.start_soon(ask, number)
-        self._space = known
+        self._space, self._free = known, {number: space.free for number, space in known.items()}
 
     def space(self, number: int) -> HostSpace | None:
         """The host's room at the last poll; None if it did not tell."""

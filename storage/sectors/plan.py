@@ -67,14 +67,18 @@ def spread(
 
     Within that in ascending order of `load`, then in the order given.
     """
-    left = list(hosts)
+    order = list(hosts)
     if load is not None:
-        left.sort(key=lambda host: load.get(host, 0))
+        order.sort(key=lambda host: load.get(host, 0))
     used = set(domains)
-    chosen: list[int] = []
-    while left and len(chosen) < count:
-        following = next((host for host in left if domain(host) not in used), left[0])
-        left.remove(following)
-        used.add(domain(following))
-        chosen.append(following)
-    return chosen
+    # One pass: who was passed over because of its domain never gets a turn before all domains have had one.
+    first: list[int] = []
+    others: list[int] = []
+    for host in order:
+        named = domain(host)
+        if named in used:
+            others.append(host)
+        else:
+            used.add(named)
+            first.append(host)
+    return [*first, *others][:count]

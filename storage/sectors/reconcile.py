@@ -189,7 +189,9 @@ class Reconciler:
 
     def _plan(self, sector_id: int, record: SectorRecord, keeping: frozenset[int]) -> Plan:
         """What is missing and too many with these hosts; a doubted place, or one whose copy is known to be bad, counts for nothing."""
-        return make_plan(record, keeping - self._doubts.of(sector_id) - self.bad(sector_id), self._standing.domain)
+        without = self._doubts.of(sector_id) | self.bad(sector_id)
+        # A look asks this of every sector, and hosts may be a thousand: no copy of them all where there is nothing to take away.
+        return make_plan(record, keeping - without if without else keeping, self._standing.domain)
 
     # ------------------------------------------------------------------------------------------------------------
     # Looking at all sectors
