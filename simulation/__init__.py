@@ -13,5 +13,5 @@
     storage        placement, plan, reconcile, standing, HostDB's ranking, the deleter: as they are
 
 Time is trio's, on a clock that jumps to the next thing to happen. Everything follows from the seed. What it shows, and what it does not, is
-in docs/simulation.md.
+in docs/simulation.md. `watching` shows how far it is, on standard error.
 """

@@ -105,7 +105,7 @@ def main(
             for line in table(points):
                 click.echo(line)
         for spec in specs:
-            with watching(spec) as watch:
+            with watching(f"spec {spec}") as watch:
                 done = [point for settings in (fleet, fast) if settings.speeds for point in simulate(spec, settings, watch)]
             points += done
             for line in table(done):

@@ -86,10 +86,13 @@ def test_the_command_prints_the_table_and_writes_the_numbers(tmp_path: Path) -> 
     arguments = ["--spec", "2", "--hosts", "6", "--fast-hosts", "6", "--speed", "1000", "--deaths", "5", "--away-every", "0"]
     done = CliRunner().invoke(main, [*arguments, "--json", str(tmp_path / "numbers.json")])
     assert done.exit_code == 0, done.output
-    assert "closed form" in done.output
-    assert "a volume of 250,000 sectors on 20 hosts" in done.output
+    assert "closed form" in done.stdout
+    assert "a volume of 250,000 sectors on 20 hosts" in done.stdout
+    # What a person sees meanwhile, apart from the numbers.
+    assert "spec 2: placing 6 sectors on 6 hosts, 0%" in done.stderr
+    assert "days of 6 hosts at speed 1000, " in done.stderr
     again = CliRunner().invoke(main, ["--redraw", str(tmp_path / "numbers.json")])
-    assert again.output.splitlines()[1] == done.output.splitlines()[1]
+    assert again.stdout.splitlines()[1] == done.stdout.splitlines()[1]
     points = json.loads((tmp_path / "numbers.json").read_text())["points"]
     assert [(point["spec"], point["speed"], point["hosts"]) for point in points] == [("2", 1.0, 6), ("2", 1000.0, 6)]
     refused = CliRunner().invoke(main, ["--spec", "10+4", "--hosts", "6"])
