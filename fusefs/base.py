@@ -11,6 +11,7 @@ from fusefs.coherence import Coherence
 from fusefs.handles import HandleTable
 from fusefs.kernel import KernelCalls
 from fusefs.options import MountOptions
+from fusefs.receiver import Receiver
 from fusefs.refusals import Refusals
 from storage import Attributes
 from storage.errors import NotPermitted
@@ -65,6 +66,7 @@ class HandlerBase(pyfuse3.Operations):
         self.namespace = volume.namespace
         self.kernel = kernel
         self.handles = HandleTable()
+        self.receiver = Receiver()
         self.refusals = Refusals(volume)
         self.coherence = Coherence(volume, self.handles, kernel, writeback=options.writeback)
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+import types
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
 import pyfuse3
@@ -22,7 +23,7 @@ from storage.errors import Corrupt, Expired, Fenced, FusefsError, IOFailure, NoS
 
 log = logging.getLogger(__name__)
 
-Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
+Handler = TypeVar("Handler", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 #: Kinds that an administrator should hear of, not only the program that ran into them.
 WORTH_A_LINE = (NoSpace, Corrupt, Unavailable, Expired, Fenced, IOFailure)
@@ -44,14 +45,39 @@ def answer(name: str, error: Exception) -> pyfuse3.FUSEError:
     return pyfuse3.FUSEError(errno.EIO)
 
 
+@types.coroutine
+def _rest(handler: Coroutine[Any, Any, Any], waiting_for: object) -> Generator[Any, Any, Any]:
+    """The steps of a handler after its first, which waits for `waiting_for`."""
+    while True:
+        thrown: BaseException | None = None
+        got: object = None
+        try:
+            got = yield waiting_for
+        except BaseException as error:  # noqa: BLE001  what trio throws in (Cancelled) is the handler's
+            thrown = error
+        try:
+            waiting_for = handler.send(got) if thrown is None else handler.throw(thrown)
+        except StopIteration as end:
+            return end.value
+
+
 def guarded(handler: Handler) -> Handler:
-    """Wrap a handler of `Operations`. NotPermitted is also handed to the instance's `refused(handler name, arguments, error)`."""
+    """Wrap a handler of `Operations`. NotPermitted is also handed to the instance's `refused(handler name, arguments, error)`.
+
+    Its first step is made here, because most handlers have no other: one that waits has the instance's `receiver` pass the turn on.
+    """
     name = handler.__name__
 
     @functools.wraps(handler)
     async def guard(self: Any, *args: Any) -> Any:
         try:
-            return await handler(self, *args)
+            running = handler(self, *args)
+            try:
+                waiting_for = running.send(None)
+            except StopIteration as end:
+                return end.value
+            self.receiver.pass_on()
+            return await _rest(running, waiting_for)
         except pyfuse3.FUSEError:
             raise
         except NotPermitted as error:

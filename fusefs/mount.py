@@ -250,7 +250,8 @@ async def _mounted(volume: Volume, home: Path, state: MountState, options: Mount
             nursery.start_soon(_announce, state, ready)
             if not options.read_only:
                 nursery.start_soon(_commits, volume, operations, options.commit_interval)
-            await pyfuse3.main(max_tasks=MAX_TASKS)
+            with operations.receiver.receiving():
+                await pyfuse3.main(max_tasks=MAX_TASKS)
             state.phase = "flushing"
             nursery.cancel_scope.cancel()
     finally:

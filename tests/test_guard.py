@@ -12,6 +12,7 @@ import trio
 from fusefs.errno_map import ERRNO_OF_KIND, errno_of
 from fusefs.guard import guarded
 from fusefs.operations import Operations
+from fusefs.receiver import Receiver
 from storage import errors
 from storage.errors import FusefsError, NoSpace, NotFound, NotPermitted
 
@@ -19,6 +20,7 @@ from storage.errors import FusefsError, NoSpace, NotFound, NotPermitted
 class Handlers:
     def __init__(self, error: BaseException) -> None:
         self.error = error
+        self.receiver = Receiver()
         self.refusals: list[tuple[str, tuple[object, ...]]] = []
 
     @guarded
@@ -92,3 +94,29 @@ def test_every_handler_is_guarded() -> None:
         if name.startswith("_") or name in free or not callable(getattr(Operations, name)):
             continue
         assert hasattr(getattr(Operations, name), "__wrapped__"), name
+
+
+class Waiting:
+    """A handler that waits twice, then answers."""
+
+    def __init__(self) -> None:
+        self.receiver = Receiver()
+        self.passed = 0
+        self.receiver.pass_on = self._pass_on
+
+    def _pass_on(self) -> None:
+        self.passed += 1
+
+    @guarded
+    async def read(self, waits: int) -> int:
+        for _ in range(waits):
+            await trio.lowlevel.checkpoint()
+        return waits
+
+
+async def test_the_turn_is_passed_on_by_a_handler_that_waits_and_by_no_other() -> None:
+    handlers = Waiting()
+    assert await handlers.read(0) == 0
+    assert handlers.passed == 0
+    assert await handlers.read(2) == 2
+    assert handlers.passed == 1

@@ -1,0 +1,174 @@
+"""Receiving requests with few system calls and task switches: what pyfuse3's main loop waits with.
+
+pyfuse3 has a task for each request under way, and one more, whose turn it is to wait for the next. With trio's own lock and `wait_readable`
+each request costs two passes of the scheduler, an epoll_ctl, two epoll_waits (each of them lets go of the interpreter's lock and takes it
+back), and hands the turn to another task. Here, while requests keep coming:
+
+    the turn        stays with the task that has it as long as its handlers answer without waiting. A handler that waits passes it on
+                    (`guard`, which sees the first step of each handler), and so does a task that ends.
+    readiness       is looked at with one poll(2). After an answer the next request of the same program is some microseconds away, so it is
+                    looked for during SPIN seconds before the task goes to sleep: to be woken costs both sides more than that.
+    the scheduler   gets its pass after BURST seconds at the latest, so that timers, threads' results and other tasks are not kept waiting.
+
+pyfuse3 takes these from its module's attribute `trio`, which exists to be replaced (pyfuse3.asyncio does). `Receiver` stands in for
+the part of trio it uses.
+
+Measured with the null filesystem of scripts/benchmarks on two cores: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from collections import deque
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+import pyfuse3
+import trio
+
+#: Seconds of requests one after the other until trio's scheduler gets a pass. Shorter than what one step of a task may take (1 ms).
+BURST = 0.0003
+#: Seconds in which the next request is looked for before the task sleeps. A program's next system call comes 5 to 15 us after its answer.
+SPIN = 0.00002
+
+
+class _Ready:
+    """Awaited, it is there at once: no checkpoint."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return
+        yield
+
+
+_READY = _Ready()
+
+
+class Turn:
+    """Whose turn it is to wait for a request. Stands in for `trio.Lock`.
+
+    Unlike a lock it is not handed to the next in line when it is free: whoever comes first takes it, and `pass_on` wakes one of those who
+    wait. Invariant: while tasks wait for it, one has it, or runs (and so comes back, waits, or ends: `pass_on`).
+    """
+
+    def __init__(self) -> None:
+        self._taken = False
+        self._waiting: deque[trio.lowlevel.Task] = deque()
+
+    def __aenter__(self) -> Awaitable[None]:
+        if not self._taken:
+            self._taken = True
+            return _READY
+        return self._wait()
+
+    def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> Awaitable[None]:
+        self._taken = False
+        if kind is not None:
+            self.pass_on()
+        return _READY
+
+    async def _wait(self) -> None:
+        task = trio.lowlevel.current_task()
+
+        def leave(_: Callable[[], object]) -> trio.lowlevel.Abort:
+            self._waiting.remove(task)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        while self._taken:
+            self._waiting.append(task)
+            # Ends with the mount: whoever has the turn comes back, waits in a handler, or ends, and each of these passes it on.
+            await trio.lowlevel.wait_task_rescheduled(leave)
+        self._taken = True
+
+    def pass_on(self) -> None:
+        """The task that had the turn is about to wait for something else, or to end. Nothing happens where somebody has it already."""
+        if not self._taken and self._waiting:
+            trio.lowlevel.reschedule(self._waiting.popleft())
+
+
+class _Nursery:
+    """Of pyfuse3's tasks: one that ends passes its turn on."""
+
+    def __init__(self, nursery: trio.Nursery, turn: Turn) -> None:
+        self._nursery, self._turn = nursery, turn
+
+    def start_soon(self, run: Callable[..., Awaitable[object]], *args: object, name: object = None) -> None:
+        async def whole() -> None:
+            try:
+                await run(*args)
+            finally:
+                self._turn.pass_on()
+
+        self._nursery.start_soon(whole, name=name)
+
+
+class Receiver:
+    """One for each mount. `received` around `pyfuse3.main`."""
+
+    ClosedResourceError = trio.ClosedResourceError
+    current_task = staticmethod(trio.lowlevel.current_task)
+    current_trio_token = staticmethod(trio.lowlevel.current_trio_token)
+    notify_closing = staticmethod(trio.lowlevel.notify_closing)
+
+    def __init__(self) -> None:
+        self._turn = Turn()
+        #: Call it when a handler is about to wait.
+        self.pass_on = self._turn.pass_on
+        self._poll: Callable[[float], list[tuple[int, int]]] | None = None
+        self._until = 0.0
+        # With one core, whoever is to send the next request cannot run while it is looked for.
+        self._spin = SPIN if len(os.sched_getaffinity(0)) > 1 else 0.0
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """pyfuse3's main loop waits as the module says."""
+        module: Any = pyfuse3
+        module.trio = self
+        try:
+            yield
+        finally:
+            module.trio = trio
+
+    # ---- what pyfuse3 looks for in its `trio`
+
+    @property
+    def lowlevel(self) -> Receiver:
+        return self
+
+    def Lock(self) -> Turn:
+        return self._turn
+
+    def open_nursery(self) -> AbstractAsyncContextManager[_Nursery]:
+        return self._open_nursery()
+
+    @asynccontextmanager
+    async def _open_nursery(self) -> Any:
+        async with trio.open_nursery() as nursery:
+            yield _Nursery(nursery, self._turn)
+
+    def wait_readable(self, fd: int) -> Awaitable[None]:
+        now = perf_counter()
+        if now < self._until and self._poll is not None:
+            poll = self._poll
+            # Also where the connection has ended, which receiving then tells.
+            if poll(0):
+                return _READY
+            end = now + self._spin
+            while perf_counter() < end:
+                if poll(0):
+                    return _READY
+        return self._sleep(fd)
+
+    async def _sleep(self, fd: int) -> None:
+        """A pass of the scheduler, at least."""
+        if self._poll is None:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            self._poll = poll.poll
+        await trio.lowlevel.wait_readable(fd)
+        self._until = perf_counter() + BURST

@@ -1,0 +1,197 @@
+"""Receiving requests (fusefs/receiver.py): nobody is kept waiting, and the loop ends when it should. On a real mount."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pyfuse3
+import trio
+import trio.testing
+
+from fusefs.guard import guarded
+from fusefs.mountpoint import unmount_while_serving
+from fusefs.receiver import Receiver, Turn
+
+LIMIT = 20
+#: Inodes from here on are slow.
+SLOW = 1_000_000
+
+
+class Names(pyfuse3.Operations):
+    """Every name of digits is an empty file; of "slow" and digits one whose attributes come when `go` is set."""
+
+    supports_dot_lookup = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.receiver = Receiver()
+        self.asked = trio.Event()
+        self.go = trio.Event()
+
+    def _entry(self, ino: int) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino, entry.st_nlink = ino, 1
+        entry.st_mode = stat.S_IFDIR | 0o755 if ino == pyfuse3.ROOT_INODE else stat.S_IFREG | 0o644
+        entry.entry_timeout = entry.attr_timeout = 0
+        return entry
+
+    @guarded
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        if inode >= SLOW:
+            self.asked.set()
+            await self.go.wait()
+        return self._entry(inode)
+
+    @guarded
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        # Not here: the kernel asks for one name of a directory at a time.
+        slow = name.startswith(b"slow")
+        number = name.removeprefix(b"slow")
+        if not number.isdigit():
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return self._entry((SLOW if slow else 1000) + int(number))
+
+
+@asynccontextmanager
+async def served(mountpoint: Path, *, tasks: int = 99) -> AsyncIterator[Names]:
+    """Mounted while the block runs. Afterwards the loop has ended by itself, because it was unmounted."""
+    operations = Names()
+    pyfuse3.init(operations, str(mountpoint), {"fsname=receiver", "subtype=fusefs-test"})
+    try:
+        with trio.fail_after(2 * LIMIT):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_loop, operations, tasks)
+                try:
+                    yield operations
+                finally:
+                    operations.go.set()
+                    with trio.CancelScope(shield=True):
+                        await unmount_while_serving(mountpoint, lazy=True)
+    finally:
+        pyfuse3.close(unmount=True)
+    assert pyfuse3.trio is trio
+
+
+async def _loop(operations: Names, tasks: int) -> None:
+    with operations.receiver.receiving():
+        await pyfuse3.main(max_tasks=tasks)
+
+
+async def exists(path: Path) -> bool:
+    return await trio.to_thread.run_sync(os.path.exists, path, abandon_on_cancel=True)
+
+
+async def test_others_are_answered_while_a_handler_waits(tmp_path: Path) -> None:
+    async with served(tmp_path) as operations, trio.open_nursery() as nursery:
+        for number in range(5):
+            nursery.start_soon(exists, tmp_path / f"slow{number}")
+        await operations.asked.wait()
+        with trio.fail_after(LIMIT):
+            for number in range(50):
+                assert await exists(tmp_path / str(number))
+        operations.go.set()
+        with trio.fail_after(LIMIT):
+            assert await exists(tmp_path / "slow99")
+
+
+async def test_as_many_handlers_as_there_may_be_wait_and_all_are_answered_in_the_end(tmp_path: Path) -> None:
+    async with served(tmp_path, tasks=3) as operations:
+        found: list[bool] = []
+
+        async def one(number: int) -> None:
+            found.append(await exists(tmp_path / f"slow{number}"))
+
+        with trio.fail_after(LIMIT):
+            async with trio.open_nursery() as nursery:
+                for number in range(8):
+                    nursery.start_soon(one, number)
+                await operations.asked.wait()
+                operations.go.set()
+        assert found == [True] * 8
+        with trio.fail_after(LIMIT):
+            assert await exists(tmp_path / "1")
+
+
+async def test_other_tasks_have_their_turn_while_requests_keep_coming(tmp_path: Path) -> None:
+    async with served(tmp_path):
+        turns = 0
+        done = trio.Event()
+
+        async def ticking() -> None:
+            nonlocal turns
+            while not done.is_set():
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        def ask() -> None:
+            for number in range(3000):
+                os.stat(tmp_path / str(number))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ticking)
+            await trio.to_thread.run_sync(ask)
+            done.set()
+        assert turns > 50
+
+
+async def test_the_loop_ends_when_tasks_wait_for_their_turn(tmp_path: Path) -> None:
+    # After a burst of waiting handlers several tasks are left over.
+    async with served(tmp_path) as operations, trio.open_nursery() as nursery:
+        for number in range(20):
+            nursery.start_soon(exists, tmp_path / f"slow{number}")
+        await operations.asked.wait()
+        operations.go.set()
+
+
+async def test_the_loop_can_be_cancelled(tmp_path: Path) -> None:
+    operations = Names()
+    pyfuse3.init(operations, str(tmp_path), {"fsname=receiver", "subtype=fusefs-test"})
+    try:
+        with trio.fail_after(LIMIT):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_loop, operations, 99)
+                assert await exists(tmp_path / "7")
+                nursery.cancel_scope.cancel()
+    finally:
+        pyfuse3.close(unmount=True)
+
+
+async def test_a_free_turn_is_taken_without_a_checkpoint_and_goes_to_one_who_waits_when_it_is_passed_on() -> None:
+    turn = Turn()
+    order: list[str] = []
+
+    async def second() -> None:
+        async with turn:
+            order.append("second")
+
+    async with trio.open_nursery() as nursery:
+        async with turn:
+            nursery.start_soon(second)
+            await trio.testing.wait_all_tasks_blocked()
+            order.append("first")
+        # Nobody is woken until it is passed on: the first one may come back for it.
+        await trio.testing.wait_all_tasks_blocked()
+        assert order == ["first"]
+        turn.pass_on()
+    assert order == ["first", "second"]
+
+
+async def test_one_who_was_cancelled_is_not_woken() -> None:
+    turn = Turn()
+
+    async def wait() -> None:
+        async with turn:
+            pass
+
+    async with turn:
+        with trio.move_on_after(0.01) as scope:
+            await wait()
+        assert scope.cancelled_caught
+    turn.pass_on()
+    with trio.fail_after(LIMIT):
+        await wait()
