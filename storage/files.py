@@ -136,6 +136,7 @@ class Files:
         handle.busy += 1
         try:
             await self._namespace.commit(handle.ino)
+            await self._breathe()
         finally:
             handle.busy -= 1
 

@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import fdatasync
 from pathlib import Path
+from time import perf_counter
 
 import trio
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from storage.errors import BadArgument
 from storage.interfaces import Buffer, TailPiece
+from storage.metadata.flushing import FEW, SMALL, Flushes
 from storage.metadata.records import (
     HEADER_SIZE,
     RECORD_HEAD,
@@ -108,6 +110,7 @@ class Journal:
         # The journal thread's own while a commit is being written.
         self._chain = chain
         self._nonce = 0
+        self._flushes = Flushes()
         #: Segments are numbered in the order in which they are prepared, so by one task at a time.
         self._preparing = trio.Lock()
 
@@ -313,7 +316,12 @@ class Journal:
         OSError or anything else: nobody knows what is on the disk, and nothing may be written any more.
         """
         fresh = list(self._prepared)
-        chain, used, held = await worker.run(self._write, group, fresh)
+        if len(group.ops) > FEW or sum(tail.length for tail in group.tails) > SMALL:
+            chain, used, held = await worker.run(self._write, group, fresh)
+        elif self._flushes.quick:
+            chain, used, held = self._write_small(group, fresh)
+        else:
+            chain, used, held = await worker.run(self._write_small, group, fresh)
         if used:
             taken = fresh.index(used[-1]) + 1
             self._discarded += [segment for segment in fresh[:taken] if segment not in used]
@@ -324,8 +332,14 @@ class Journal:
             segment.hold(entry.value_id, entry.offset, entry.offset + entry.length)
         return chain
 
+    def _write_small(self, group: Group, fresh: list[Segment]) -> tuple[bytes, list[Segment], list[tuple[Segment, TailEntry]]]:
+        begun = perf_counter()
+        written = self._write(group, fresh)
+        self._flushes.took(perf_counter() - begun)
+        return written
+
     def _write(self, group: Group, fresh: list[Segment]) -> tuple[bytes, list[Segment], list[tuple[Segment, TailEntry]]]:
-        """In the journal thread. Returns the chain hash, the segments begun, and where tails went."""
+        """In the journal thread, or on the event loop. Returns the chain hash, the segments begun, and where tails went."""
         writer = self._writer
         if writer is None:
             raise RuntimeError("a commit before the epoch has begun")
