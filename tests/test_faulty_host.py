@@ -99,6 +99,11 @@ async def test_a_lost_answer_and_ignored_conditions() -> None:
     assert await host.get("a", LIMIT) == b"1"
     with pytest.raises(Busy):
         await host.put_if("a", b"2", None)
+    host.faults.lose_answer_next = 1
+    with pytest.raises(Unavailable):
+        await host.delete("a")
+    assert await host.tag("a") is None
+    await host.put("a", b"1")
     host.faults.ignores_conditions = True
     await host.put_if("a", b"2", None)
     assert await host.get("a", LIMIT) == b"2"

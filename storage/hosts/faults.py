@@ -32,7 +32,7 @@ class Faults:
     error_rate: float = 0.0
     #: That many of the next calls fail with Unavailable, before they have any effect.
     fail_next: int = 0
-    #: That many of the next puts take effect and *then* fail with Unavailable: the answer is lost.
+    #: That many of the next puts and deletions take effect and *then* fail with Unavailable: the answer is lost.
     lose_answer_next: int = 0
     #: Every call fails with Unavailable, giving this reason.
     gone: str | None = None
@@ -129,6 +129,7 @@ class FaultyHost:
         await self._before("delete", name)
         await self._remember(name)
         await self.inner.delete(name)
+        self._answer("delete", name)
 
     async def list(self, prefix: str) -> AsyncIterator[tuple[str, int]]:
         await self._before("list", prefix)

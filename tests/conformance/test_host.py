@@ -1,23 +1,29 @@
-"""What every Host promises (storage.interfaces.Host), over every implementation."""
+"""What every Host promises (storage.interfaces.Host), over every implementation, and over each with each fault (see `faulted`).
+
+Each test has each server with one of the faults in turn, and memory and directory with all; FUSEFS_TEST_FAULTS=all, or scripts/torture
+faults: every test with every server and every fault.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
-from storage.errors import BadArgument, Busy, Corrupt, NoSpace, NotFound, Unavailable
-from storage.hosts.directory import DirectoryHost
-from storage.hosts.faults import Faults, FaultyHost
+from storage.errors import BadArgument, Busy, Corrupt, NotFound
 from storage.hosts.identity import probe
-from storage.hosts.memory import MemoryContent, MemoryHost
+from storage.hosts.memory import MemoryContent, MemoryHost, forget_memory_hosts
 from storage.hosts.memory_lock import Versions, locked_memory_host
 from storage.hosts.opening import open_host
 from storage.hosts.urls import parse_url
 from storage.interfaces import Host, Level
 from storage.seams import Seams
+from tests.conformance.faulted import FAULTS, Faulted
+from tests.engines.fixtures import Engine
 from tests.fakes import make_seams
 
 NAME = "volumes/0123/sectors/ab/abcdef"
@@ -26,36 +32,62 @@ LIMIT = 64 * 1024 * 1024
 Reopen = Callable[[], Awaitable[Host]]
 
 
+#: Real servers, in real time.
 ENGINES = ["seaweedfs", "moto", "azurite", "rclone"]
-KINDS = ["memory", "directory", "directory in threads", "locked memory", "faulty memory", "faulty directory"]
+HERE = ["memory", "directory"]
+PLAIN = [*HERE, "directory in threads", "locked memory", *ENGINES]
+#: Each host by itself, and with each fault: "moto", "moto, lying".
+ALL = [*PLAIN, *(f"{kind}, {fault}" for kind in [*HERE, *ENGINES] for fault in FAULTS)]
 
 
-ALL = [*KINDS, *ENGINES]
+def virtually(fn: Callable[[], Awaitable[object]], **options: Any) -> object:
+    """As trio.run, with time that passes only where nothing else is left to do."""
+    return trio.run(fn, **{**options, "clock": trio.testing.MockClock(autojump_threshold=0)})
+
+
+def kinds(names: list[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.trio(run=virtually)) if name.split(", ")[0] in HERE else name for name in names]
+
+
 #: What rclone cannot do it does not refuse: it puts without looking at the condition. So it is told from others by probing.
 CONDITIONAL = [kind for kind in ALL if "rclone" not in kind]
-conditional = pytest.mark.parametrize("reopen", CONDITIONAL, indirect=True)
+conditional = pytest.mark.parametrize("reopen", kinds(CONDITIONAL), indirect=True)
 
 
-@pytest.fixture(params=ALL)
-async def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Reopen:
-    """Opens the same host, again and again."""
-    kind: str = request.param
-    last = kind.split()[-1]
-    seams = Seams() if "threads" in kind or last in ENGINES else make_seams()
+@pytest.fixture(params=kinds(ALL))
+async def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Reopen]:
+    """Opens the same host, again and again. In the end it has what was acknowledged, and nothing else."""
+    kind, _, fault = request.param.partition(", ")
+    seams = Seams() if "threads" in kind or kind in ENGINES else make_seams()
     memory: Host = MemoryHost("mem:test")
     if kind == "locked memory":
         memory = locked_memory_host("mem:test", Versions(MemoryContent(), seams))
-    url = request.getfixturevalue(last).url() if last in ENGINES else ""
+    engine: Engine | None = request.getfixturevalue(kind) if kind in ENGINES else None
+
+    def a_url(name: str) -> str:
+        if engine is not None:
+            # With faults no bucket is asked each time what it is for: most of the time of opening a host.
+            return engine.url() + ("&lock=off" if fault and engine.scheme == "s3" else "")
+        return f"mem:{name}" if kind == "memory" else f"dir:{tmp_path}/{name}"
+
+    url = a_url("host")
+
+    async def plainly() -> Host:
+        return memory if "memory" in kind else await open_host(parse_url(url), seams, create="directory" in kind)
+
+    if not fault:
+        yield plainly
+        return
+    forget_memory_hosts()
+    first = await plainly()
+    faulted = await Faulted.on(first, a_url("shards"), fault, seams, virtual=kind in HERE)
+    unused = [first]
 
     async def opened() -> Host:
-        host: Host = memory
-        if "directory" in kind:
-            host = await DirectoryHost.open(str(tmp_path / "host"), seams, create=True)
-        elif url:
-            host = await open_host(parse_url(url), seams)
-        return FaultyHost(host, seams) if "faulty" in kind else host
+        return faulted.wrap(unused.pop() if unused else await plainly())
 
-    return opened
+    yield opened
+    await faulted.settle()
 
 
 @pytest.fixture
@@ -241,40 +273,6 @@ async def test_what_is_directly_below_is_one_level(host: Host) -> None:
 async def test_space_is_told_or_not(host: Host) -> None:
     space = await host.space()
     assert space is None or 0 <= space.free <= space.total
-
-
-@pytest.mark.parametrize("reopen", ["memory", "directory", "directory in threads", *ENGINES], indirect=True)
-async def test_faults_look_the_same_on_every_host(host: Host) -> None:
-    """Slow, failing, full, losing, truncating, lying: what is injected is all that goes wrong, and is over when it is over."""
-    faulty = FaultyHost(host, Seams())
-    data = bytes(range(256)) * 100
-    await faulty.put("a/1", data)
-    faulty.faults = Faults(latency=0.02)
-    assert await faulty.get("a/1", LIMIT) == data
-    faulty.faults = Faults(fail_next=2)
-    with pytest.raises(Unavailable):
-        await faulty.put("a/1", b"refused")
-    with pytest.raises(Unavailable):
-        await faulty.get("a/1", LIMIT)
-    faulty.faults = Faults(lose_answer_next=1)
-    with pytest.raises(Unavailable):
-        await faulty.put("a/2", b"stored")
-    assert await faulty.get("a/2", LIMIT) == b"stored"
-    faulty.faults = Faults(quota=len(data) + 100)
-    with pytest.raises(NoSpace):
-        await faulty.put("a/3", data)
-    faulty.faults = Faults(losing=True)
-    await faulty.put("a/3", data)
-    faulty.faults = Faults(truncating=10)
-    assert await faulty.get("a/1", LIMIT) == data[:-10]
-    assert await faulty.get_range("a/1", 100, 50) == data[100:140]
-    faulty.faults = Faults(lying=1.0)
-    wrong = await faulty.get_range("a/1", 100, 50)
-    assert len(wrong) == 50
-    assert wrong != data[100:150]
-    faulty.faults = Faults()
-    assert await names(faulty) == {"a/1": len(data), "a/2": 6}
-    assert await faulty.get("a/1", LIMIT) == data
 
 
 async def test_it_can_be_closed(host: Host) -> None:
