@@ -6,8 +6,8 @@
     FaultyHost      the fault
     host            memory, a directory, a real server
 
-The promise has three parts. *Each call* either does what the suite expects or raises what the fault may raise (`Fault.kinds`), one line
-of text, in bounded time: wrong bytes are neither. *Asked again*, when the fault is over or what was lost was put again, it does what the
+The promise has three parts. *Each call* either does what the suite expects or raises what the fault may raise (`Fault.kinds`), naming
+the host, in bounded time: wrong bytes are neither. *Asked again*, when the fault is over or what was lost was put again, it does what the
 suite expects. *Afterwards* the host, looked at without the fault, has what was acknowledged and nothing else. A fault that is to strike and
 does not fails the test, too: it would have shown nothing.
 
@@ -93,6 +93,7 @@ class Patient:
     def __init__(self, inner: Host, fault: Fault, known: dict[str, bytes], *, virtual: bool) -> None:
         """`known`: what was acknowledged, shared by all who have the same host open."""
         self._inner = inner
+        self._urls = [inner.url, inner.shards_url] if isinstance(inner, Recorded) else [inner.url]
         self._fault = fault
         self._faults = fault.faults(virtual)
         self._known = known
@@ -168,7 +169,7 @@ class Patient:
         try:
             result = await self._tried(0, call)
         except self._fault.kinds as error:
-            assert error.args and "\n" not in str(error), error
+            assert any(url in str(error) for url in self._urls), f"which host? {error}"
         else:
             passed = trio.current_time() - began
             struck = passed > 0.99 * self._faults.latency > 0
@@ -249,6 +250,7 @@ class Recorded:
     def __init__(self, names: Host, shards: Shards) -> None:
         self._names = names
         self._shards = shards
+        self.shards_url = shards.rig.host(shards.contract).url
 
     @property
     def url(self) -> str:
