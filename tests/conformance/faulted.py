@@ -124,7 +124,12 @@ class Patient:
 
         async def once() -> str:
             # After a try that may have happened: what is there says whether it has.
-            if next(tries) and await self._there(name) == stored and (tag := await self._inner.tag(name)) is not None:
+            if (
+                next(tries)
+                and Unavailable in self._fault.kinds
+                and await self._there(name) == stored
+                and (tag := await self._inner.tag(name)) is not None
+            ):
                 return tag
             return await self._inner.put_if(name, data, expected)
 
