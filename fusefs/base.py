@@ -24,21 +24,25 @@ NAME_MAX = 255
 def entry_of(attributes: Attributes) -> pyfuse3.EntryAttributes:
     """Attributes in pyfuse3's form."""
     entry = pyfuse3.EntryAttributes()
-    entry.st_ino = attributes.ino
     entry.entry_timeout = CACHE_SECONDS
     entry.attr_timeout = CACHE_SECONDS
+    fill(entry, attributes)
+    return entry
+
+
+def fill(entry: pyfuse3.EntryAttributes, attributes: Attributes) -> None:
+    """Everything in `entry` but its timeouts and the size of a block, which is 4096 from the beginning."""
+    entry.st_ino = attributes.ino
     entry.st_mode = attributes.mode
     entry.st_nlink = attributes.nlink
     entry.st_uid = attributes.uid
     entry.st_gid = attributes.gid
     entry.st_rdev = attributes.rdev
     entry.st_size = attributes.size
-    entry.st_blksize = 4096
     entry.st_blocks = (attributes.stored + 511) // 512
     entry.st_atime_ns = attributes.atime_ns
     entry.st_mtime_ns = attributes.mtime_ns
     entry.st_ctime_ns = attributes.ctime_ns
-    return entry
 
 
 def negative_entry() -> pyfuse3.EntryAttributes:
@@ -72,7 +76,7 @@ class HandlerBase(pyfuse3.Operations):
 
     def pinned_entry(self, ino: int) -> pyfuse3.EntryAttributes:
         """The reply that raises the kernel's lookup count by one, with the pin for it (R4). No await between the two and the reply's
-        making."""
+        making, nor since somebody looked whether there is such an inode."""
         entry = entry_of(self.namespace.attributes(ino))
         self.namespace.pin(ino)
         return entry

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pyfuse3
 
-from fusefs.base import HandlerBase, check_name, entry_of, negative_entry
+from fusefs.base import CACHE_SECONDS, HandlerBase, check_name, entry_of, fill, negative_entry
 from fusefs.guard import guarded
 from storage.errors import NotFound, NotPermitted
 
@@ -19,8 +19,9 @@ log = logging.getLogger(__name__)
 
 #: Cookies 1 and 2 stand behind "." and ".."; an entry's own cookie is moved up by this.
 DOT_COOKIES = 2
-#: Entries fetched at a time: what a READDIRPLUS of 4 KiB takes, about. What is fetched and does not fit is fetched again for the next one.
-ENTRIES_PER_FETCH = 32
+#: Entries fetched at first, and the bounds of it later: what a READDIRPLUS of 4 KiB takes, of 32 KiB (Linux 6.18 asks for so much), and of
+#: 1 MiB would take. What is fetched and does not fit is fetched again for the next reply, so it is learnt from each how many fit.
+FETCH_FIRST, FETCH_LEAST, FETCH_MOST = 204, 30, 1024
 
 
 class DirectoryHandlers(HandlerBase):
@@ -33,11 +34,8 @@ class DirectoryHandlers(HandlerBase):
             return self.pinned_entry(parent_inode)
         if name == b"..":
             return self.pinned_entry(self.namespace.parent_of(parent_inode))
-        try:
-            ino = self.namespace.lookup(parent_inode, name)
-        except NotFound:
-            return negative_entry()
-        return self.pinned_entry(ino)
+        ino = self.namespace.find(parent_inode, name)
+        return negative_entry() if ino is None else self.pinned_entry(ino)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         # There is no request to answer, so nothing at all may be raised (R1).
@@ -144,14 +142,27 @@ class DirectoryHandlers(HandlerBase):
             if not pyfuse3.readdir_reply(token, b"..", parent, DOT_COOKIES):
                 return
         after = max(0, start_id - DOT_COOKIES)
-        while entries := self.namespace.entries(ino, after, ENTRIES_PER_FETCH):
-            for entry in entries:
-                if not pyfuse3.readdir_reply(token, entry.name, entry_of(self.namespace.attributes(entry.ino)), entry.cookie + DOT_COOKIES):
+        namespace, reply, pin, count = self.namespace, pyfuse3.readdir_reply, self.namespace.pin_seen, self._fetched
+        # One for all: each is copied into the reply.
+        shown = pyfuse3.EntryAttributes()
+        shown.entry_timeout = shown.attr_timeout = CACHE_SECONDS
+        sent = 0
+        while entries := namespace.listing(ino, after, count):
+            for cookie, name, attributes in entries:
+                fill(shown, attributes)
+                if not reply(token, name, shown, cookie + DOT_COOKIES):
+                    # Names of about this length: one more, so that the next reply is found to be full by the entries at hand.
+                    self._fetched = min(max(sent + 1, FETCH_LEAST), FETCH_MOST)
                     return
-                self.namespace.pin(entry.ino)
-                after = entry.cookie
-            if len(entries) < ENTRIES_PER_FETCH:
+                pin(attributes.ino)
+                after = cookie
+                sent += 1
+            if len(entries) < count:
                 return
+            count = FETCH_LEAST
+
+    #: Entries to fetch for the next reply.
+    _fetched = FETCH_FIRST
 
     @guarded
     async def releasedir(self, fh: int) -> None:

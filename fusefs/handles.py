@@ -6,7 +6,8 @@ import errno
 from dataclasses import dataclass, field
 
 import pyfuse3
-import trio
+
+from storage import Turn
 
 
 @dataclass(slots=True)
@@ -33,7 +34,7 @@ class OpenInode:
     failed_repairs: int = 0
     #: WRITEs of one inode one after the other, in the order they came: a later one must see whether an earlier one was refused (R3), and
     #: files stay one straight run.
-    write_lock: trio.StrictFIFOLock = field(default_factory=trio.StrictFIFOLock)
+    write_lock: Turn = field(default_factory=Turn)
 
 
 @dataclass(slots=True)

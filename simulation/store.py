@@ -30,6 +30,9 @@ class MemoryStore:
         value: bytes | None = self._content.get(key)
         return value
 
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        return [self.get(key) for key in keys]
+
     def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         found: list[tuple[bytes, bytes]] = []
         for key in self._content.irange(start, stop, inclusive=(True, False), reverse=reverse):

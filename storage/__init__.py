@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from storage.status import StagingStatus as StagingStatus
     from storage.status import StoredAs as StoredAs
     from storage.status import VolumeStatus as VolumeStatus
+    from storage.turn import Turn as Turn
     from storage.volume import Volume as Volume
     from storage.volume import VolumeOptions as VolumeOptions
     from storage.wiring import open_volume as open_volume
@@ -126,6 +127,7 @@ _HOMES = {
         "StoredAs",
         "VolumeStatus",
     ),
+    "storage.turn": ("Turn",),
     "storage.volume": ("Volume", "VolumeOptions"),
     "storage.wiring": ("open_volume",),
 }

@@ -19,8 +19,10 @@ sealed bytes). Times are nanoseconds since the Unix epoch unless a name says oth
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+import msgspec
 
 from storage.errors import FusefsError
 from storage.status import ReplicationStatus
@@ -32,14 +34,16 @@ Buffer = bytes | bytearray | memoryview
 # Metadata
 
 
-@dataclass(slots=True)
 class Batch:
     """Metadata changes that become visible together and durable together. Later operations on a key win.
 
     `ops` holds (key, value) pairs, value None for a deletion. Keys are 1 to 500 bytes (LMDB's limit is 511).
     """
 
-    ops: list[tuple[bytes, bytes | None]] = field(default_factory=list)
+    __slots__ = ("ops",)
+
+    def __init__(self, ops: list[tuple[bytes, bytes | None]] | None = None) -> None:
+        self.ops = [] if ops is None else ops
 
     def put(self, key: bytes, value: bytes) -> None:
         self.ops.append((key, value))
@@ -78,6 +82,10 @@ class MetadataReader(Protocol):
 
 class MetadataStore(MetadataReader, Protocol):
     """Memtable over an LMDB snapshot, made durable by the journal."""
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """As `get` for each of the keys, in their order; faster for many."""
+        ...
 
     def apply(self, batch: Batch, tails: Sequence[TailPiece] = ()) -> None:
         """Make the batch visible to every reader at once; it and the tail bytes become durable with the next commit.
@@ -529,6 +537,10 @@ class Values(Protocol):
         """Bytes appended so far. NotFound."""
         ...
 
+    def sizes_of(self, value_ids: Sequence[int]) -> list[int | None]:
+        """As `size_of` for each of the values, in their order, None where there is no such value; faster for many."""
+        ...
+
     def replication_of(self, value_id: int) -> str: ...
 
     def set_replication(self, batch: Batch, value_id: int, replication: str) -> None:
@@ -597,8 +609,7 @@ class Values(Protocol):
 # Names
 
 
-@dataclass(frozen=True, slots=True)
-class Attributes:
+class Attributes(msgspec.Struct, frozen=True, gc=False):
     """What stat(2) shows of an inode."""
 
     ino: int
@@ -615,8 +626,7 @@ class Attributes:
     ctime_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One directory entry. `cookie` is unique in its directory, grows with time and names the place after this entry."""
 
     cookie: int
@@ -646,6 +656,10 @@ class Namespace(Protocol):
 
     # Names: synchronous, atomic towards other tasks.
     def lookup(self, parent: int, name: bytes) -> int: ...
+    def find(self, parent: int, name: bytes) -> int | None:
+        """As `lookup`; None where there is no such name."""
+        ...
+
     def attributes(self, ino: int) -> Attributes: ...
     def set_attributes(
         self,
@@ -687,6 +701,10 @@ class Namespace(Protocol):
         """Entries with a cookie above `after`, in cookie order; "." and ".." are not among them. Stable while others come and go."""
         ...
 
+    def listing(self, ino: int, after: int, limit: int) -> list[tuple[int, bytes, Attributes]]:
+        """As `entries`, with what `attributes` says of each: (cookie, name, attributes)."""
+        ...
+
     def parent_of(self, ino: int) -> int:
         """A directory's parent (the root's is itself)."""
         ...
@@ -698,6 +716,10 @@ class Namespace(Protocol):
     # Lifetime of inodes without a name.
     def pin(self, ino: int) -> None:
         """The inode outlives its last name until as many `unpin`s."""
+        ...
+
+    def pin_seen(self, ino: int) -> None:
+        """As `pin`, of an inode with a name that `find` or `listing` told of since the last await: it is not looked at again."""
         ...
 
     def unpin(self, ino: int, count: int = 1) -> None: ...

@@ -8,6 +8,8 @@ later = crashed(store, keep=3); FakeValues(later)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import trio
 
 from storage.errors import Busy, NotFound
@@ -72,6 +74,9 @@ class FakeValues:
     def size_of(self, value_id: int) -> int:
         self._check(value_id)
         return len(self._data.get(value_id, b""))
+
+    def sizes_of(self, value_ids: Sequence[int]) -> list[int | None]:
+        return [None if self._store.get(VALUE + u64(value_id)) is None else self.size_of(value_id) for value_id in value_ids]
 
     def replication_of(self, value_id: int) -> str:
         self._check(value_id)

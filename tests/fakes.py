@@ -52,6 +52,9 @@ class MemoryStore:
         value: bytes | None = self._now.get(bytes(key))
         return value
 
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        return [self.get(key) for key in keys]
+
     def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         found: list[tuple[bytes, bytes]] = []
         if start >= stop:

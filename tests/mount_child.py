@@ -71,6 +71,12 @@ class Tapped:
             raise ZeroDivisionError("a bug, on purpose")
         return int(self._inner.lookup(parent, name))
 
+    def find(self, parent: int, name: bytes) -> int | None:
+        if name.startswith(b"bug"):
+            raise ZeroDivisionError("a bug, on purpose")
+        found: int | None = self._inner.find(parent, name)
+        return found
+
     async def read(self, *args: Any) -> bytes:
         if self._fault("read-unavailable") is not None:
             raise Unavailable("no host answers, on purpose")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +22,9 @@ class DictBase:
 
     def get(self, key: bytes) -> bytes | None:
         return self.content.get(key)
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        return [self.content.get(key) for key in keys]
 
     def pairs(self, start: bytes, stop: bytes, reverse: bool) -> Iterator[tuple[bytes, bytes]]:
         for key in sorted(self.content, reverse=reverse):
@@ -82,8 +85,10 @@ def test_reads_equal_a_dict_whatever_is_taken_frozen_and_absorbed(plan: list[tup
             start, stop, limit, reverse = argument
             expected = sorted(((k, v) for k, v in now.items() if start <= k < stop), reverse=reverse)
             assert table.scan(start, stop, limit, reverse) == expected[: max(limit, 0)]
-        for key in {*now, *committed, b"\0", b"\1\1"}:
+        looked_for = sorted({*now, *committed, b"\0", b"\1\1"}, reverse=True)
+        for key in looked_for:
             assert table.get(key) == now.get(key)
+        assert table.get_many([*looked_for, *looked_for]) == [now.get(key) for key in [*looked_for, *looked_for]]
     # What is below and what is frozen is committed, and nothing else: a takeover never gives LMDB a change that is not durable.
     if table.frozen is None:
         table.freeze(2)

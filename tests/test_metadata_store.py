@@ -711,3 +711,23 @@ async def test_old_changes_move_into_lmdb_by_age(tmp_path: Path, monkeypatch: py
         with trio.fail_after(5):
             while store._base.get(b"k") is None:
                 await store._takeover.passed.wait()
+
+
+def test_many_keys_and_ranges_of_lmdb_are_what_single_ones_are(tmp_path: Path) -> None:
+    base = LmdbBase(tmp_path, 1 << 30)
+    try:
+        content = {b"k%03d" % number: b"v%d" % number for number in range(0, 300, 3)}
+        base.take_over(content, content, 1, bytes(32), gentle=False)
+        base.renew()
+        keys = [b"k%03d" % number for number in range(299, -1, -1)]
+        assert base.get_many(keys) == [base.get(key) for key in keys] == [content.get(key) for key in keys]
+        present = sorted(content, reverse=True) * 2
+        assert base.get_many(present) == [content[key] for key in present]
+        assert base.get_many([]) == []
+        ranges = [(b"k", b"z"), (b"k100", b"k200"), (b"k099", b"k102"), (b"k1", b"k1"), (b"k2", b"k1"), (b"k298", b"z"), (b"x", b"z")]
+        for start, stop in ranges:
+            whole = sorted((key, value) for key, value in content.items() if start <= key < stop)
+            for limit in (0, 1, 3, 4, 5, 40, 1000):
+                assert base.scan(start, stop, limit) == whole[:limit]
+    finally:
+        base.close()

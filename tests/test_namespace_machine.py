@@ -269,10 +269,14 @@ class Machine(RuleBasedStateMachine):
     async def compare(self) -> None:
         ns = self.rig.ns
         for parent in self.world.dirs():
-            found = {entry.name: entry for entry in ns.entries(parent.ino, 0, 1000)}
+            # First of all, while what is not in memory has not been looked at: it is listed from the store's records.
+            listed = ns.listing(parent.ino, 0, 1000)
+            entries = ns.entries(parent.ino, 0, 1000)
+            assert listed == [(entry.cookie, entry.name, ns.attributes(entry.ino)) for entry in entries]
+            found = {entry.name: entry for entry in entries}
             assert {name: entry.ino for name, entry in found.items()} == {name: node.ino for name, node in parent.children.items()}
             for name, node in parent.children.items():
-                assert ns.lookup(parent.ino, name) == node.ino
+                assert ns.lookup(parent.ino, name) == ns.find(parent.ino, name) == node.ino
                 if node.kind == "dir":
                     assert ns.parent_of(node.ino) == parent.ino
                     above = ns.path_of(parent.ino)

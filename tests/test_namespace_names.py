@@ -22,7 +22,8 @@ from storage.errors import (
     NotPermitted,
     TooManyLinks,
 )
-from storage.metadata.keys import COOKIE, INODE, MAP, NAME, ORPHAN, VALUE, XATTR
+from storage.interfaces import Batch
+from storage.metadata.keys import COOKIE, INODE, MAP, NAME, ORPHAN, VALUE, XATTR, u64
 from storage.namespace.records import MAX_DIRECTORY_LINKS, MAX_LINKS, inode_key, name_key
 from storage.replication import parse_replication
 from tests.fakes import make_seams
@@ -537,3 +538,95 @@ async def test_rmdir_needs_an_empty_directory() -> None:
     rig.ns.unlink(top, b"x")
     assert rig.ns.rmdir(ROOT, b"top") == top
     assert rig.ns.attributes(ROOT).nlink == 2
+
+
+# ---- listing
+
+
+async def test_what_lists_a_directory_drives_nothing_out_of_memory() -> None:
+    rig = make_rig()
+    for number in range(100):
+        ino = rig.file(b"%03d" % number)
+        await rig.ns.write(ino, 0, bytes(number))
+    rig = await rig.committed()
+    busy = [rig.ns.find(ROOT, b"%03d" % number) for number in range(10)]
+    held = dict(rig.ns._inodes._cache)
+    listed = rig.ns.listing(ROOT, 0, 1000)
+    assert [(name, attributes.size) for _, name, attributes in listed] == [(b"%03d" % number, number) for number in range(100)]
+    assert dict(rig.ns._inodes._cache) == held
+    assert set(held) >= set(busy)
+
+
+async def test_what_is_listed_is_as_it_is_in_memory_where_it_is_newer() -> None:
+    rig = make_rig()
+    ino = rig.file(b"a")
+    rig.ns.pin(ino)
+    await rig.values.commit_all()
+    await rig.ns.write(ino, 0, b"more")
+    rig.ns.set_attributes(ino, mode=0o600, mtime_ns=77)
+    ((_, name, attributes),) = rig.ns.listing(ROOT, 0, 10)
+    assert (name, attributes) == (b"a", rig.ns.attributes(ino))
+    assert (attributes.size, attributes.mtime_ns) == (4, 77)
+    # Also one that left the cache while somebody holds it, and is not durable yet.
+    for number in range(50):
+        rig.file(b"%d" % number)
+    assert ino not in rig.ns._inodes._cache
+    assert rig.ns.listing(ROOT, 0, 1)[0][2].size == 4
+
+
+async def test_a_listed_inode_without_a_record_is_damage_not_a_gap() -> None:
+    rig = make_rig()
+    ino = rig.file(b"a")
+    value = rig.ns._inodes.get(ino).rec.value
+    rig = await rig.committed()
+    batch = Batch()
+    batch.delete(VALUE + u64(value))
+    rig.store.apply(batch)
+    with pytest.raises(Corrupt):
+        rig.ns.listing(ROOT, 0, 10)
+    batch = Batch()
+    batch.delete(inode_key(ino))
+    rig.store.apply(batch)
+    with pytest.raises(NotFound):
+        rig.ns.listing(ROOT, 0, 10)
+
+
+async def test_forgetting_what_has_a_name_looks_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = make_rig()
+    ino = rig.file(b"a")
+    rig = await rig.committed()
+    rig.ns.pin_seen(ino)
+    with monkeypatch.context() as context:
+        context.setattr(rig.ns._inodes, "get", lambda ino: pytest.fail(f"inode {ino} was fetched"))
+        rig.ns.unpin(ino)
+    # One that lost its name is looked at, and goes.
+    rig.ns.pin_seen(ino)
+    rig.ns.unlink(ROOT, b"a")
+    assert rig.ns.attributes(ino).nlink == 0
+    rig.ns.unpin(ino)
+    with pytest.raises(NotFound):
+        rig.ns.attributes(ino)
+    assert rig.keys(ORPHAN) == 0
+
+
+async def test_an_orphan_of_an_earlier_process_that_is_pinned_again_goes_with_the_last_pin() -> None:
+    rig = make_rig()
+    ino = rig.file(b"a")
+    rig.ns.pin(ino)
+    rig.ns.unlink(ROOT, b"a")
+    rig = await rig.committed()
+    rig.ns.pin(ino)
+    rig.ns.unpin(ino)
+    assert rig.keys(ORPHAN) == 0
+    assert rig.keys(INODE) == 1
+
+
+async def test_looking_for_a_name_that_is_not_there_is_no_error() -> None:
+    rig = make_rig()
+    ino = rig.file(b"a")
+    assert rig.ns.find(ROOT, b"a") == ino
+    assert rig.ns.find(ROOT, b"b") is None
+    with pytest.raises(NotADirectory):
+        rig.ns.find(ino, b"b")
+    with pytest.raises(NameTooLong):
+        rig.ns.find(ROOT, b"x" * 256)

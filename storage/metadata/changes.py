@@ -15,6 +15,9 @@ from storage.metadata.records import Op
 
 #: Bytes, about.
 LIMIT = 64 * 1024 * 1024
+#: First bytes of keys.
+_NEVER = frozenset(prefix[0] for prefix in NEVER_SHIPPED)
+_QUIET = _NEVER | frozenset(prefix[0] for prefix in NO_REASON_TO_SHIP)
 
 
 class Changes:
@@ -37,23 +40,30 @@ class Changes:
 
     def note(self, ops: Sequence[Op], tails: bool = False) -> None:
         """A batch was applied, with or without tail bytes."""
-        if not tails and all(key[:1] in NEVER_SHIPPED for key, _ in ops):
-            return
+        if not tails:
+            for key, _ in ops:
+                if key[0] not in _NEVER:
+                    break
+            else:
+                return
         self.version += 1
         self.reason |= tails
         if self.broken:
             return
-        kept = self._ops
+        kept, cost, quiet = self._ops, self._cost, _QUIET
         for key, value in ops:
-            first = key[:1]
-            if first in NEVER_SHIPPED:
-                continue
-            if first not in NO_REASON_TO_SHIP:
+            first = key[0]
+            if first in quiet:
+                if first in _NEVER:
+                    continue
+            else:
                 self.reason = True
             if key not in kept:
-                self._cost += len(key) + ENTRY_COST
-            self._cost += 0 if value is None else len(value)
+                cost += len(key) + ENTRY_COST
+            if value is not None:
+                cost += len(value)
             kept[key] = value
+        self._cost = cost
         if self._cost > self._limit:
             self._ops, self._cost, self.broken, self.reason = {}, 0, True, True
         if self._cost > self._limit // 2:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 import lmdb
@@ -131,9 +133,30 @@ class LmdbBase:
             raise local_error(error, self._path) from error
         return found
 
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See MetadataStore."""
+        try:
+            found: list[tuple[bytes, bytes]] = self._cursor.getmulti(keys)
+        except lmdb.Error as error:
+            raise local_error(error, self._path) from error
+        if len(found) == len(keys):
+            return [value for _, value in found]
+        # What is missing is left out.
+        values = dict(found)
+        return [values.get(key) for key in keys]
+
     def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         """See MetadataReader."""
-        return list(islice(self.pairs(start, stop, reverse), max(limit, 0)))
+        if reverse or limit < 4:
+            return list(islice(self.pairs(start, stop, reverse), max(limit, 0)))
+        try:
+            found = list(islice(self._cursor.iternext(), limit)) if start < stop and self._cursor.set_range(start) else []
+        except lmdb.Error as error:
+            raise local_error(error, self._path) from error
+        if found and found[-1][0] >= stop:
+            # Taken all the same: to compare each of them in Python would take longer.
+            del found[bisect_left(found, stop, key=itemgetter(0)) :]
+        return found
 
     def pairs(self, start: bytes, stop: bytes, reverse: bool) -> Iterator[tuple[bytes, bytes]]:
         """The pairs of [start, stop) in order, lazily. There is one cursor: finish with one iterator before beginning the next."""

@@ -32,6 +32,7 @@ class Base(Protocol):
     """What a memtable lies over."""
 
     def get(self, key: bytes) -> bytes | None: ...
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]: ...
     def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]: ...
     def pairs(self, start: bytes, stop: bytes, reverse: bool) -> Iterator[tuple[bytes, bytes]]: ...
 
@@ -39,13 +40,14 @@ class Base(Protocol):
 class Layer:
     """Keys with their newest value (None: deleted), in order."""
 
-    __slots__ = ("_keys", "_new", "chain", "cost", "sequence", "values")
+    __slots__ = ("_keys", "_new", "chain", "cost", "note_new", "sequence", "values")
 
     def __init__(self) -> None:
         self.values: dict[bytes, bytes | None] = {}
         self._keys: SortedList = SortedList()
         #: Keys that are not in `_keys` yet: sorting in is left until somebody wants the order.
         self._new: list[bytes] = []
+        self.note_new = self._new.append
         #: Bytes of memory, about.
         self.cost = 0
         #: Of a frozen layer: the last commit in it, and the chain hash there once that commit is durable.
@@ -54,7 +56,7 @@ class Layer:
 
     def put(self, key: bytes, value: bytes | None) -> None:
         if key not in self.values:
-            self._new.append(key)
+            self.note_new(key)
             self.cost += len(key) + ENTRY_COST
         self.values[key] = value
         # Not exact where a value is replaced: `cost` is only there to say when a takeover is due.
@@ -65,7 +67,7 @@ class Layer:
         """All keys, in order."""
         if self._new:
             self._keys.update(self._new)
-            self._new = []
+            self._new.clear()
         return self._keys
 
     def remove(self, key: bytes) -> None:
@@ -102,6 +104,15 @@ class Memtable:
                 return values[key]
         return self._base.get(key)
 
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See MetadataStore."""
+        active, frozen = self.active.values, {} if self.frozen is None else self.frozen.values
+        above = [key in active or key in frozen for key in keys]
+        if not any(above):
+            return self._base.get_many(keys)
+        below = iter(self._base.get_many([key for key, here in zip(keys, above, strict=True) if not here]))
+        return [(active[key] if key in active else frozen[key]) if here else next(below) for key, here in zip(keys, above, strict=True)]
+
     def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         """See MetadataReader."""
         if limit <= 0 or start >= stop:
@@ -123,15 +134,23 @@ class Memtable:
             if not 0 < len(key) <= MAX_KEY or (value is not None and len(value) > MAX_VALUE):
                 raise BadArgument(f"metadata key {key[:16].hex()}: keys have 1 to {MAX_KEY} bytes, values up to {MAX_VALUE}")
         pending, undo, active = self.pending, self._undo, self.active
-        values, put = active.values, active.put
-        size = 0
+        values = active.values
+        size = 16 * len(ops)
+        fresh = 0
         for key, value in ops:
+            old = values.get(key, _MISSING)
             if key not in pending:
-                undo[key] = values.get(key, _MISSING)
+                undo[key] = old
             pending[key] = value
-            put(key, value)
-            size += len(key) + 16 if value is None else len(key) + len(value) + 16
+            # As `Layer.put`, which this is the busiest caller of.
+            if old is _MISSING:
+                active.note_new(key)
+                fresh += ENTRY_COST
+            values[key] = value
+            size += len(key) if value is None else len(key) + len(value)
         self.pending_bytes += size
+        # Not exact where a key is put again: `cost` is only there to say when a takeover is due.
+        active.cost += fresh + size
 
     def load(self, ops: Sequence[Op]) -> None:
         """As `apply`, for what is durable already (replay)."""

@@ -44,6 +44,10 @@ class ReadOnlyStore:
         """See MetadataReader."""
         return self._memtable.scan(start, stop, limit, reverse)
 
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See MetadataStore."""
+        return self._memtable.get_many(keys)
+
     def apply(self, batch: Batch, tails: Sequence[TailPiece] = ()) -> None:  # noqa: ARG002 - the Protocol's
         """Fenced, always."""
         raise Fenced(self.failure or "opened for reading only")

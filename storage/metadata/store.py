@@ -114,6 +114,10 @@ class Store:
         """See MetadataReader."""
         return self._memtable.get(key)
 
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See MetadataStore."""
+        return self._memtable.get_many(keys)
+
     def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         """See MetadataReader."""
         return self._memtable.scan(start, stop, limit, reverse)
@@ -194,17 +198,21 @@ class Store:
         """See MetadataStore. Besides, BadArgument for keys and values no record can have, and NoSpace once more is pending than the
         journal can hold.
         """
-        self._check()
+        if self._progress.failure is not None:
+            self._check()
         memtable = self._memtable
         if memtable.pending_bytes > self._journal.limit_bytes:
             raise NoSpace("more metadata changes wait for a commit than the journal can hold; free some space on the local disk")
-        memtable.apply(batch.ops)
-        self.changes.note(batch.ops, bool(tails))
+        ops = batch.ops
+        if not ops and not tails:
+            return  # Asked only whether it would do.
+        memtable.apply(ops)
+        self.changes.note(ops, bool(tails))
         for tail in tails:
             if tail.length:
                 self._tails.append(tail)
                 self._tail_bytes += tail.length
-        if self._takeover.since is None and batch.ops:
+        if self._takeover.since is None and ops:
             self._takeover.since = self._seams.clock.monotonic()
         if memtable.active.cost >= MAX_COST or len(memtable.active.values) >= MAX_KEYS:
             self._overfull()

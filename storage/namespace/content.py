@@ -7,10 +7,6 @@ value is another and the writer starts again.
 
 from __future__ import annotations
 
-import copy
-
-import trio
-
 from storage.errors import BadArgument, Corrupt, NotFound, NotPermitted
 from storage.interfaces import Batch, Buffer, MetadataStore, Values
 from storage.metadata.counters import Counter
@@ -18,7 +14,8 @@ from storage.namespace.directories import Directories
 from storage.namespace.filemap import FileMap, Piece
 from storage.namespace.inheritance import Inheritance
 from storage.namespace.inodes import Change, Inode, InodeTable
-from storage.namespace.records import MAX_OFFSET, encode_inode, inode_key
+from storage.namespace.records import MAX_OFFSET, clone, encode_inode, inode_key
+from storage.turn import Turn
 
 PAGE = 4096
 
@@ -44,7 +41,7 @@ class Content:
         self._inheritance = inheritance
         self._numbers = numbers
         #: One per inode that is being written. Invariant: here exactly while somebody holds it.
-        self._locks: dict[int, trio.Lock] = {}
+        self._locks: dict[int, Turn] = {}
 
     # ---- sizes
 
@@ -53,7 +50,7 @@ class Content:
         return self._map.size(inode, self._stored(inode))
 
     def _stored(self, inode: Inode) -> int:
-        return self._inodes.stored(inode.ino, inode.rec)
+        return self._inodes.stored(inode)
 
     def last_page_local(self, ino: int) -> bool:
         inode = self._inodes.regular(ino)
@@ -71,7 +68,7 @@ class Content:
         lock = self._locks.get(ino)
         if lock is None:
             # The usual case: nobody else writes this file; no checkpoint is spent.
-            lock = self._locks[ino] = trio.Lock()
+            lock = self._locks[ino] = Turn()
             lock.acquire_nowait()
         else:
             await lock.acquire()
@@ -194,7 +191,7 @@ class Content:
         """NO AWAIT between this and what made it necessary."""
         number = self._numbers.next_now()
         batch = Batch()
-        rec = copy.copy(inode.rec)
+        rec = clone(inode.rec)
         self._map.start_map(rec, number, batch, stored)
         batch.put(inode_key(inode.ino), encode_inode(rec))
         self._store.apply(batch)

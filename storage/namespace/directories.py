@@ -14,6 +14,7 @@ from storage.namespace.records import (
     MAX_OFFSET,
     ROOT,
     Dirent,
+    InodeRecord,
     cookie_key,
     decode_dirent,
     encode_dirent,
@@ -55,12 +56,16 @@ class Directories:
 
     def lookup(self, parent: int, name: bytes) -> Dirent:
         """NotFound, NotADirectory (of `parent`)."""
-        check_name(name)
-        self._inodes.directory(parent)
-        entry = self.find(parent, name)
+        entry = self.look(parent, name)
         if entry is None:
             raise NotFound(f"{self.describe(parent, name)}: no such file or directory")
         return entry
+
+    def look(self, parent: int, name: bytes) -> Dirent | None:
+        """As `lookup`, without an error where there is no such name: it would take longer than looking."""
+        check_name(name)
+        self._inodes.directory(parent)
+        return self.find(parent, name)
 
     def is_empty(self, ino: int) -> bool:
         start = COOKIE + u64(ino)
@@ -71,13 +76,27 @@ class Directories:
         self._inodes.directory(ino)
         if not 0 <= after < MAX_OFFSET:
             return []
+        return [Entry(cookie=e.cookie, name=name, ino=e.ino, mode=e.type) for name, e in self._placed(ino, after, limit)]
+
+    def _placed(self, ino: int, after: int, limit: int) -> list[tuple[bytes, Dirent]]:
+        places = self._store.scan(cookie_key(ino, after + 1), prefix_end(COOKIE + u64(ino)), limit)
+        prefix = NAME + u64(ino)
         found = []
-        for key, name in self._store.scan(cookie_key(ino, after + 1), prefix_end(COOKIE + u64(ino)), limit):
-            entry = self.find(ino, name)
-            if entry is None or cookie_key(ino, entry.cookie) != key:
+        for (key, name), raw in zip(places, self._store.get_many([prefix + name for _, name in places]), strict=True):
+            entry = None if raw is None else decode_dirent(ino, raw)
+            if entry is None or key[9:] != u64(entry.cookie):
                 raise Corrupt(f"{self.describe(ino, name)}: name and place in the directory disagree; check the volume's metadata")
-            found.append(Entry(cookie=entry.cookie, name=name, ino=entry.ino, mode=entry.type))
+            found.append((name, entry))
         return found
+
+    def listing(self, ino: int, after: int, limit: int) -> list[tuple[int, bytes, int, Inode | InodeRecord]]:
+        """As `entries`: (cookie, name, inode number, the inode where it is in memory, else its record as it is stored)."""
+        self._inodes.directory(ino)
+        if not 0 <= after < MAX_OFFSET:
+            return []
+        placed = self._placed(ino, after, limit)
+        inodes = self._inodes.peek([entry.ino for _, entry in placed])
+        return [(entry.cookie, name, entry.ino, inode) for (name, entry), inode in zip(placed, inodes, strict=True)]
 
     def names(self, ino: int, prefix: bytes, after: bytes | None, limit: int) -> list[tuple[bytes, Dirent]]:
         """At most `limit` entries whose name starts with `prefix` and stands after `after`, in order of names."""

@@ -6,7 +6,6 @@ each commit has them and a burst of writes costs one record. Structural changes 
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from storage.namespace.records import (
     MAX_OFFSET,
     CountsRecord,
     InodeRecord,
+    clone,
     decode_counts,
     decode_inode,
     encode_counts,
@@ -36,7 +36,7 @@ DIRTY_LIMIT = 16_384
 class Inode:
     """One inode in memory. There is at most one of these per number at a time, however long somebody holds it."""
 
-    __slots__ = ("__weakref__", "clipped", "dirty", "gone", "ino", "rec", "tail", "tail_known")
+    __slots__ = ("__weakref__", "clipped", "dirty", "gone", "ino", "rec", "stored", "tail", "tail_known")
 
     def __init__(self, ino: int, rec: InodeRecord, clipped: bool) -> None:
         self.ino: Final = ino
@@ -47,6 +47,9 @@ class Inode:
         self.gone = False
         #: False: the map may point beyond the value (a crash), and must be cut off before anything is appended (N4).
         self.clipped = clipped
+        #: Bytes in its value; -1: not looked up yet. Only `InodeTable.written` and another value change it: what goes from the tail into
+        #: sectors leaves it as it is.
+        self.stored = -1
         #: The map's last entry (file offset, length, value offset) where `tail_known`; None: the map is empty.
         self.tail: tuple[int, int, int] | None = None
         self.tail_known = False
@@ -64,7 +67,7 @@ class InodeTable:
         self._clock = clock
         self._limit = max(1, cache_limit)
         self._cache: OrderedDict[int, Inode] = OrderedDict()
-        #: Keeps identity: an inode that somebody still holds is found again after it left the LRU.
+        #: Keeps identity: an inode that left the LRU is found again as long as somebody holds it.
         self._live: weakref.WeakValueDictionary[int, Inode] = weakref.WeakValueDictionary()
         self._dirty: dict[int, Inode] = {}
         raw = store.get(COUNTS_KEY)
@@ -89,15 +92,32 @@ class InodeTable:
             if raw is None:
                 raise NotFound(f"inode {ino} does not exist (any more)")
             rec = decode_inode(ino, raw)
-            inode = Inode(ino, rec, clipped=not rec.map or self.stored(ino, rec) >= rec.map_bound)
-            self._live[ino] = inode
+            inode = Inode(ino, rec, clipped=True)
+            if rec.map:
+                inode.clipped = self.stored(inode) >= rec.map_bound
         self._keep(inode)
         return inode
+
+    def peek(self, inos: Sequence[int]) -> list[Inode | InodeRecord]:
+        """What there is of many inodes: each as it is in memory, or its stored record. Nothing is kept: whoever lists a directory would
+        drive out what is in use. NotFound, Corrupt."""
+        found: list[Inode | InodeRecord | None] = [self._cache.get(ino) or self._live.get(ino) for ino in inos]
+        missing = [ino for ino, inode in zip(inos, found, strict=True) if inode is None]
+        if missing:
+            records = iter(zip(missing, self.store.get_many([inode_key(ino) for ino in missing]), strict=True))
+            for at, inode in enumerate(found):
+                if inode is None:
+                    ino, raw = next(records)
+                    if raw is None:
+                        raise NotFound(f"inode {ino} does not exist (any more)")
+                    found[at] = decode_inode(ino, raw)
+        return [inode for inode in found if inode is not None]
 
     def _keep(self, inode: Inode) -> None:
         self._cache[inode.ino] = inode
         if len(self._cache) > self._limit:
-            self._cache.popitem(last=False)
+            left, old = self._cache.popitem(last=False)
+            self._live[left] = old
 
     def directory(self, ino: int) -> Inode:
         """NotADirectory if it is something else."""
@@ -115,8 +135,14 @@ class InodeTable:
             raise BadArgument(f"inode {ino} is not a regular file: it has no content")
         return inode
 
-    def stored(self, ino: int, rec: InodeRecord) -> int:
+    def stored(self, inode: Inode) -> int:
         """Bytes in the file's value; 0 for what has none."""
+        if inode.stored < 0:
+            inode.stored = self.stored_of(inode.ino, inode.rec)
+        return inode.stored
+
+    def stored_of(self, ino: int, rec: InodeRecord) -> int:
+        """As `stored`, by a record of the store."""
         if not rec.value:
             return 0
         try:
@@ -167,7 +193,7 @@ class InodeTable:
         """Bring what `rec` says about its value up to now; returns by how much the total of bytes changes."""
         if not rec.value or rec.value != inode.rec.value:
             return 0  # A value of this very change: it is empty, and `truncate` has said so.
-        size = self.stored(inode.ino, rec)
+        size = self.stored(inode)
         delta = size - rec.counted
         rec.counted = size
         if rec.map and inode.clipped:
@@ -181,10 +207,13 @@ class InodeTable:
 
     def written(self, inode: Inode, length: int) -> None:
         """`length` bytes were appended to its value: times and totals say so at once."""
-        inode.rec.mtime = inode.rec.ctime = self.now()
+        rec = inode.rec
+        rec.mtime = rec.ctime = self.now()
         if length:
-            inode.rec.counted += length
-            self.counts = self._counted(0, 0, length)
+            rec.counted += length
+            if inode.stored >= 0:
+                inode.stored += length
+            self.counts.bytes += length
             self._counts_dirty = True
         self.mark_dirty(inode)
 
@@ -193,8 +222,9 @@ class InodeTable:
     def install(self, changed: list[tuple[Inode, InodeRecord]], dropped: list[Inode], inodes: int, files: int, size: int) -> None:
         """The batch is applied: memory says the same from here on."""
         for inode, rec in changed:
+            if inode.rec.value != rec.value:
+                inode.stored = -1
             inode.rec = rec
-            self._live[inode.ino] = inode
             self._keep(inode)
             self._clean(inode)
         for inode in dropped:
@@ -232,12 +262,13 @@ class Change:
         """The record as it will be: change it in place."""
         staged = self._staged.get(inode.ino)
         if staged is None:
-            staged = self._staged[inode.ino] = (inode, copy.copy(inode.rec))
+            staged = self._staged[inode.ino] = (inode, clone(inode.rec))
         return staged[1]
 
     def add(self, ino: int, rec: InodeRecord) -> None:
         """A new inode."""
         inode = Inode(ino, rec, clipped=True)
+        inode.stored = 0  # its value, if it has one, is of this very batch
         self._staged[ino] = (inode, rec)
         self._added.add(ino)
 
@@ -254,19 +285,20 @@ class Change:
         """Make it all happen. Fenced: nothing did."""
         table = self._table
         table.relieve()
-        inodes = len(self._added) - len(self._dropped)
-        files = sum(1 for ino in self._added if self._staged[ino][1].is_regular)
-        files -= sum(1 for _, rec in self._dropped.values() if rec.is_regular)
-        delta = -sum(rec.counted for _, rec in self._dropped.values())
+        inodes, files, delta = len(self._added) - len(self._dropped), 0, 0
         for inode, now in self._touched:
             staged = self._staged.get(inode.ino)
             if staged is not None:
                 staged[1].mtime = staged[1].ctime = now
         for ino, (inode, rec) in self._staged.items():
-            if ino not in self._added:
+            if ino in self._added:
+                files += rec.is_regular
+            else:
                 delta += self._size_change(inode, rec)
             self.batch.put(inode_key(ino), encode_inode(rec))
-        for ino in self._dropped:
+        for ino, (_, rec) in self._dropped.items():
+            files -= rec.is_regular
+            delta -= rec.counted
             self.batch.delete(inode_key(ino))
         table.store.apply(self.batch, tails)
         table.install(list(self._staged.values()), [inode for inode, _ in self._dropped.values()], inodes, files, delta)

@@ -30,14 +30,18 @@ class Lifetime:
         self._xattrs = xattrs
         #: ino -> pins, never 0.
         self._pins: dict[int, int] = {}
+        #: Invariant: every pinned inode without a name is here; others may be, if the batch that took the last name was refused.
+        self._nameless: set[int] = set()
 
     def pin(self, ino: int) -> None:
         """NotFound."""
-        pins = self._pins.get(ino)
-        if pins is None:
-            self._inodes.get(ino)
-            pins = 0
-        self._pins[ino] = pins + 1
+        if ino not in self._pins and self._inodes.get(ino).rec.nlink == 0:
+            self._nameless.add(ino)
+        self.pin_seen(ino)
+
+    def pin_seen(self, ino: int) -> None:
+        """As `pin`, of an inode that is known to exist and to have a name, or to be pinned."""
+        self._pins[ino] = self._pins.get(ino, 0) + 1
 
     def unpin(self, ino: int, count: int) -> None:
         """With the last pin of an orphan goes its content. BadArgument: more than were pinned. Fenced: the next open removes it."""
@@ -50,6 +54,9 @@ class Lifetime:
             self._pins[ino] = pins - count
             return
         del self._pins[ino]
+        if ino not in self._nameless:
+            return  # Nearly always: and nothing is fetched of what the kernel forgets by the thousand.
+        self._nameless.discard(ino)
         inode = self._inodes.get(ino)
         if inode.rec.nlink == 0:
             change = Change(self._inodes)
@@ -73,6 +80,7 @@ class Lifetime:
 
     def _lost_last_name(self, change: Change, inode: Inode) -> None:
         if inode.ino in self._pins:
+            self._nameless.add(inode.ino)
             change.batch.put(orphan_key(inode.ino), ORPHAN_INODE)
         else:
             self._free(change, inode)

@@ -22,6 +22,8 @@ log = logging.getLogger("fusefs.values")
 
 #: Extents per slice: the loop is given back after each, within about a millisecond.
 SLICE = 64
+#: Seconds in which what is freed comes together, unless it is a slice already.
+GATHER_SECONDS = 0.05
 #: Freed values remembered; beyond that their marks are looked for in the store, as those of earlier processes are.
 REMEMBERED = 100_000
 
@@ -57,6 +59,9 @@ class Reclaimer:
         """Until cancelled."""
         while True:
             await self._wake.wait()
+            if self._others is None and len(self._freed) < SLICE:
+                # Files are removed one after the other; each by itself would cost as much as a slice of them.
+                await trio.sleep(GATHER_SECONDS)
             self._wake = trio.Event()
             try:
                 while self.step():

@@ -168,6 +168,16 @@ class Values:
         tail = self._tails.get(value_id)
         return self._record(value_id).sealed if tail is None else tail.size
 
+    def sizes_of(self, value_ids: Sequence[int]) -> list[int | None]:
+        records = self._store.get_many([value_key(value_id) for value_id in value_ids])
+        sizes = [None if raw is None else decode_value(raw, value_id).sealed for raw, value_id in zip(records, value_ids, strict=True)]
+        if self._tails:
+            for at, value_id in enumerate(value_ids):
+                tail = self._tails.get(value_id)
+                if tail is not None:
+                    sizes[at] = tail.size
+        return sizes
+
     def replication_of(self, value_id: int) -> str:
         tail = self._tails.get(value_id)
         return self._record(value_id).replication if tail is None else tail.replication
