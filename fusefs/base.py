@@ -10,6 +10,7 @@ from fusefs.backing import Backing
 from fusefs.coherence import Coherence
 from fusefs.handles import HandleTable
 from fusefs.kernel import KernelCalls
+from fusefs.listings import Listings
 from fusefs.options import MountOptions
 from fusefs.receiver import Receiver
 from fusefs.refusals import Refusals
@@ -71,6 +72,7 @@ class HandlerBase(pyfuse3.Operations):
         self.kernel = kernel
         self.handles = HandleTable()
         self.receiver = Receiver()
+        self.listings = Listings(volume.namespace)
         self.refusals = Refusals(volume)
         self.coherence = Coherence(volume, self.handles, kernel, writeback=options.writeback)
 

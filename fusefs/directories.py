@@ -19,9 +19,6 @@ log = logging.getLogger(__name__)
 
 #: Cookies 1 and 2 stand behind "." and ".."; an entry's own cookie is moved up by this.
 DOT_COOKIES = 2
-#: Entries fetched at first, and the bounds of it later: what a READDIRPLUS of 4 KiB takes, of 32 KiB (Linux 6.18 asks for so much), and of
-#: 1 MiB would take. What is fetched and does not fit is fetched again for the next reply, so it is learnt from each how many fit.
-FETCH_FIRST, FETCH_LEAST, FETCH_MOST = 204, 30, 1024
 
 
 class DirectoryHandlers(HandlerBase):
@@ -142,27 +139,22 @@ class DirectoryHandlers(HandlerBase):
             if not pyfuse3.readdir_reply(token, b"..", parent, DOT_COOKIES):
                 return
         after = max(0, start_id - DOT_COOKIES)
-        namespace, reply, pin, count = self.namespace, pyfuse3.readdir_reply, self.namespace.pin_seen, self._fetched
+        reply, pin = pyfuse3.readdir_reply, self.namespace.pin_seen
         # One for all: each is copied into the reply.
         shown = pyfuse3.EntryAttributes()
         shown.entry_timeout = shown.attr_timeout = CACHE_SECONDS
         sent = 0
-        while entries := namespace.listing(ino, after, count):
+        entries = self.listings.first(ino, after)
+        while entries:
             for cookie, name, attributes in entries:
                 fill(shown, attributes)
                 if not reply(token, name, shown, cookie + DOT_COOKIES):
-                    # Names of about this length: one more, so that the next reply is found to be full by the entries at hand.
-                    self._fetched = min(max(sent + 1, FETCH_LEAST), FETCH_MOST)
+                    self.listings.full(ino, after, sent)
                     return
                 pin(attributes.ino)
                 after = cookie
                 sent += 1
-            if len(entries) < count:
-                return
-            count = FETCH_LEAST
-
-    #: Entries to fetch for the next reply.
-    _fetched = FETCH_FIRST
+            entries = self.listings.more(ino, after)
 
     @guarded
     async def releasedir(self, fh: int) -> None:

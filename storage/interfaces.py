@@ -701,6 +701,11 @@ class Namespace(Protocol):
         """Entries with a cookie above `after`, in cookie order; "." and ".." are not among them. Stable while others come and go."""
         ...
 
+    @property
+    def version(self) -> int:
+        """Grows with everything that could change what `find`, `attributes` or `listing` say."""
+        ...
+
     def listing(self, ino: int, after: int, limit: int) -> list[tuple[int, bytes, Attributes]]:
         """As `entries`, with what `attributes` says of each: (cookie, name, attributes)."""
         ...

@@ -73,6 +73,8 @@ class InodeTable:
         raw = store.get(COUNTS_KEY)
         self.counts = decode_counts(raw) if raw is not None else CountsRecord(inodes=0, files=0, bytes=0)
         self._counts_dirty = False
+        #: Grows with every change of a record in memory and with every batch of changes.
+        self.version = 0
         store.add_commit_hook(self.emit)
 
     def now(self) -> int:
@@ -101,7 +103,10 @@ class InodeTable:
     def peek(self, inos: Sequence[int]) -> list[Inode | InodeRecord]:
         """What there is of many inodes: each as it is in memory, or its stored record. Nothing is kept: whoever lists a directory would
         drive out what is in use. NotFound, Corrupt."""
-        found: list[Inode | InodeRecord | None] = [self._cache.get(ino) or self._live.get(ino) for ino in inos]
+        cached = self._cache.get
+        found: list[Inode | InodeRecord | None] = [cached(ino) for ino in inos]
+        if self._live:
+            found = [inode or self._live.get(ino) for ino, inode in zip(inos, found, strict=True)]
         missing = [ino for ino, inode in zip(inos, found, strict=True) if inode is None]
         if missing:
             records = iter(zip(missing, self.store.get_many([inode_key(ino) for ino in missing]), strict=True))
@@ -154,6 +159,7 @@ class InodeTable:
 
     def mark_dirty(self, inode: Inode) -> None:
         """`inode.rec` was changed in place: the next commit has it. Never raises."""
+        self.version += 1
         if not inode.dirty and not inode.gone:
             inode.dirty = True
             self._dirty[inode.ino] = inode
@@ -221,6 +227,7 @@ class InodeTable:
 
     def install(self, changed: list[tuple[Inode, InodeRecord]], dropped: list[Inode], inodes: int, files: int, size: int) -> None:
         """The batch is applied: memory says the same from here on."""
+        self.version += 1
         for inode, rec in changed:
             if inode.rec.value != rec.value:
                 inode.stored = -1

@@ -252,6 +252,10 @@ class Namespace:
     def entries(self, ino: int, after: int, limit: int) -> list[Entry]:
         return self._directories.entries(ino, after, limit)
 
+    @property
+    def version(self) -> int:
+        return self._inodes.version
+
     def listing(self, ino: int, after: int, limit: int) -> list[tuple[int, bytes, Attributes]]:
         found: list[tuple[int, bytes, Attributes]] = []
         listed = self._directories.listing(ino, after, limit)

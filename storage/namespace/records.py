@@ -65,6 +65,8 @@ ORPHAN_MAP = b"m"
 COUNTS_KEY = SETTING + b"namespace.counts"
 WORM_KEY = SETTING + b"namespace.worm"
 
+#: S_IFMT of <sys/stat.h>.
+_IFMT = 0o170000
 _TYPES = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFBLK, stat.S_IFCHR})
 
 U32 = Annotated[int, msgspec.Meta(ge=0, le=MAX_U32)]
@@ -172,10 +174,13 @@ def encode_inode(record: InodeRecord) -> bytes:
 def decode_inode(ino: int, raw: bytes) -> InodeRecord:
     """Corrupt if `raw` is not an inode record."""
     record = _decode(_inode_decoder, raw, "inode {}", ino)
-    if record.type not in _TYPES:
+    kind = record.mode & _IFMT
+    if kind == stat.S_IFREG:
+        if record.value:
+            return record
+    elif kind not in _TYPES:
         raise Corrupt(f"inode {ino}: unknown type in mode {record.mode:o}; check the volume's metadata")
-    regular = record.is_regular
-    if regular != (record.value != 0) or (record.map and not regular) or (record.is_dir and not record.parent):
+    if kind == stat.S_IFREG or record.value or record.map or (kind == stat.S_IFDIR and not record.parent):
         raise Corrupt(f"inode {ino}: fields contradict its type; check the volume's metadata")
     return record
 
