@@ -13,10 +13,11 @@ import pyfuse3
 import trio
 
 from fusefs.attributes import without_setuid
-from fusefs.base import HandlerBase, check_name
+from fusefs.base import HandlerBase, check_name, entry_of
 from fusefs.errno_map import errno_of
 from fusefs.guard import guarded
 from fusefs.handles import Handle, OpenInode
+from storage import Attributes
 from storage.errors import FusefsError, NotFound
 
 
@@ -40,24 +41,26 @@ class ContentHandlers(HandlerBase):
         check_name(name)
         ino = self.namespace.create(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid)
         # No await up to the return: an error after the pin would leave it behind.
-        info = self._file_info(ino, flags, ctx)
-        return info, self.pinned_entry(ino)
+        attributes = self.namespace.attributes(ino)
+        info, entry = self._file_info(attributes, flags, ctx), entry_of(attributes)
+        self.namespace.pin_seen(ino)
+        return info, entry
 
     @guarded
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        if not flags & os.O_TRUNC:
-            return self._file_info(inode, flags, ctx)
         before = self.namespace.attributes(inode)
+        if not flags & os.O_TRUNC:
+            return self._file_info(before, flags, ctx)
         if before.size:
             self.namespace.truncate(inode, 0)
-        info = self._file_info(inode, flags, ctx, truncated=before.size > 0)
+        info = self._file_info(self.namespace.attributes(inode), flags, ctx, truncated=before.size > 0)
         if ctx.uid != 0 and without_setuid(before.mode) != before.mode:
             self.namespace.set_attributes(inode, mode=stat.S_IMODE(without_setuid(before.mode)))
         return info
 
-    def _file_info(self, ino: int, flags: int, ctx: pyfuse3.RequestContext, *, truncated: bool = False) -> pyfuse3.FileInfo:
-        """Open a handle, cached or direct. Handles are few where it matters how long this takes; it makes no await."""
-        attributes = self.namespace.attributes(ino)
+    def _file_info(self, attributes: Attributes, flags: int, ctx: pyfuse3.RequestContext, *, truncated: bool = False) -> pyfuse3.FileInfo:
+        """Open a handle, cached or direct, on what these are the attributes of now. No await."""
+        ino = attributes.ino
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         cached = (
             writing

@@ -130,7 +130,6 @@ class Namespace:
             if when is not None and not -(2**63) <= when < 2**63:
                 raise BadArgument(f"inode {ino}: a time of {when} ns cannot be recorded")
         self._inodes.check_writable()
-        self._inodes.relieve()
         # All checks are done: from here nothing is half set.
         rec = inode.rec
         if mode is not None:

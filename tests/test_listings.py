@@ -1,0 +1,128 @@
+"""`fusefs.listings`: what readdir sends next is fetched ahead, and sent only if nothing has changed since."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from fusefs.listings import FETCH_FIRST, FETCH_LEAST, FETCH_MOST, Listings
+from tests.namespace_rig import ROOT, Rig, make_rig
+
+
+class Watched:
+    """A namespace that counts how often it was asked for a listing."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.asked: list[tuple[int, int, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def listing(self, ino: int, after: int, limit: int) -> Any:
+        self.asked.append((ino, after, limit))
+        return self._inner.listing(ino, after, limit)
+
+
+@asynccontextmanager
+async def ahead(rig: Rig) -> AsyncIterator[tuple[Listings, Watched]]:
+    """Listings that run."""
+    watched = Watched(rig.ns)
+    listings = Listings(watched)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(listings.run)
+        yield listings, watched
+        nursery.cancel_scope.cancel()
+
+
+def filled(count: int) -> Rig:
+    rig = make_rig()
+    for number in range(count):
+        rig.file(b"%03d" % number)
+    return rig
+
+
+async def test_where_a_reply_was_full_the_next_page_is_there_when_it_is_asked_for() -> None:
+    rig = filled(100)
+    async with ahead(rig) as (listings, watched):
+        page = listings.first(ROOT, 0)
+        assert [name for _, name, _ in page] == [b"%03d" % number for number in range(100)]
+        listings.full(ROOT, page[39][0], 40)
+        await trio.testing.wait_all_tasks_blocked()
+        # As many as fitted, and the one that shows that it is full.
+        assert watched.asked == [(ROOT, 0, FETCH_FIRST), (ROOT, page[39][0], 41)]
+        assert listings.first(ROOT, page[39][0]) == page[40:81]
+        assert len(watched.asked) == 2
+        # It is sent once.
+        assert listings.first(ROOT, page[39][0]) == page[40:81]
+        assert len(watched.asked) == 3
+
+
+@pytest.mark.parametrize("change", ["write", "chmod", "create", "unlink", "rename", "truncate", "link"])
+async def test_what_was_fetched_ahead_is_not_sent_once_anything_has_changed(change: str) -> None:
+    rig = filled(60)
+    ino = rig.ns.lookup(ROOT, b"050")
+    await rig.ns.write(rig.ns.lookup(ROOT, b"051"), 0, b"full")
+    async with ahead(rig) as (listings, _):
+        page = listings.first(ROOT, 0)
+        at = page[39][0]
+        listings.full(ROOT, at, 40)
+        await trio.testing.wait_all_tasks_blocked()
+        if change == "write":
+            await rig.ns.write(ino, 0, b"more")
+        elif change == "chmod":
+            rig.ns.set_attributes(ino, mode=0o600)
+        elif change == "create":
+            rig.file(b"new")
+        elif change == "unlink":
+            rig.ns.unlink(ROOT, b"050")
+        elif change == "rename":
+            await rig.ns.rename(ROOT, b"050", ROOT, b"renamed")
+        elif change == "truncate":
+            rig.ns.truncate(rig.ns.lookup(ROOT, b"051"), 0)
+        else:
+            rig.ns.link(ino, ROOT, b"another")
+        assert listings.first(ROOT, at) == rig.ns.listing(ROOT, at, 41) != page[40:81]
+
+
+async def test_another_place_is_fetched_when_it_is_asked_for() -> None:
+    rig = filled(60)
+    below = rig.dir(b"sub")
+    rig.file(b"x", below)
+    async with ahead(rig) as (listings, _):
+        page = listings.first(ROOT, 0)
+        listings.full(ROOT, page[39][0], 40)
+        await trio.testing.wait_all_tasks_blocked()
+        assert [name for _, name, _ in listings.first(below, 0)] == [b"x"]
+        assert listings.first(ROOT, page[9][0]) == rig.ns.listing(ROOT, page[9][0], 41)
+
+
+async def test_how_much_is_fetched_follows_how_much_fits_within_bounds() -> None:
+    rig = filled(5)
+    async with ahead(rig) as (listings, watched):
+        for sent, wanted in ((0, FETCH_LEAST), (100, 101), (1_000_000, FETCH_MOST)):
+            listings.full(ROOT, 1, sent)
+            await trio.testing.wait_all_tasks_blocked()
+            assert watched.asked[-1] == (ROOT, 1, wanted)
+
+
+async def test_what_cannot_be_listed_is_said_when_it_is_asked_for_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = filled(60)
+    async with ahead(rig) as (listings, watched):
+        page = listings.first(ROOT, 0)
+        with monkeypatch.context() as context:
+
+            def broken(ino: int, after: int, limit: int) -> Any:
+                raise ZeroDivisionError("a bug, on purpose")
+
+            context.setattr(watched, "listing", broken)
+            listings.full(ROOT, page[39][0], 40)
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(ZeroDivisionError):
+                listings.first(ROOT, page[39][0])
+        assert listings.first(ROOT, page[39][0]) == page[40:]
