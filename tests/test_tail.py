@@ -45,6 +45,21 @@ def test_what_was_taken_no_longer_changes_when_more_is_appended() -> None:
     assert b"".join(buffer.read(0, 9)) == b"efgh"
 
 
+def test_what_the_caller_may_still_change_is_copied_what_nobody_can_is_not() -> None:
+    for piece in (bytearray(b"abc"), memoryview(bytearray(b"abc"))):
+        buffer = ChunkBuffer()
+        buffer.append(piece)
+        piece[0] = 0
+        assert b"".join(buffer.read(0, 3)) == b"abc"
+    buffer, data = ChunkBuffer(), b"abc"
+    buffer.append(data)
+    assert buffer.take(3)[0] is data
+    # Not even where more was gathered behind it.
+    buffer.append(data)
+    buffer.append(b"def")
+    assert (b"".join(buffer.read(0, 6)), data) == (b"abcdef", b"abc")
+
+
 def test_ten_thousand_small_appends_are_few_objects() -> None:
     buffer = ChunkBuffer()
     for _ in range(10_000):

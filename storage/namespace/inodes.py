@@ -240,7 +240,11 @@ class InodeTable:
             self._cache.pop(inode.ino, None)
             self._live.pop(inode.ino, None)
         if inodes or files or size:
-            self.counts = self._counted(inodes, files, size)
+            counts = self.counts
+            # Never below zero: see `_counted`.
+            counts.inodes = max(0, counts.inodes + inodes)
+            counts.files = max(0, counts.files + files)
+            counts.bytes = max(0, counts.bytes + size)
             self._counts_dirty = True
 
     def _clean(self, inode: Inode) -> None:

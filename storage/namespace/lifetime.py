@@ -11,7 +11,7 @@ from storage.interfaces import MetadataStore, Values
 from storage.metadata.keys import ORPHAN, prefix_end, read_u64
 from storage.namespace.filemap import FileMap
 from storage.namespace.inodes import Change, Inode, InodeTable
-from storage.namespace.records import ORPHAN_INODE, ORPHAN_MAP, inode_key, orphan_key
+from storage.namespace.records import HAS_XATTRS, ORPHAN_INODE, ORPHAN_MAP, inode_key, orphan_key
 from storage.namespace.xattrs import Xattrs
 
 log = logging.getLogger("fusefs.namespace")
@@ -92,7 +92,8 @@ class Lifetime:
             self._values.free(change.batch, rec.value)
         if rec.map:
             self._filemap.drop(change.batch, rec.map)
-        self._xattrs.drop_all(change.batch, inode.ino)
+        if rec.flags & HAS_XATTRS:
+            self._xattrs.drop_all(change.batch, inode.ino)
         change.batch.delete(orphan_key(inode.ino))
         change.drop(inode)
 

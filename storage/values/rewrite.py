@@ -74,6 +74,8 @@ class Rewriter:
         self._group = _Group()
         #: As far as known: marks, and the sum of what they say. Counted anew with each round.
         self._files = self._pending = 0
+        #: There may be marks in the store. Invariant: False only while there are none.
+        self._marks = True
         self._done = 0
         self._trouble = ""
 
@@ -82,6 +84,7 @@ class Rewriter:
     def mark(self, batch: Batch, value_id: int, length: int) -> None:
         """`length` bytes more of the value may be misplaced once the batch is applied. At most one call per value and batch."""
         known = self._marked(value_id)
+        self._marks = True
         batch.put(MISPLACED + u64(value_id), u64((known or 0) + length))
         self._files += known is None
         self._pending += length
@@ -97,7 +100,7 @@ class Rewriter:
             self._files, self._pending = max(0, self._files - 1), max(0, self._pending - known)
 
     def _marked(self, value_id: int) -> int | None:
-        raw = self._store.get(MISPLACED + u64(value_id))
+        raw = self._store.get(MISPLACED + u64(value_id)) if self._marks else None
         return None if raw is None else int.from_bytes(raw, "big")
 
     def _moved(self, batch: Batch, moved: dict[int, int]) -> None:
@@ -190,6 +193,8 @@ class Rewriter:
     async def _count(self) -> None:
         files = pending = 0
         start = MISPLACED
+        # No await between looking and saying so. Where a batch with a mark is under way, it is applied before anything else is done.
+        self._marks = bool(self._store.scan(start, prefix_end(MISPLACED), 1))
         while found := self._store.scan(start, prefix_end(MISPLACED), SLICE):
             files += len(found)
             pending += sum(int.from_bytes(raw, "big") for _, raw in found)

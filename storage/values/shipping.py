@@ -343,7 +343,7 @@ class Shipper:
                 first = tail.flights[0]
                 # Before `sealed` moves: no byte of it needs the journal any more.
                 self.mark(tail, max(tail.journaled, first.end))
-                tail.flights.popleft()
+                del tail.flights[0]
                 if first.cargo is None:
                     raise RuntimeError("a waiting flight without cargo")
                 extent = Extent(tail.value_id, first.offset, first.cargo.sector_id, first.position, first.length)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_right
-from collections import deque
 
 import trio
 
@@ -30,16 +29,23 @@ class ChunkBuffer:
         self.length = 0
 
     def append(self, data: Buffer) -> None:
-        """Large pieces are kept as they are (they must not change), small ones copied."""
+        """Large pieces are kept as they are (they must not change), small ones copied; except a first one that cannot change, which is all
+        there ever is of most small files."""
         size = len(data)
         if size < SMALL:
-            last = self._chunks[-1] if self._chunks else None
-            if type(last) is bytearray and len(last) < CHUNK:
-                last += data
-                self._ends[-1] += size
-                self.length += size
-                return
-            data = bytearray(data)
+            if not self._chunks:
+                if type(data) is not bytes:
+                    data = bytearray(data)
+            else:
+                last = self._chunks[-1]
+                if type(last) is bytes and len(last) < SMALL:
+                    last = self._chunks[-1] = bytearray(last)
+                if type(last) is bytearray and len(last) < CHUNK:
+                    last += data
+                    self._ends[-1] += size
+                    self.length += size
+                    return
+                data = bytearray(data)
         self._chunks.append(data)
         self._ends.append(self._taken + self.length + size)
         self.length += size
@@ -157,7 +163,8 @@ class Tail:
         self.handed = sealed
         #: Up to here the log on the hosts has what is not in extents (as the publisher was given it).
         self.logged = sealed
-        self.flights: deque[Flight] = deque()
+        #: Few: what the budget of all tails allows for. A deque takes 600 bytes, and most tails are small files without any.
+        self.flights: list[Flight] = []
         self.buffer = ChunkBuffer()
 
     @property
