@@ -250,6 +250,12 @@ class Contractor:
             raise Corrupt(f"host {host.url}: {name} is not the contract that was concluded; conclude a new one")
         return await self._write_down(self._seams.random.token_bytes(16).hex(), old.host_number, nanoseconds, old.lineage, contract_id)
 
+    async def has_record(self, contract_id: str) -> bool:
+        """Does its host still have the contract's record? NotFound if there is no such contract; Unavailable."""
+        number = self.contract(contract_id).host_number
+        host = self._registry.get(number)
+        return await self._answer(number, host.tag(contract_name(self._volume_id, contract_id))) is not None
+
     async def _write_down(self, contract_id: str, number: int, nanoseconds: int, lineage: str, renewed_from: str | None) -> str:
         host = self._registry.get(number)
         if self._store.failure is not None:

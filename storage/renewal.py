@@ -12,8 +12,10 @@ ask a host at the same moment), and as soon as a host that was away is back. Sin
 it too. Each attempt that fails is in the log, and the last one in `status`. In good time before the end the host stops counting as one
 that keeps what it has (`storage/standing.py`), and what is on it goes to others.
 
-Where the host no longer has the contract's record it was pruned, or lost things: what it is said to hold is doubted from then on
-(`forgot`).
+Where the host no longer has the contract's record, which is looked for every hour, it was pruned, or lost things: what it is said to hold
+is doubted from then on (`forgot`), and the contract counts as one that could not be renewed. Such a host is `revoked`, and does not count
+as one that keeps what it has, until a new contract is concluded there, which is for a person to decide: its owner may want us gone.
+Metadata goes on going there, since it counts for the majority (I5), until it is marked lost.
 
 Record under the key `w` + "renewal." + host number in decimal digits, a MessagePack array:
 
@@ -34,7 +36,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 import msgspec
@@ -45,7 +47,7 @@ from storage.errors import Fenced, FusefsError, NotFound
 from storage.hosts.layout import Id, Nanoseconds
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, Contract, MetadataStore
-from storage.metadata.keys import SETTING
+from storage.metadata.keys import SETTING, prefix_end
 from storage.seams import Seams
 from storage.standing import Standing
 from storage.status import RenewalStatus
@@ -62,6 +64,7 @@ RETRY_FIRST, RETRY_LAST = 60.0, 3600.0
 #: Seconds; a contract of seconds would be renewed every second.
 SHORTEST = 86400.0
 _MAX_REASON = 500
+_TROUBLES = SETTING + b"renewal."
 
 
 class _Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -88,7 +91,7 @@ class Trouble:
 
 def trouble_key(number: int) -> bytes:
     """In the metadata store."""
-    return SETTING + b"renewal.%d" % number
+    return _TROUBLES + b"%d" % number
 
 
 def decode_trouble(raw: bytes | None) -> Trouble | None:
@@ -132,6 +135,9 @@ class Renewal:
         self.at_open: list[RenewalStatus] = []
         #: Host -> the latest trouble, as this process has met it.
         self._latest: dict[int, Trouble] = {}
+        #: Host -> monotonic time when its contract's record was looked for; contracts whose record was not there.
+        self._looked: dict[int, float] = {}
+        self._missing: set[str] = set()
         #: Host -> (monotonic time of the next attempt, seconds waited last, was it away).
         self._later: dict[int, tuple[float, float, bool]] = {}
         contractor.on_change.append(self._changed)
@@ -144,13 +150,26 @@ class Renewal:
         now = self._seams.clock.time_ns()
         due: dict[int, Contract] = {}
         lost, leaving = self._standing.lost(), self._standing.leaving()
+        revoked = self.revoked()
         for number in self._registry.numbers():
             contract = self._contractor.contract_for(number)
             if contract is None or number in lost or (number in leaving and self._has_left(number)):
                 continue
-            if contract.due(now):
+            if contract.due(now) or number in revoked or contract.contract_id in self._missing:
                 due[number] = contract
         return due
+
+    def revoked(self) -> Set[int]:
+        """Hosts that no longer have the record of the contract with them."""
+        found: set[int] = set()
+        for key, raw in self._store.scan(_TROUBLES, prefix_end(_TROUBLES), 4096):
+            trouble = decode_trouble(raw)
+            if trouble is not None and trouble.kind == NotFound.__name__:
+                number = int(key[len(_TROUBLES) :])
+                contract = self._contractor.contract_for(number)
+                if contract is not None and contract.contract_id == trouble.contract:
+                    found.add(number)
+        return found
 
     def troubles(self) -> dict[int, Trouble]:
         """Host number -> why its contract, which is due, could not be renewed."""
@@ -170,6 +189,8 @@ class Renewal:
     def _text(self, number: int, trouble: Trouble) -> str:
         contract, now = self._contractor.contract(trouble.contract), self._seams.clock.time_ns()
         url, end = self._registry.url(number), _day(contract.end_ns)
+        if trouble.kind == NotFound.__name__ and contract.active(now):
+            return f"since {_day(trouble.since_ns)}: {trouble.reason}; until then it goes to other hosts"
         since = f"could not be renewed since {_day(trouble.since_ns)}: {trouble.reason}"
         if not contract.active(now):
             return f"the contract with {url} ended on {end}, so nothing new goes there and its owner may prune what it holds; it {since}"
@@ -186,6 +207,7 @@ class Renewal:
         """
         outcomes: list[RenewalStatus] = []
         async with self._lock:
+            await self._look_for_records(again=not only_ready)
             due = self.due()
             for number in self._registry.numbers():
                 contract = self._contractor.contract_for(number)
@@ -206,6 +228,27 @@ class Renewal:
             if errors:
                 raise min(errors, key=lambda error: not isinstance(error, Fenced))
         return sorted(outcomes, key=lambda outcome: outcome.host_number)
+
+    async def _look_for_records(self, *, again: bool) -> None:
+        """Do the hosts still know of the contracts in force with them? At most once in `LOOK` seconds each, unless `again`."""
+
+        async def look(number: int, contract: Contract) -> None:
+            try:
+                there = await self._contractor.has_record(contract.contract_id)
+            except FusefsError as error:
+                log.info("whether %s has its contract is looked at later: %s", self._registry.url(number), error)
+                return
+            self._looked[number] = self._seams.clock.monotonic()
+            if not there:
+                self._missing.add(contract.contract_id)
+
+        self._missing.clear()
+        now, lost = self._seams.clock.monotonic(), self._standing.lost()
+        async with trio.open_nursery() as nursery:
+            for number, contract in self._contractor.in_force().items():
+                rested = number not in self._looked or now - self._looked[number] >= LOOK / 2
+                if number not in lost and self._registry.available(number) and (again or rested):
+                    nursery.start_soon(look, number, contract)
 
     async def _renew(self, number: int, contract: Contract) -> RenewalStatus:
         duration = max((contract.end_ns - contract.start_ns) / 1e9, SHORTEST)

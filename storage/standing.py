@@ -1,8 +1,8 @@
 """Standing: which hosts the volume means to keep shards on.
 
-A host *keeps* what it has, unless it is lost, is being left, has no contract that is in force and will go on, or has been away for longer
-than `AWAY_GRACE`. What does not keep counts for no replication: its shards are made again elsewhere (reconcile), and deleted there, where
-that can be done, once they are.
+A host *keeps* what it has, unless it is lost, is being left, has no contract that is in force, known to the host too, and will go on, or
+has been away for longer than `AWAY_GRACE`. What does not keep counts for no replication: its shards are made again elsewhere (reconcile),
+and deleted there, where that can be done, once they are.
 
 A contract will go on as long as more than a sixth of its time is left: it is renewed at a third (`storage/renewal.py`), so half of that
 time went by without success, and the other half is for moving what is there. With 90 days: 15 to find the reason, 15 to move. Until its
@@ -14,7 +14,7 @@ Record under the key `b` + host number u32: since when it is being left, nanosec
 from __future__ import annotations
 
 import logging
-from collections.abc import Set
+from collections.abc import Callable, Set
 
 from storage.contractor import Contractor
 from storage.errors import Corrupt
@@ -42,6 +42,8 @@ class Standing:
         self.away_grace = away_grace
         #: Host number -> monotonic time since when it has been away, as far as this process knows.
         self._away_since: dict[int, float] = {}
+        #: Hosts that no longer have the record of our contract (storage/renewal.py).
+        self.revoked: Callable[[], Set[int]] = frozenset
 
     def look(self) -> bool:
         """Notice who is away, and who is back: True if somebody is."""
@@ -87,16 +89,17 @@ class Standing:
         """The hosts that keep what they have."""
         # Asked for each sector that is placed: no step of its own for each host.
         gone = {number for number in self._away_since if self.gone(number)}
-        return self._contractor.going_on().intersection(self._registry.numbers()).difference(self.lost(), self.leaving(), gone)
+        without = (self.lost(), self.leaving(), self.revoked(), gone)
+        return self._contractor.going_on().intersection(self._registry.numbers()).difference(*without)
 
     def ending(self) -> frozenset[int]:
         """Hosts that would keep what they have, had their contract been renewed in time: it is still in force."""
         given_up = self.lost() | self.leaving().keys()
-        now = self._seams.clock.time_ns()
+        now, revoked = self._seams.clock.time_ns(), self.revoked()
         return frozenset(
             number
             for number, contract in self._contractor.in_force().items()
-            if contract.ending(now) and number not in given_up and not self.gone(number)
+            if (contract.ending(now) or number in revoked) and number not in given_up and not self.gone(number)
         )
 
     def ended(self) -> frozenset[int]:

@@ -401,6 +401,7 @@ def make_layers(
         forgot=volume.doubts.forgot,
         has_left=lambda _number: not volume.reconciler.unsettled(),
     )
+    volume.standing.revoked = volume.renewal.revoked
     volume.contractor.on_lapsed = volume.doubts.forgot
     # A host with a new contract keeps what it has, or keeps it again.
     volume.contractor.on_change.append(lambda _number: volume.reconciler.wake())

@@ -345,6 +345,36 @@ def test_with_a_contract_concluded_at_once_no_good_copy_is_dropped_for_one_that_
     in_virtual_time(work)
 
 
+def test_a_host_that_is_pruned_long_before_the_end_is_noticed_told_and_left_until_there_is_a_new_contract(tmp_path: Path) -> None:
+    """By force, or its disk was replaced. Not only when the contract is due, two months later: copies would be missing unseen till then."""
+
+    async def work() -> None:
+        it = await filled(tmp_path / "v", "abc", "2", count=8)
+        async with it.mounted() as volume:
+            for name in objects("a"):
+                if "/volumes/" in f"/{name}":
+                    it.stored("a").remove(name)
+            await it.days(0.1)
+            assert volume.standing.keeping() == {2, 3}
+            (warning,) = volume.renewal.warnings()
+            assert "mem:a has no contract" in warning
+            assert "conclude" in warning
+            await volume.repair()
+            assert all(set(shard.hosts) == {2, 3} for record in records(volume).values() for shard in record.shards)
+            assert await it.readable(volume)
+        async with it.mounted() as volume:
+            # Known from the start, and all the time.
+            assert volume.standing.keeping() == {2, 3}
+            assert volume.renewal.warnings()
+            await volume.contractor.conclude_contract("1", 90 * DAY)
+            await it.days(0.1)
+            assert volume.standing.keeping() == {1, 2, 3}
+            assert not volume.renewal.warnings()
+            assert await it.readable(volume)
+
+    in_virtual_time(work)
+
+
 def test_what_was_only_there_is_said_to_be_lost_and_is_back_if_the_host_gets_it_back(tmp_path: Path) -> None:
     async def work() -> None:
         it = await filled(tmp_path / "v", "ab", "1", count=8)
