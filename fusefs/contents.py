@@ -79,13 +79,14 @@ class ContentHandlers(HandlerBase):
         return pyfuse3.FileInfo(fh=handle.fh, direct_io=writing and not cached, keep_cache=keep)
 
     @guarded
-    async def read(self, fh: int, off: int, size: int) -> bytes:
+    async def read(self, fh: int, off: int, size: int) -> bytes | bytearray | memoryview:  # type: ignore[override]  # pyfuse3 takes any buffer
         # May come on a write-only handle: the kernel completes a page it is about to write.
         inode = self.handles.get(fh).inode
         if inode.taint is not None and off + size > self.namespace.attributes(inode.ino).size:
             # R3: the kernel believes that there is more, and would show zeros for what was refused.
             raise pyfuse3.FUSEError(inode.taint)
-        return await self.namespace.read(inode.ino, off, size)
+        now = self.namespace.read_now(inode.ino, off, size)
+        return await self.namespace.read(inode.ino, off, size) if now is None else now
 
     @guarded
     async def write(self, fh: int, off: int, buf: bytes) -> int:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import trio
 
@@ -23,7 +25,7 @@ from storage.hosts.hostdb import Direction, HostDB
 from storage.hosts.layout import check_root, shard_name
 from storage.hosts.locked_shards import LockedShards
 from storage.hosts.registry import HostRegistry
-from storage.interfaces import Batch, Buffer, Host, MetadataStore, SealedShard
+from storage.interfaces import Batch, Buffer, Host, MetadataStore, QuickHost, SealedShard
 from storage.keys import Keys
 from storage.sealing import (
     BLOCK,
@@ -35,6 +37,7 @@ from storage.sealing import (
     check_header,
     open_blocks,
     open_range,
+    open_range_to,
     open_shard,
     root_of,
     seal,
@@ -48,6 +51,11 @@ T = TypeVar("T")
 
 #: Up to this many bytes are verified in the event loop: 20 us of AES-GCM, where a hop into a thread costs 85.
 INLINE = 2 * BLOCK + 1024
+#: From this many bytes on, what is opened gets memory of its own, in huge pages.
+LARGE = 1024 * 1024
+#: Seconds a read of a few blocks is waited for in the event loop; reads that go straight to a thread after one for which that was in vain.
+POLLED = 0.0005
+UNPOLLED = 32
 #: Seconds any call to a host may take, besides what its bytes take at `SLOWEST`.
 TIMEOUT = 20.0
 #: Bytes per second below which a host counts as not answering.
@@ -96,6 +104,9 @@ class HostIO:
         #: Per host: puts of shards that are on no record (yet), because they are under way, or their answer never came.
         self._unsettled: Counter[int] = Counter()
         self._stopped = False
+        #: Per host: reads for which it is not waited in the event loop, since it did not answer soon.
+        self._polling: dict[int, int] = {}
+        self._quick_hosts: dict[int, tuple[Host, QuickHost | None]] = {}
 
     # ----------------------------------------------------------------------------------------------------------------
     # Reading
@@ -116,7 +127,7 @@ class HostIO:
 
     async def insecure_read(
         self, contract_id: str, sector_root: str, sector_id: int, offset: int, length: int, plaintext_length: int | None = None
-    ) -> bytes:
+    ) -> Buffer:
         """Plaintext bytes [offset, offset + length), clipped to the shard's end. Their blocks are verified, the root is not.
 
         With `plaintext_length` this is one request for just the blocks; without, the header is asked for first.
@@ -149,17 +160,72 @@ class HostIO:
         if header.plaintext_length == 0:
             at, size = HEADER_SIZE, sealed_length(0) - HEADER_SIZE
 
-        async def blocks(host: Host) -> bytes:
-            return await host.get_range(name, at, size)
-
-        def verify(raw: bytes) -> bytes:
+        def verify(raw: Buffer) -> Buffer:
             key = self._epochs.key_for(sector_id, self._keys)
             if header.plaintext_length == 0:
-                return open_shard(key, header, header.encode() + raw)
+                return open_shard(key, header, header.encode() + bytes(raw))
+            if len(raw) >= LARGE and offset % BLOCK == 0:
+                return open_range_to(key, header, offset, length, raw)
             return open_range(key, header, offset, length, raw)
+
+        async def blocks(host: Host) -> bytes | _Opened[Buffer]:
+            if size > INLINE and isinstance(host, QuickHost):
+                # Read and opened by one thread, in a buffer that is used over and over.
+                return _Opened(size, await host.get_range_with(name, at, size, verify))
+            return await host.get_range(name, at, size)
 
         plain = await self._fetch(number, sector_root, sector_id, blocks, (at, size), size, verify)
         return b"" if clip_only else plain
+
+    async def read_soon(
+        self, number: int, sector_root: str, sector_id: int, offset: int, length: int, plaintext_length: int
+    ) -> bytes | None:
+        """As `insecure_read`, of a few blocks that the host may have at hand; None: it has not, and is to be asked as usual.
+
+        A disk that answers within `POLLED` is waited for in the event loop, which looks again and again between other tasks: a thread would
+        have to be woken, and to wake the loop, for what takes no longer than that. A disk that does not is left alone for some reads.
+        """
+        host = self._quick(number)
+        name = shard_name(self._volume_id, sector_root)
+        if host is None or not host.soon(name) or self._locked.known(number, sector_root):
+            return None
+        header = self._epochs.header_for(self._volume_id, sector_id, plaintext_length)
+        _, _, at, size = block_range(offset, length, plaintext_length)
+        waits = self._polling.get(number, 0)
+        if waits > 0:
+            # Not even asked: to start a disk that is behind can take time by itself.
+            self._polling[number] = waits - 1
+            return None
+        # Of the real clock, whatever the seams' says: a real disk is waited for, and the event loop meanwhile does not sleep.
+        started = time.perf_counter()
+        raw = host.get_range_now(name, at, size)
+        while raw is None and time.perf_counter() - started < POLLED:
+            await trio.lowlevel.checkpoint()
+            raw = host.get_range_now(name, at, size)
+        if raw is None:
+            self._polling[number] = UNPOLLED
+            return None
+        # No await from the answer to here: it is good until the next one.
+        try:
+            plain = open_range(self._epochs.key_for(sector_id, self._keys), header, offset, length, raw)
+        except Corrupt:
+            # Whoever asks as usual finds that out, and says so.
+            return None
+        self._hostdb.requested(number, 0, size)
+        self._hostdb.succeeded(number, "read", size, time.perf_counter() - started)
+        return plain
+
+    def _quick(self, number: int) -> QuickHost | None:
+        """The host, if it is one of those and can be used now."""
+        if not self._registry.available(number):
+            return None
+        host = self._registry.get(number)
+        known, quick = self._quick_hosts.get(number, (None, None))
+        if known is not host:
+            # Looked at once: `isinstance` of a Protocol takes as long as reading from the page cache.
+            quick = host if isinstance(host, QuickHost) else None
+            self._quick_hosts[number] = (host, quick)
+        return quick
 
     async def probe(self, contract_id: str, sector_root: str, sector_id: int, plaintext_length: int, block: int) -> int:
         """The shard is there, ends where it should, and its block `block` verifies (with block 0 the header, too). Returns the bytes that
@@ -287,20 +353,20 @@ class HostIO:
         number: int,
         sector_root: str,
         sector_id: int,
-        fetch: Callable[[Host], Awaitable[bytes]],
+        fetch: Callable[[Host], Awaitable[bytes | _Opened[T]]],
         part: tuple[int, int] | None,
         size: int,
         verify: Callable[[bytes], T],
         *,
         named: bool = False,
     ) -> T:
-        """Fetch and verify; the host's record gets a success only if both went well, with the time of the fetch. `part`: offset and length
-        of what `fetch` fetches of the sealed shard; None: all of it. Where a name is gone or wrong, a locked version is asked for, unless
-        `named`."""
+        """Fetch and verify (unless `fetch` has); the host's record gets a success only if both went well, with the time of the fetch.
+        `part`: offset and length of what `fetch` fetches of the sealed shard; None: all of it. Where a name is gone or wrong, a locked
+        version is asked for, unless `named`."""
         what = f"sector {sector_id}, root {sector_root[:12]}"
         name = shard_name(self._volume_id, sector_root)
 
-        async def fetch_or_version(host: Host) -> bytes:
+        async def fetch_or_version(host: Host) -> bytes | _Opened[T]:
             if named:
                 return await fetch(host)
             known = await self._locked.fetch(host, number, sector_root, name, part or (0, MAX_SEALED))
@@ -310,7 +376,10 @@ class HostIO:
         try:
             raw = await self._call(number, size, fetch_or_version)
             seconds = self._seams.clock.monotonic() - started
-            result = verify(raw) if len(raw) <= INLINE else await self._seams.threads.run(verify, raw)
+            if isinstance(raw, _Opened):
+                moved, result = raw.size, raw.result
+            else:
+                moved, result = len(raw), verify(raw) if len(raw) <= INLINE else await self._seams.threads.run(verify, raw)
         except trio.Cancelled:
             # Another was quicker, or nobody wants it any more: it would have taken longer than this.
             if self._hostdb.gave_up(number, size, self._seams.clock.monotonic() - started):
@@ -325,13 +394,13 @@ class HostIO:
             about = _about(error, f"host {self._registry.url(number)}, {what}", what)
             if named:
                 raise about from error
-            raw = await self._find_version(number, sector_root, name, about)
-            raw = raw if part is None else raw[part[0] : part[0] + part[1]]
-            return verify(raw) if len(raw) <= INLINE else await self._seams.threads.run(verify, raw)
+            kept = await self._find_version(number, sector_root, name, about)
+            kept = kept if part is None else kept[part[0] : part[0] + part[1]]
+            return verify(kept) if len(kept) <= INLINE else await self._seams.threads.run(verify, kept)
         except Unavailable as error:
             self._hostdb.failed(number, error)
             raise Unavailable(f"{what}: {error}") from error
-        self._hostdb.succeeded(number, "read", len(raw), seconds)
+        self._hostdb.succeeded(number, "read", moved, seconds)
         return result
 
     async def _find_version(self, number: int, root: str, name: str, error: Corrupt | NotFound) -> bytes:
@@ -512,7 +581,7 @@ class HostIO:
         try:
             with trio.move_on_after(limit):
                 answer = await call(host)
-                received = len(answer) if isinstance(answer, bytes) else 0
+                received = len(answer) if isinstance(answer, bytes) else answer.size if isinstance(answer, _Opened) else 0
                 return answer
             raise Unavailable(f"host {host.url} did not answer within {limit:.0f} s")
         except Unavailable:
@@ -538,6 +607,14 @@ class HostIO:
 
     def __repr__(self) -> str:
         return f"<HostIO of volume {self._volume_id.hex()[:8]}, {len(self._changing)} changes under way>"
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened(Generic[T]):
+    """What was verified where it was fetched; `size`: bytes that were fetched."""
+
+    size: int
+    result: T
 
 
 def _about(error: Corrupt | NotFound, damaged: str, gone: str) -> Corrupt | NotFound:

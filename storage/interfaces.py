@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -28,6 +28,8 @@ from storage.errors import FusefsError
 from storage.status import ReplicationStatus
 
 Buffer = bytes | bytearray | memoryview
+
+T = TypeVar("T")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -306,6 +308,25 @@ class TidyHost(Protocol):
         ...
 
 
+@runtime_checkable
+class QuickHost(Protocol):
+    """A host that may be so near that handing its answers on costs more than having them."""
+
+    def soon(self, name: str) -> bool:
+        """Was a range of the object read a moment ago, so that `get_range_now` may answer, or start the disk?"""
+        ...
+
+    def get_range_now(self, name: str, offset: int, length: int) -> memoryview | None:
+        """As `get_range`, in the event loop: exactly `length` bytes, good until the next call of it. None: they are not at hand; they will
+        be soon where the host could start fetching them, so it may be worth asking again. Never waits, never raises."""
+        ...
+
+    async def get_range_with(self, name: str, offset: int, length: int, work: Callable[[memoryview], T]) -> T:
+        """As `get_range`, and `work` done with the bytes in the same thread; they are good until it returns. Raises what `work` does,
+        too."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Contract:
     """A time-limited agreement to keep this volume's shards on one host. In force from `start` to `end`."""
@@ -431,7 +452,7 @@ class HostIO(Protocol):
 
     async def insecure_read(
         self, contract_id: str, sector_root: str, sector_id: int, offset: int, length: int, plaintext_length: int | None = None
-    ) -> bytes:
+    ) -> Buffer:
         """Plaintext bytes [offset, offset + length), clipped to the shard's end. The blocks they stand in are verified, the root is not.
 
         `plaintext_length`, where the caller knows it, saves fetching the header; what is returned verifies against it.
@@ -487,6 +508,10 @@ class SectorManager(Protocol):
     async def insecure_read_sector_at(self, sector_id: int, offset: int, length: int) -> bytes:
         """A range, clipped to the sector's end; its blocks are verified, the whole sector's root is not. Served from the block cache where
         possible."""
+        ...
+
+    def read_now(self, sector_id: int, offset: int, length: int) -> Buffer | None:
+        """A range that lies within the sector, if all of it is in one entry of the block cache; None otherwise."""
         ...
 
     async def allocate_sector(self, replication: str = "1") -> int:
@@ -569,6 +594,11 @@ class Values(Protocol):
 
     async def read(self, value_id: int, offset: int, size: int) -> bytes:
         """Bytes [offset, offset + size), clipped to the size; tails included."""
+        ...
+
+    def read_now(self, value_id: int, offset: int, size: int) -> Buffer | None:
+        """As `read`, where that takes no waiting; None where it does, or where there is an error for `read` to raise. What it gives is not
+        changed by anybody."""
         ...
 
     def free(self, batch: Batch, value_id: int) -> None:
@@ -741,6 +771,10 @@ class Namespace(Protocol):
 
     async def read(self, ino: int, offset: int, size: int) -> bytes:
         """Clipped to the file's size; holes read as zeros."""
+        ...
+
+    def read_now(self, ino: int, offset: int, size: int) -> Buffer | None:
+        """As `Values.read_now`."""
         ...
 
     def truncate(self, ino: int, size: int) -> None:

@@ -22,6 +22,7 @@ from storage.sealing import (
     check_header,
     open_blocks,
     open_range,
+    open_range_to,
     open_shard,
     root_of,
     seal,
@@ -80,7 +81,7 @@ def test_every_range_equals_the_slice(length: int, draw: st.DataObject) -> None:
     offset = draw.draw(st.integers(0, length + 10))
     size = draw.draw(st.integers(0, length + 10))
     first, count, at, taken = block_range(offset, size, length)
-    assert at + taken <= len(sealed)
+    assert not taken or at + taken <= len(sealed)  # an empty range, beyond the end perhaps, names no bytes
     assert open_range(KEY, header(length), offset, size, sealed[at : at + taken]) == data[offset : offset + size]
     if count:
         plain = open_blocks(KEY, header(length), first, sealed[at : at + taken])
@@ -277,3 +278,20 @@ def test_the_golden_shard() -> None:
     assert seal(KEY, header(len(data)), [data]) == golden
     assert open_shard(KEY, header(len(data)), golden) == data
     assert root_of(golden) == "ec55704edc0d681456051d4dde3205b1e519f58029335021ef55f87a30dfa41c"
+
+
+def test_whole_blocks_into_memory_of_their_own_are_the_same_and_verify() -> None:
+    length = 3 * BLOCK + 77
+    data = content(length)
+    sealed = seal(KEY, header(length), [data])
+    for first, size in ((0, length), (0, BLOCK), (BLOCK, 2 * BLOCK), (3 * BLOCK, 77), (2 * BLOCK, 10 * BLOCK)):
+        _, _, at, taken = block_range(first, size, length)
+        raw = sealed[at : at + taken]
+        plain = open_range_to(KEY, header(length), first, size, raw)
+        assert plain.readonly
+        assert bytes(plain) == data[first : first + size]
+        for broken in (raw[:-1], raw + b"\0", raw[:50] + bytes([raw[50] ^ 1]) + raw[51:]):
+            with pytest.raises(Corrupt):
+                open_range_to(KEY, header(length), first, size, broken)
+    with pytest.raises(Corrupt):
+        open_range_to(KEY, header(length), 5, BLOCK, sealed[64 : 64 + BLOCK + 16])

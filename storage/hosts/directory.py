@@ -7,7 +7,8 @@ What becomes of changes that were given up: see `slots`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
 import trio
 
@@ -17,6 +18,8 @@ from storage.hosts.slots import Slots
 from storage.hosts.tree import Locked, Tree
 from storage.interfaces import Buffer, HostCapabilities, HostSpace, Level
 from storage.seams import Seams
+
+T = TypeVar("T")
 
 #: Threads working for one directory at a time.
 SLOTS = 6
@@ -53,7 +56,19 @@ class DirectoryHost:
     async def get_range(self, name: str, offset: int, length: int) -> bytes:
         if offset < 0 or length < 0:
             raise BadArgument(f"host {self.url}: {name}: {length} bytes at {offset} is no range")
-        return await self._slots.read(self._tree.get_range, check_name(name), offset, length)
+        return await self._slots.read(self._tree.get_range, name, check_name(name), offset, length)
+
+    async def get_range_with(self, name: str, offset: int, length: int, work: Callable[[memoryview], T]) -> T:
+        """See `interfaces.QuickHost`."""
+        return await self._slots.read(self._tree.get_range_with, check_name(name), offset, length, work)
+
+    def get_range_now(self, name: str, offset: int, length: int) -> memoryview | None:
+        """See `interfaces.QuickHost`."""
+        return self._tree.read_now(name, offset, length)
+
+    def soon(self, name: str) -> bool:
+        """See `interfaces.QuickHost`."""
+        return self._tree.holds(name)
 
     async def put(self, name: str, data: Buffer) -> str:
         parts = check_name(name)
@@ -100,6 +115,7 @@ class DirectoryHost:
         return await self._slots.read(self._tree.space)
 
     async def aclose(self) -> None:
+        self._tree.close()
         await trio.lowlevel.checkpoint()
 
     def _temporary(self) -> str:

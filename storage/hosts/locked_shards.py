@@ -33,6 +33,10 @@ class LockedShards:
         until = max(soon, contract_end_ns) if shard.lasting else soon
         return await locked.put_locked(name, shard.sealed, until), until
 
+    def known(self, number: int, root: str) -> bool:
+        """Does `fetch` know another version than the name's?"""
+        return bool(self._versions) and (number, root) in self._versions
+
     async def fetch(self, host: Host, number: int, root: str, name: str, part: tuple[int, int]) -> bytes | None:
         """The part (offset, length) of a shard whose name is known not to give it; None where nothing is known."""
         version = self._versions.get((number, root))

@@ -13,7 +13,8 @@ flush fail, since this process last flushed them: what was relied on is durable 
 
 Every call walks down from the root with O_NOFOLLOW, so no symbolic link in an object's path leads out of it (the root itself may be
 reached through links), and looks whether the root is still the directory it was: a disk unmounted under us shows an empty one, into
-which nothing must be written.
+which nothing must be written. Only parts of what was read within the last second are read without walking there again (see `held`); what
+is written, and what is missing, never goes without.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from blake3 import blake3
 
 from storage.errors import BadArgument, Busy, Corrupt, FusefsError, NoSpace, NotFound, Unavailable
+from storage.hosts.held import Held, HeldFile
 from storage.hosts.layout import is_component
 from storage.hosts.slots import Abandoned
 from storage.interfaces import Buffer, HostSpace
@@ -37,8 +40,12 @@ TEMPORARY = "~tmp"
 LOCK = "~lock"
 #: Temporary files older than this belong to nobody any more.
 STALE_SECONDS = 86400.0
+#: Bytes that are read in the event loop at most.
+MAX_NOW = 132 * 1024
 #: Up to this size an object's tag is its BLAKE3; above, its inode, size and time, which cost no reading.
 MAX_HASHED = 1024 * 1024
+
+T = TypeVar("T")
 
 #: Raises Abandoned if nobody wants the change any more.
 Wanted = Callable[[], None]
@@ -66,6 +73,9 @@ class Tree:
         self._doubtful: set[str] = set()
         #: Directories this process has flushed since it last renamed something into them.
         self._flushed: set[str] = set()
+        self._held = Held()
+        #: For `read_now`, which only the event loop calls.
+        self._now = memoryview(bytearray(MAX_NOW))
 
     @classmethod
     def open(cls, path: str, url: str, failpoints: Failpoints, now_ns: int, create: bool) -> Tree:
@@ -91,9 +101,68 @@ class Tree:
                 raise Corrupt(f"host {self.url}: {'/'.join(parts)} has {size} bytes, more than the {limit} it can have")
             return _read(fd, 0, size)
 
-    def get_range(self, parts: list[str], offset: int, length: int) -> bytes:
+    def get_range(self, name: str, parts: list[str], offset: int, length: int) -> bytes:
+        """`name`: the parts joined."""
+        file = self._held.find(name)
+        if file is not None:
+            try:
+                data = _read(file.fd, offset, length)
+                if os.fstat(file.fd).st_nlink:
+                    return data
+            except OSError:
+                # Whatever it is, it is said by whoever walks there.
+                pass
+            self._held.drop(name)
+        with self._errors(f"reading {name}"):
+            file, size = self._hold(name, parts)
+            return _read(file.fd, offset, max(0, min(length, size - offset)))
+
+    def get_range_with(self, parts: list[str], offset: int, length: int, work: Callable[[memoryview], T]) -> T:
+        """`work` done on the range; what it gets is overwritten afterwards."""
         with self._object(parts) as (fd, size):
-            return _read(fd, offset, max(0, min(length, size - offset)))
+            # Not a held one: what is read like this is not asked for again soon. And without advice: read as a stream, the kernel reads
+            # it ahead in large pieces, which takes half of the time.
+            buffer = self._held.buffer(length)
+            view = memoryview(buffer)
+            got, wanted = 0, max(0, min(length, size - offset))
+            while got < wanted and (more := os.preadv(fd, [view[got:wanted]], offset + got)):
+                got += more
+        # An error of this is none of the host's.
+        result = work(view[:got])
+        self._held.put_back(buffer)
+        return result
+
+    def read_now(self, name: str, offset: int, length: int) -> memoryview | None:
+        """For the event loop: the range, if it takes no waiting, since the file was read a moment ago and what is wanted is in the page
+        cache. None: not so, but the disk has been asked for it, if the file is held at all. It is overwritten by the next call."""
+        file = self._held.find(name)
+        if file is None or length > MAX_NOW:
+            return None
+        try:
+            view = self._now[:length]
+            if os.preadv(file.fd, [view], offset, os.RWF_NOWAIT) < length or not os.fstat(file.fd).st_nlink:
+                return None
+        except OSError:
+            # EAGAIN; or a filesystem that knows no such thing, or a disk that fails, which a thread will find out.
+            return None
+        return view
+
+    def holds(self, name: str) -> bool:
+        """Is it worth asking `read_now`?"""
+        return self._held.find(name) is not None
+
+    def close(self) -> None:
+        """Let go of what is held."""
+        self._held.close()
+
+    def _hold(self, name: str, parts: list[str]) -> tuple[HeldFile, int]:
+        fd, size = self._open_object(parts)
+        file = HeldFile(fd)
+        with suppress(OSError):
+            # Else the kernel reads more than what it is asked for, which nobody has asked us for.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        self._held.hold(name, file)
+        return file, size
 
     def tag(self, parts: list[str]) -> str | None:
         try:
@@ -165,6 +234,7 @@ class Tree:
 
     def delete(self, parts: list[str], wanted: Wanted) -> None:
         """Failpoints: host.delete.before_unlink, host.delete.before_dirsync."""
+        self._held.drop("/".join(parts))
         with self._errors(f"deleting {'/'.join(parts)}"), self._root() as root:
             try:
                 directory = self._walk(root, parts[:-1])
@@ -183,6 +253,8 @@ class Tree:
 
     def _put(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted, *, conditional: bool, expected: str | None) -> str:
         name = "/".join(parts)
+        # Before and, below, after: nobody goes on reading what was there.
+        self._held.drop(name)
         with self._errors(f"writing {name}"), self._root() as root:
             directory = self._make(root, parts[:-1])
             try:
@@ -211,6 +283,7 @@ class Tree:
                                 self._doubt(parts[:-1])
                                 os.rename(temporary, parts[-1], src_dir_fd=waiting, dst_dir_fd=directory)
                             self._flush(parts[:-1], directory)
+                        self._held.drop(name)
                         self._hit("host.put.done")
                         return blake3(data).hexdigest() if len(data) <= MAX_HASHED else _stat_tag(fd)
                     except (OSError, FusefsError, Locked, Abandoned):
@@ -290,8 +363,17 @@ class Tree:
     @contextmanager
     def _object(self, parts: list[str]) -> Iterator[tuple[int, int]]:
         """(descriptor, size) of a regular file; NotFound for anything else."""
+        with self._errors(f"reading {'/'.join(parts)}"):
+            fd, size = self._open_object(parts)
+            try:
+                yield fd, size
+            finally:
+                os.close(fd)
+
+    def _open_object(self, parts: list[str]) -> tuple[int, int]:
+        """As `_object`; OSError."""
         name = "/".join(parts)
-        with self._errors(f"reading {name}"), self._root() as root:
+        with self._root() as root:
             try:
                 directory = self._walk(root, parts[:-1])
                 try:
@@ -305,13 +387,14 @@ class Tree:
                     reason = "its path leads through a symbolic link, which is not followed, or a file"
                     raise NotFound(f"host {self.url}: there is no {name}: {reason}") from None
                 raise
-            try:
-                status = os.fstat(fd)
-                if not stat.S_ISREG(status.st_mode):
-                    raise NotFound(f"host {self.url}: {name} is not a regular file")
-                yield fd, status.st_size
-            finally:
-                os.close(fd)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise NotFound(f"host {self.url}: {name} is not a regular file")
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd, status.st_size
 
     def _walk(self, root: int, parts: list[str]) -> int:
         """A descriptor of the directory `parts` below the root. FileNotFoundError; NotADirectoryError for a symbolic link, too."""

@@ -247,6 +247,10 @@ class Content:
 
     # ---- reading
 
+    def read_now(self, ino: int, offset: int, size: int) -> Buffer | None:
+        rec = self._inodes.regular(ino).rec
+        return self._values.read_now(rec.value, offset, size) if rec.value and not rec.map else None
+
     async def read(self, ino: int, offset: int, size: int) -> bytes:
         if offset < 0 or size < 0:
             raise BadArgument(f"inode {ino}: cannot read {size} bytes at {offset}")

@@ -323,6 +323,9 @@ class Namespace:
     async def read(self, ino: int, offset: int, size: int) -> bytes:
         return await self._content.read(ino, offset, size)
 
+    def read_now(self, ino: int, offset: int, size: int) -> Buffer | None:
+        return self._content.read_now(ino, offset, size)
+
     def truncate(self, ino: int, size: int) -> None:
         self._content.truncate(ino, size)
 

@@ -35,6 +35,7 @@ import trio
 
 from storage.errors import FusefsError
 from storage.hosts.hostdb import STALL, HostDB, stalled_after
+from storage.interfaces import Buffer
 from storage.seams import Seams
 
 #: Second requests per read, at most.
@@ -50,7 +51,7 @@ class Attempt:
     """One way to get some bytes."""
 
     #: FusefsError where it fails. May be cancelled.
-    run: Callable[[], Awaitable[bytes]]
+    run: Callable[[], Awaitable[Buffer]]
     #: Bytes it moves, for its time.
     size: int
     #: Whom it asks; None: several.
@@ -63,7 +64,7 @@ class Attempt:
 class Outcome:
     """What came of it: good answers by the number of the attempt, and why others failed."""
 
-    found: dict[int, bytes] = field(default_factory=dict)
+    found: dict[int, Buffer] = field(default_factory=dict)
     errors: list[FusefsError] = field(default_factory=list)
 
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import trio
 
@@ -15,9 +16,9 @@ from storage.contractor import Contractor
 from storage.errors import Corrupt, FusefsError, NotFound, Unavailable
 from storage.host_io import HostIO
 from storage.hosts.hostdb import HostDB
-from storage.interfaces import MetadataReader, SealedShard
+from storage.interfaces import Buffer, MetadataReader, SealedShard
 from storage.metadata.keys import SECTOR, u64
-from storage.sealing import BLOCK, TAG_SIZE
+from storage.sealing import BLOCK, TAG_SIZE, block_count
 from storage.seams import Seams
 from storage.sectors.cache import WHOLE, BlockCache
 from storage.sectors.hedging import Attempt, Hedging
@@ -29,8 +30,14 @@ from storage.sectors.strays import Strays
 
 log = logging.getLogger("fusefs.sectors")
 
+B = TypeVar("B", bound=Buffer)
+
 #: Sectors being prefetched at once.
 PREFETCHES = 4
+#: Blocks that are read in the event loop at most, where they are at hand.
+SOON = 2
+#: Sectors whose roots are remembered; about 10 MB.
+ROOTS = 65536
 
 
 class SectorReader:
@@ -46,6 +53,8 @@ class SectorReader:
         self._cache = cache
         self._seams = seams
         self.hedging = Hedging(hostdb, seams)
+        #: Sector -> the root of its one shard, b"" where it has several. Neither ever changes.
+        self._roots: dict[int, bytes] = {}
         #: Whole sectors on their way into the cache: others who want a block of one wait for it instead of asking again.
         self._fetching: dict[int, trio.Event] = {}
         #: The sealed bytes of a shard (sector id, number) that is still on its way to a host, for as long as they are in memory anyhow. At
@@ -80,6 +89,20 @@ class SectorReader:
         (part,) = layout_for(record, sector_id).locate(offset, 1)
         root = record.shards[part.shard].root
         return (root, part.offset // BLOCK) in self._cache or (self.staging is not None and self.staging.has(root))
+
+    def read_now(self, sector_id: int, offset: int, length: int) -> Buffer | None:
+        """A range that lies within a sector that is one shard, out of the cache; None: not so, or not there."""
+        root = self._roots.get(sector_id)
+        if root is None:
+            raw = self._store.get(SECTOR + u64(sector_id))
+            if raw is None:
+                return None
+            shards = decode_sector(raw, sector_id).shards
+            root = shards[0].root if len(shards) == 1 else b""
+            if len(self._roots) >= ROOTS:
+                self._roots.clear()
+            self._roots[sector_id] = root
+        return self._cache.read(root, PREAMBLE_SIZE + offset, length) if root else None
 
     async def read_sector(self, sector_id: int) -> bytes:
         """The whole sector, each shard from the first host whose copy verifies, or else made of others."""
@@ -118,9 +141,9 @@ class SectorReader:
         root = record.shards[part.shard].root
         plain = self._cache.whole(root)
         if plain is not None:
-            return plain[part.offset : part.offset + part.length]
+            return bytes(memoryview(plain)[part.offset : part.offset + part.length])
         first, last = part.offset // BLOCK, (part.offset + part.length - 1) // BLOCK
-        blocks: dict[int, bytes] = {}
+        blocks: dict[int, Buffer] = {}
         missing: list[int] = []
         for block in range(first, last + 1):
             found = self._cache.get(root, block)
@@ -135,7 +158,7 @@ class SectorReader:
                 self._cache.put(root, start + i, piece)
         begin = part.offset - first * BLOCK
         if first == last:
-            return blocks[first][begin : begin + part.length]
+            return bytes(blocks[first][begin : begin + part.length])
         return b"".join([blocks[block] for block in range(first, last + 1)])[begin : begin + part.length]
 
     def prefetch(self, sector_id: int, nursery: trio.Nursery) -> bool:
@@ -158,7 +181,11 @@ class SectorReader:
     async def _prefetch(self, sector_id: int, record: SectorRecord, shards: list[int]) -> None:
         try:
             record = await self._located(sector_id)
-            plains = await _together([partial(self.read_shard, sector_id, record, shard) for shard in shards])
+            layout = layout_for(record, sector_id)
+            # By its blocks' tags alone: hashing all of it again would tell nothing more of what is read, and take a third of the time.
+            plains = await _together(
+                [partial(self._fetch, sector_id, record, layout, shard, 0, block_count(record.shards[shard].length)) for shard in shards]
+            )
             for shard, plain in zip(shards, plains, strict=True):
                 self._cache.put_whole(record.shards[shard].root, plain)
         except FusefsError as error:
@@ -179,7 +206,7 @@ class SectorReader:
             layout.check(sector_id, other, plain)
             return plain
 
-        return await self._good(_Wanted(sector_id, record, layout, 0, record.shards[number].length, whole), number)
+        return bytes(await self._good(_Wanted(sector_id, record, layout, 0, record.shards[number].length, whole), number))
 
     async def read_shard_by_blocks(self, sector_id: int, record: SectorRecord, number: int) -> bytes:
         """As `read_shard`, each block from whichever host's verifies, or made of the same block of others: for where no copy is good as a
@@ -188,11 +215,15 @@ class SectorReader:
         count = -(-record.shards[number].length // BLOCK)
         return b"".join([await self._fetch(sector_id, record, layout, number, block, 1) for block in range(count)])
 
-    async def _fetch(self, sector_id: int, record: SectorRecord, layout: Layout, number: int, first: int, count: int) -> bytes:
+    async def _fetch(self, sector_id: int, record: SectorRecord, layout: Layout, number: int, first: int, count: int) -> Buffer:
         """Blocks of a shard's plaintext, from a host that has it, or the same blocks of others made into them."""
         wanted = min(count * BLOCK, record.shards[number].length - first * BLOCK)
+        if count <= SOON:
+            soon = await self._soon(sector_id, record, number, first * BLOCK, wanted)
+            if soon is not None:
+                return soon
 
-        async def blocks(other: int, contract_id: str) -> bytes:
+        async def blocks(other: int, contract_id: str) -> Buffer:
             shard = record.shards[other]
             plain = await self._host_io.insecure_read(
                 contract_id, shard.root.hex(), shard.shard_id, first * BLOCK, wanted, plaintext_length=shard.length
@@ -203,7 +234,17 @@ class SectorReader:
 
         return await self._good(_Wanted(sector_id, record, layout, first * BLOCK, wanted, blocks), number)
 
-    async def _good(self, wanted: _Wanted, number: int) -> bytes:
+    async def _soon(self, sector_id: int, record: SectorRecord, number: int, first: int, length: int) -> bytes | None:
+        """From the host that would be asked first, if it is so near that asking it takes no thread; None: ask as usual."""
+        shard = record.shards[number]
+        if not shard.hosts or self.in_flight(sector_id, number) is not None or (self.staging is not None and self.staging.has(shard.root)):
+            return None
+        host = shard.hosts[0] if len(shard.hosts) == 1 else self._hostdb.rank(shard.hosts)[0]
+        if self._contractor.contract_for(host) is None:
+            return None
+        return await self._host_io.read_soon(host, shard.root.hex(), shard.shard_id, first, length, shard.length)
+
+    async def _good(self, wanted: _Wanted, number: int) -> Buffer:
         """Of shard `number`: from memory while it is on its way to a host, from the host that is best, or made of others; another way is
         tried when one fails or is slow."""
         here = await self._here(wanted, number)
@@ -251,7 +292,7 @@ class SectorReader:
                 attempts.append(Attempt(partial(self._ask, wanted, number, host, contract.contract_id), wanted.size, host))
         return attempts, errors
 
-    async def _ask(self, wanted: _Wanted, number: int, host: int, contract_id: str) -> bytes:
+    async def _ask(self, wanted: _Wanted, number: int, host: int, contract_id: str) -> Buffer:
         try:
             return await wanted.read(number, contract_id)
         except FusefsError as error:
@@ -285,10 +326,10 @@ class SectorReader:
             kind = Corrupt if all(isinstance(error, Corrupt) for error in outcome.errors) else Unavailable
             said = "; ".join(dict.fromkeys(map(str, outcome.errors)))
             raise kind(f"{len(outcome.found)} other shards can be read, {needed} are needed ({said})")
-        found = {others[at]: plain for at, plain in outcome.found.items()}
+        found = {others[at]: bytes(plain) for at, plain in outcome.found.items()}
         return await self._seams.threads.run(wanted.layout.rebuild, wanted.sector_id, number, wanted.first, found)
 
-    async def _column(self, wanted: _Wanted, number: int) -> bytes:
+    async def _column(self, wanted: _Wanted, number: int) -> Buffer:
         """Of one of the shards that another is made of, from whichever host has it."""
         here = await self._here(wanted, number)
         if here is not None:
@@ -319,7 +360,7 @@ class _Wanted:
     layout: Layout
     first: int
     length: int
-    read: Callable[[int, str], Awaitable[bytes]]
+    read: Callable[[int, str], Awaitable[Buffer]]
 
     @property
     def size(self) -> int:
@@ -327,9 +368,11 @@ class _Wanted:
         return self.length + TAG_SIZE * -(-self.length // BLOCK)
 
 
-async def _together(reads: Sequence[Callable[[], Awaitable[bytes]]]) -> list[bytes]:
+async def _together(reads: Sequence[Callable[[], Awaitable[B]]]) -> list[B]:
     """All at once; the first error, if any has one, once all have ended."""
-    results: list[bytes] = [b""] * len(reads)
+    if len(reads) == 1:
+        return [await reads[0]()]
+    results: dict[int, B] = {}
     errors: list[FusefsError] = []
 
     async def one(at: int) -> None:
@@ -343,7 +386,7 @@ async def _together(reads: Sequence[Callable[[], Awaitable[bytes]]]) -> list[byt
             nursery.start_soon(one, at)
     if errors:
         raise errors[0]
-    return results
+    return [results[at] for at in range(len(reads))]
 
 
 def _runs(blocks: list[int]) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from storage.replication import parse_replication
 from storage.seams import Seams
 from storage.sectors.manager import SectorManager
 from storage.values.merge import Merger
+from storage.values.places import Places
 from storage.values.reclaim import Reclaimer
 from storage.values.records import VERSION, Extent, ValueRecord, decode_value, extents_between, value_key
 from storage.values.rewrite import Rewriter
@@ -86,6 +87,7 @@ class Values:
         self._reclaimer.on_freed = self._merger.wake
         #: Where the last read of a value ended, and the sector for which read-ahead was asked for; 0: it was not.
         self._streams: dict[int, tuple[int, int]] = {}
+        self._places = Places()
         #: Why the last commit could not be made (the local disk or the journal is full); None since one could.
         self.local_trouble: FusefsError | None = None
         #: Why the journal's files could not grow by what more appends need (the local disk is full or fails); None since they could.
@@ -125,6 +127,7 @@ class Values:
         # No await between here and the caller's apply: nobody appends to a value that is half freed.
         batch.delete(value_key(value_id))
         batch.put(GARBAGE + u64(value_id), b"")
+        self._places.forget(value_id)
         self.rewriter.forget(batch, value_id)
         tail = self._tails.pop(value_id, None)
         if tail is not None:
@@ -274,7 +277,76 @@ class Values:
     # ------------------------------------------------------------------------------------------------------------
     # Reading
 
+    def read_now(self, value_id: int, offset: int, size: int) -> Buffer | None:
+        if offset < 0 or size <= 0:
+            return None
+        stop = offset + size
+        extent = self._places.find(value_id, offset)
+        if extent is None or extent.end < stop:
+            tail = self._tails.get(value_id)
+            if tail is not None and stop > tail.sealed:
+                return self._tail_now(tail, offset, stop)
+            if tail is None:
+                raw = self._store.get(value_key(value_id))
+                if raw is None:
+                    return None
+                stop = min(stop, decode_value(raw, value_id).sealed)
+                if stop <= offset:
+                    return b""
+        data = self._stored_now(value_id, extent, offset, stop)
+        if data is not None:
+            stream = self._streams.get(value_id)
+            if stream is not None and extent is not None and stream[0] == offset and stream[1] == extent.sector_id:
+                self._streams[value_id] = (stop, extent.sector_id)
+            elif (found := self._places.find(value_id, offset)) is not None:
+                self._read_ahead(value_id, offset, stop, [found])
+        return data
+
+    def _stored_now(self, value_id: int, extent: Extent | None, offset: int, stop: int) -> Buffer | None:
+        """Out of extents, of which `extent` is the first, if it is known."""
+        pieces: list[Buffer] = []
+        at = offset
+        while True:
+            if extent is None:
+                found = extents_between(self._store, value_id, at, at + 1, 1)
+                if not found or found[0].offset > at:
+                    return None
+                extent = found[0]
+                self._places.add(found)
+            length = min(extent.end, stop) - at
+            piece = self._sectors.read_now(extent.sector_id, extent.position + at - extent.offset, length)
+            if piece is None:
+                return None
+            at += length
+            if at == stop and not pieces:
+                return piece
+            pieces.append(piece)
+            if at == stop:
+                return b"".join(pieces)
+            extent = self._places.find(value_id, at)
+
+    @staticmethod
+    def _tail_now(tail: Tail, offset: int, stop: int) -> Buffer | None:
+        """From the tail's end alone, where nothing is in flight before."""
+        stop = min(stop, tail.size)
+        if stop <= offset:
+            return b""
+        if offset < tail.buffer_start:
+            return None
+        return b"".join(tail.buffer.read(offset - tail.buffer_start, stop - offset))
+
     async def read(self, value_id: int, offset: int, size: int) -> bytes:
+        known = self._places.find(value_id, offset)
+        if known is not None and 0 < size <= known.end - offset:
+            # Without looking it up: nearly all that random readers miss in the cache.
+            self._read_ahead(value_id, offset, offset + size, [known])
+            try:
+                piece = await self._sectors.insecure_read_sector_at(known.sector_id, known.position + offset - known.offset, size)
+                if len(piece) == size:
+                    return piece
+            except FusefsError:
+                if self._still_there(known):
+                    raise
         for _ in range(READ_ATTEMPTS):
             pieces, missing, failure = await self._read(value_id, offset, size)
             if not missing:
@@ -307,6 +379,7 @@ class Values:
                 if self._store.get(value_key(value_id)) is None:
                     raise NotFound(f"value {value_id} was removed while it was read")
                 raise Corrupt(f"value {value_id}: no extent for offset {at}; run fusefs check")
+            self._places.add(extents)
             self._read_ahead(value_id, at, extents_stop, extents)
             for extent in extents:
                 if extent.offset > at:

@@ -1,0 +1,183 @@
+"""Files a directory host keeps open for a second: not for longer, never in place of what is there now, and never instead of looking
+whether the disk is there before anything is written."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from storage.errors import NotFound, Unavailable
+from storage.hosts import held
+from storage.hosts.directory import DirectoryHost
+from storage.interfaces import QuickHost
+from tests.fakes import make_seams
+
+NAME = "volumes/v/sectors/aa/aabb"
+
+
+async def opened(path: Path) -> DirectoryHost:
+    return await DirectoryHost.open(str(path), make_seams(), create=True)
+
+
+def open_below(path: Path) -> list[str]:
+    """What this process has open there."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            continue
+        if target.startswith(str(path)):
+            found.append(target)
+    return found
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(20):
+        while not condition():
+            await trio.sleep(0.02)
+
+
+async def test_nothing_stays_open_a_moment_after_the_last_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk can be unmounted."""
+    monkeypatch.setattr(held, "LIFE", 0.2)
+    host = await opened(tmp_path / "h")
+    await host.put(NAME, b"0123456789")
+    for _ in range(3):
+        assert await host.get_range(NAME, 2, 3) == b"234"
+    assert open_below(tmp_path / "h") == [str(tmp_path / "h" / NAME)]
+    await until(lambda: not open_below(tmp_path / "h"))
+    assert not host.soon(NAME)
+    assert await host.get_range(NAME, 2, 3) == b"234"
+    await until(lambda: not open_below(tmp_path / "h"))
+
+
+async def test_reading_on_and_on_does_not_keep_a_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a directory that was moved away would be read for as long as somebody reads."""
+    monkeypatch.setattr(held, "LIFE", 0.1)
+    host = await opened(tmp_path / "h")
+    await host.put(NAME, b"0123456789")
+    await host.get_range(NAME, 0, 1)
+    os.rename(tmp_path / "h", tmp_path / "away")
+    (tmp_path / "h").mkdir()
+    with trio.fail_after(20), pytest.raises(Unavailable, match="another directory"):
+        while True:
+            assert host.get_range_now(NAME, 0, 1) in (None, b"0")
+            assert await host.get_range(NAME, 0, 1) == b"0"
+            await trio.sleep(0.01)
+
+
+async def test_what_is_written_or_missing_is_never_told_from_what_is_held(tmp_path: Path) -> None:
+    """The disk was unmounted, or the directory replaced, a moment ago."""
+    host = await opened(tmp_path / "h")
+    await host.put(NAME, b"0123456789")
+    await host.get_range(NAME, 0, 1)
+    os.rename(tmp_path / "h", tmp_path / "away")
+    (tmp_path / "h").mkdir()
+    with pytest.raises(Unavailable, match="another directory"):
+        await host.put(NAME, b"2")
+    with pytest.raises(Unavailable, match="another directory"):
+        await host.get_range(NAME + "x", 0, 1)
+    # What was to be put in its place is not there: it is looked at again.
+    with pytest.raises(Unavailable, match="another directory"):
+        await host.get_range(NAME, 0, 1)
+    assert os.listdir(tmp_path / "h") == []
+
+
+@pytest.mark.parametrize("by", ["this process", "another"])
+async def test_what_is_replaced_or_removed_is_not_read_any_more(tmp_path: Path, by: str) -> None:
+    host = await opened(tmp_path / "h")
+    other = host if by == "this process" else await opened(tmp_path / "h")
+    await host.put(NAME, b"0123456789")
+    assert await host.get_range(NAME, 0, 4) == b"0123"
+    await other.put(NAME, b"abcdefghij")
+    assert host.get_range_now(NAME, 0, 4) is None
+    assert await host.get_range(NAME, 0, 4) == b"abcd"
+    assert await host.get_range_with(NAME, 0, 4, bytes) == b"abcd"
+    await other.delete(NAME)
+    assert host.get_range_now(NAME, 0, 4) is None
+    with pytest.raises(NotFound):
+        await host.get_range(NAME, 0, 4)
+
+
+async def test_a_symbolic_link_in_the_place_of_a_held_file_is_not_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "aabb").write_bytes(b"secret")
+    host = await opened(tmp_path / "h")
+    await host.put(NAME, b"0123456789")
+    await host.get_range(NAME, 0, 4)
+    (tmp_path / "h" / NAME).unlink()
+    (tmp_path / "h" / NAME).symlink_to(outside / "aabb")
+    assert host.get_range_now(NAME, 0, 4) is None
+    for read in (host.get_range(NAME, 0, 4), host.get_range_with(NAME, 0, 4, bytes)):
+        with pytest.raises(NotFound):
+            await read
+
+
+async def test_at_most_so_many_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held, "FILES", 5)
+    host = await opened(tmp_path / "h")
+    for number in range(12):
+        await host.put(f"a/{number}", b"x")
+        await host.get_range(f"a/{number}", 0, 1)
+    assert len(open_below(tmp_path / "h")) == 5
+    await host.aclose()
+    assert open_below(tmp_path / "h") == []
+
+
+async def test_ranges_are_the_same_whichever_way(tmp_path: Path) -> None:
+    host = await opened(tmp_path / "h")
+    assert isinstance(host, QuickHost)
+    data = os.urandom(300_000)
+    await host.put(NAME, data)
+    assert host.get_range_now(NAME, 0, 10) is None  # never read: nothing is held
+    for offset, length in [(0, 10), (65_552, 65_552), (299_990, 10), (299_990, 100), (300_000, 1), (400_000, 5), (0, 300_000), (7, 0)]:
+        expected = data[offset : offset + length]
+        assert await host.get_range(NAME, offset, length) == expected
+        assert await host.get_range(NAME, offset, length) == expected
+        assert await host.get_range_with(NAME, offset, length, bytes) == expected
+        # All of it or nothing: in the page cache it is, having been read.
+        now = host.get_range_now(NAME, offset, length)
+        assert now is None or bytes(now) == expected
+        if len(expected) == length <= 100_000:
+            deadline = time.monotonic() + 5
+            while now is None and time.monotonic() < deadline:
+                await host.get_range(NAME, offset, length)
+                now = host.get_range_now(NAME, offset, length)
+            assert now is not None or not _has_nowait(tmp_path)
+
+
+def _has_nowait(path: Path) -> bool:
+    """Whether this filesystem can say that a read would wait."""
+    (path / "probe").write_bytes(b"x")
+    with open(path / "probe", "rb") as file:
+        file.read()
+        try:
+            return os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT) == 1
+        except OSError:
+            return False
+
+
+async def test_what_the_work_raises_comes_out_and_buffers_are_bounded(tmp_path: Path) -> None:
+    host = await opened(tmp_path / "h")
+    await host.put(NAME, b"0123456789")
+
+    def fails(view: memoryview) -> None:
+        raise NotFound(bytes(view).decode())
+
+    for _ in range(20):
+        with pytest.raises(NotFound, match="234"):
+            await host.get_range_with(NAME, 2, 3, fails)
+    tree = host._tree
+    for _ in range(20):
+        tree._held.put_back(tree._held.buffer(10))
+    buffers = [tree._held.buffer(10) for _ in range(20)]
+    for buffer in buffers:
+        tree._held.put_back(buffer)
+    assert len(tree._held._buffers) == held.BUFFERS

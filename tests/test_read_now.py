@@ -1,0 +1,179 @@
+"""Reads that take no waiting give what reads that do would give, whatever has been appended, cut, merged and freed meanwhile."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from storage.errors import Corrupt, NotFound
+from storage.sealing import BLOCK
+from storage.values import places
+from storage.values.places import Places
+from storage.values.records import Extent
+from tests.rig import QUIET, append, free, host_dirs, make, new_value, noise, opened
+from tests.rig import SECTOR as SECTOR_SIZE
+from tests.test_values import settled, shards_on
+
+
+def agrees(found: bytes | bytearray | memoryview | None, data: bytes, offset: int, size: int) -> bool:
+    return found is None or bytes(found) == data[offset : offset + size]
+
+
+@pytest.mark.parametrize("replication", ["1", "2+1"])
+async def test_it_is_what_read_gives(tmp_path: Path, replication: str) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 3), replication=replication)
+    data = noise(3 * SECTOR_SIZE + 12_345)
+    dice = random.Random(5)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        values, written = volume.values, 0
+        served = 0
+        while written < len(data):
+            step = dice.randrange(1, 90_000)
+            await append(volume, value, data[written : written + step])
+            written = min(len(data), written + step)
+            for _ in range(20):
+                offset, size = dice.randrange(written + 10), dice.choice([1, 4096, BLOCK, 3 * BLOCK, 1 << 20])
+                now = values.read_now(value, offset, size)
+                assert agrees(now, data[:written], offset, size), (offset, size, written)
+                assert await values.read(value, offset, size) == data[:written][offset : offset + size]
+                again = values.read_now(value, offset, size)
+                assert agrees(again, data[:written], offset, size), (offset, size, written)
+                served += again is not None
+            if dice.random() < 0.2:
+                await volume.flush()
+        assert served > 50
+        assert values.read_now(value, -1, 5) is None
+        assert values.read_now(value, 0, 0) is None
+        free(volume, value)
+        assert values.read_now(value, 0, 4096) is None
+        with pytest.raises(NotFound):
+            await values.read(value, 0, 4096)
+
+
+async def test_a_cold_read_warms_the_next_and_merging_changes_nothing(tmp_path: Path) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    data = noise(20 * 3000)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        for start in range(0, len(data), 3000):
+            await append(volume, value, data[start : start + 3000])
+            await volume.flush()
+            # Known places go out of date as sectors are merged.
+            assert agrees(volume.values.read_now(value, start, 100), data, start, 100)
+            assert await volume.values.read(value, start, 100) == data[start : start + 100]
+        await settled(volume)
+        for start in range(0, len(data) - 10, 777):
+            assert agrees(volume.values.read_now(value, start, 10), data, start, 10)
+    async with opened(tmp_path / "v", options=replace(QUIET, cache=1 << 20)) as volume:
+        assert volume.values.read_now(value, 50, 10) is None
+        assert await volume.values.read(value, 50, 10) == data[50:60]
+        found = volume.values.read_now(value, 51, 10)
+        assert found is not None
+        assert bytes(found) == data[51:61]
+
+
+async def test_what_was_handed_out_does_not_change_when_the_cache_forgets_it(tmp_path: Path) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    data = noise(6 * SECTOR_SIZE)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    async with opened(tmp_path / "v", options=replace(QUIET, cache=2 * SECTOR_SIZE)) as volume:
+        kept = []
+        for start in range(0, len(data), 50_000):
+            found = volume.values.read_now(value, start, 50_000)
+            kept.append((start, found if found is not None else await volume.values.read(value, start, 50_000)))
+        assert all(bytes(found) == data[start : start + 50_000] for start, found in kept)
+
+
+async def test_a_damaged_block_is_never_served_from_the_page_cache(tmp_path: Path) -> None:
+    """Read a moment ago, so still open and at hand; then it rots."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    data = noise(SECTOR_SIZE - 4096)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    async with opened(tmp_path / "v") as volume:
+        assert await volume.values.read(value, 0, 10) == data[:10]
+        assert await volume.values.read(value, BLOCK, 10) == data[BLOCK : BLOCK + 10]
+        (shard,) = shards_on(tmp_path / "host0")
+        with open(shard, "r+b") as file:
+            file.seek(64 + 2 * (BLOCK + 16) + 100)
+            file.write(b"rotten")
+        for _ in range(2):
+            with pytest.raises(Corrupt):
+                await volume.values.read(value, 2 * BLOCK, 10)
+        assert volume.hostdb.stats(1).failed > 0
+
+
+async def test_reads_from_the_page_cache_are_counted(tmp_path: Path) -> None:
+    """Whoever looks at `status` sees what was asked of a host, however it answered."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, noise(SECTOR_SIZE - 4096))
+        await volume.flush()
+    async with opened(tmp_path / "v") as volume:
+        await volume.values.read(value, 0, 10)
+        before = volume.hostdb.stats(1)
+        for block in range(1, 3):
+            await volume.values.read(value, block * BLOCK, 10)
+        after = volume.hostdb.stats(1)
+        assert after.reads == before.reads + 2
+        assert after.bytes_read == before.bytes_read + 2 * (BLOCK + 16)
+        assert after.days[-1].requests == before.days[-1].requests + 2
+
+
+async def test_a_sequential_reader_is_read_ahead_for_where_every_read_is_at_hand(tmp_path: Path) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    data = noise(8 * SECTOR_SIZE)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    async with opened(tmp_path / "v", options=replace(QUIET, cache=64 << 20)) as volume:
+        got, waited = b"", 0
+        while len(got) < len(data):
+            found = volume.values.read_now(value, len(got), BLOCK)
+            if found is None:
+                waited += 1
+                found = await volume.values.read(value, len(got), BLOCK)
+            got += bytes(found)
+            await trio.sleep(0.02)
+        assert got == data
+        assert waited < 8
+
+
+def test_places_know_what_they_were_told_last() -> None:
+    known = Places()
+    known.add([Extent(1, 0, 10, 0, 100), Extent(1, 100, 11, 0, 50), Extent(2, 0, 12, 0, 10)])
+    assert known.find(1, 99) == Extent(1, 0, 10, 0, 100)
+    assert known.find(1, 100) == Extent(1, 100, 11, 0, 50)
+    assert known.find(1, 150) is None
+    assert known.find(3, 0) is None
+    # Merged: what lay there is not known any more.
+    known.add([Extent(1, 50, 13, 0, 100)])
+    assert known.find(1, 120) == Extent(1, 50, 13, 0, 100)
+    assert known.find(1, 20) is None
+    known.forget(1)
+    assert known.find(1, 120) is None
+    assert known.find(2, 5) == Extent(2, 0, 12, 0, 10)
+
+
+def test_places_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "VALUES", 3)
+    monkeypatch.setattr(places, "EXTENTS", 4)
+    known = Places()
+    for value in range(1, 10):
+        for at in range(20):
+            known.add([Extent(value, at * 10, at + 1, 0, 10)])
+            assert known.find(value, at * 10 + 5) == Extent(value, at * 10, at + 1, 0, 10)
+    assert sum(known.find(value, 195) is not None for value in range(1, 10)) == 3
+    assert sum(known.find(9, at * 10) is not None for at in range(20)) <= 4
