@@ -13,6 +13,7 @@ import stat
 import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -240,17 +241,7 @@ class ControlServer:
         async with self._flushing:
             await state.write_back()
             progress = FlushProgress()
-            outcome: FlushReport | FusefsError
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._show, stream, lambda: (progress.bytes_done, progress.bytes_total))
-                try:
-                    outcome = await state.volume.flush(progress)
-                except FusefsError as error:
-                    outcome = error  # raised outside of the nursery, which would wrap it
-                nursery.cancel_scope.cancel()
-            if isinstance(outcome, FusefsError):
-                raise outcome
-            return outcome
+            return await self._shown(stream, partial(state.volume.flush, progress), lambda: (progress.bytes_done, progress.bytes_total))
 
     async def _repair(self, stream: trio.SocketStream) -> RepairStatus:
         volume = self._state.volume
@@ -269,11 +260,24 @@ class ControlServer:
 
         return await self._shown(stream, work, progress)
 
-    async def _shown(self, stream: trio.SocketStream, work: Callable[[], Awaitable[T]], progress: Callable[[], tuple[int, int]]) -> T:
-        """Do it, and send lines of progress meanwhile."""
-        outcome: T | FusefsError
+    async def _shown(
+        self,
+        stream: trio.SocketStream,
+        work: Callable[[], Awaitable[T]],
+        progress: Callable[[], tuple[int, int]],
+        *,
+        outlives: bool = True,
+    ) -> T:
+        """Do it, and send lines of progress meanwhile. Unless it `outlives` the connection it ends with that."""
+        outcome: T | FusefsError = Unavailable("whoever asked for it is gone")
+
+        async def show() -> None:
+            await self._show(stream, progress)
+            if not outlives:
+                nursery.cancel_scope.cancel()
+
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._show, stream, progress)
+            nursery.start_soon(show)
             try:
                 outcome = await work()
             except FusefsError as error:
@@ -286,22 +290,8 @@ class ControlServer:
     async def _scrub(self, stream: trio.SocketStream, request: Scrub) -> ScrubReport:
         """Unlike a repair it is of use only to who asked: it ends with the connection."""
         volume = self._state.volume
-        outcome: ScrubReport | FusefsError = Unavailable("whoever asked for the scrub is gone")
-
-        async def watch() -> None:
-            await self._show(stream, volume.scrub_progress)
-            nursery.cancel_scope.cancel()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch)
-            try:
-                outcome = await volume.scrub(full=request.full, sample=request.sample)
-            except FusefsError as error:
-                outcome = error  # raised outside of the nursery, which would wrap it
-            nursery.cancel_scope.cancel()
-        if isinstance(outcome, FusefsError):
-            raise outcome
-        return outcome
+        work = partial(volume.scrub, full=request.full, sample=request.sample)
+        return await self._shown(stream, work, volume.scrub_progress, outlives=False)
 
     async def _drain(self, stream: trio.SocketStream) -> FlushReport:
         state = self._state

@@ -147,17 +147,22 @@ class Renewal:
 
     def due(self) -> dict[int, Contract]:
         """Host number -> the contract that is to be renewed now."""
-        now = self._seams.clock.time_ns()
-        due: dict[int, Contract] = {}
+        now, revoked = self._seams.clock.time_ns(), self.revoked()
+        return {
+            number: contract
+            for number, contract in self._renewed().items()
+            if contract.due(now) or number in revoked or contract.contract_id in self._missing
+        }
+
+    def _renewed(self) -> dict[int, Contract]:
+        """Host number -> the contract that is renewed in time: of all hosts but those that are lost, or have been left."""
         lost, leaving = self._standing.lost(), self._standing.leaving()
-        revoked = self.revoked()
-        for number in self._registry.numbers():
-            contract = self._contractor.contract_for(number)
-            if contract is None or number in lost or (number in leaving and self._has_left(number)):
-                continue
-            if contract.due(now) or number in revoked or contract.contract_id in self._missing:
-                due[number] = contract
-        return due
+        contracts = {number: self._contractor.contract_for(number) for number in self._registry.numbers() if number not in lost}
+        return {
+            number: contract
+            for number, contract in contracts.items()
+            if contract is not None and not (number in leaving and self._has_left(number))
+        }
 
     def revoked(self) -> Set[int]:
         """Hosts that no longer have the record of the contract with them."""
@@ -333,11 +338,11 @@ class Renewal:
         """Seconds until something can be due, or is to be tried again."""
         pause, now_ns, now = LOOK, self._seams.clock.time_ns(), self._seams.clock.monotonic()
         due = self.due()
-        for number in due:
-            following, _, _ = self._later.get(number, (now + LOOK, 0.0, False))
-            pause = min(pause, following - now if self._registry.available(number) else LOOK_AWAY)
-        for contract in self._contractor.in_force().values():
-            if contract.host_number not in due:
+        for number, contract in self._renewed().items():
+            if number in due:
+                following, _, _ = self._later.get(number, (now + LOOK, 0.0, False))
+                pause = min(pause, following - now if self._registry.available(number) else LOOK_AWAY)
+            else:
                 pause = min(pause, (contract.end_ns - (contract.end_ns - contract.start_ns) // 3 - now_ns) / 1e9)
         return max(1.0, pause)
 

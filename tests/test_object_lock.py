@@ -12,14 +12,16 @@ import pytest
 
 from storage.checking import Finding, check_volume
 from storage.creation import create_volume
+from storage.errors import NotPermitted
 from storage.history.reading import superblocks_on
 from storage.hosts.holders import decode_holders, holders_key
 from storage.hosts.layout import HOST_FILE
 from storage.hosts.locking import SHORT_LOCK
 from storage.hosts.memory_lock import VersionedMemoryHost, Versions
 from storage.hosts.urls import parse_url
+from storage.interfaces import Batch, LockingHost
 from storage.keyfile import CHEAP
-from storage.metadata.keys import SECTOR, prefix_end, read_u64
+from storage.metadata.keys import FREED, SECTOR, prefix_end, read_u64, u64
 from storage.pruning import open_pruner
 from storage.recovery import recover_volume
 from storage.seams import Seams
@@ -362,6 +364,44 @@ async def test_after_the_lock_what_was_deleted_is_purged_and_what_is_needed_neve
             assert await keeper.purge(number, host) > 0
         assert all(len(versions.by_name) < count for versions, count in zip(world.versions(), before, strict=True))
         assert await same(volume, content)
+
+
+async def test_a_shard_that_stands_in_two_records_is_locked_all_the_same(world: World) -> None:
+    """It came back to a host where its earlier copy still waits for its deletion, say: a live record and a freed one name it."""
+    async with world.opened() as volume:
+        await fill(volume)
+        ((key, raw),) = volume.store.scan(SECTOR, prefix_end(SECTOR), 1, reverse=True)
+        record = decode_sector(raw, read_u64(key, 1))
+        batch = Batch()
+        for sequence in (2**40, 2**40 + 1):
+            batch.put(FREED + u64(sequence) + key[1:], record.encode())
+        volume.store.apply(batch)
+        world.clock.jump(40 * DAY)
+        for contract_id in volume.contractor.contracts():
+            await volume.contractor.renew_contract(contract_id, DAYS * DAY)
+        keeper = volume.lock_keeper
+        assert keeper is not None
+        await keeper.round()
+        assert not keeper.troubles
+        assert not any(keeper.due(number) for number in volume.hosts.numbers())
+
+
+async def test_a_host_that_cannot_be_purged_keeps_no_other_from_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world.opened() as volume:
+        keeper = volume.lock_keeper
+        assert keeper is not None
+        real, purged = keeper.purge, list[int]()
+
+        async def purge(number: int, host: LockingHost) -> int:
+            if number == 1:
+                raise NotPermitted("these credentials may not list versions")
+            purged.append(number)
+            return await real(number, host)
+
+        monkeypatch.setattr(keeper, "purge", purge)
+        with pytest.raises(NotPermitted):
+            await keeper.purge_due()
+        assert purged == [2]
 
 
 async def test_superblocks_that_were_deleted_are_found(world: World) -> None:

@@ -9,7 +9,8 @@ import http.server
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,29 @@ async def test_a_conditional_put_to_a_bucket_that_is_gone_is_no_lost_race(host: 
     server.answers = [refusal(404, "NoSuchBucket")]
     with pytest.raises(Unavailable, match="no bucket"):
         await host.put_if("a", b"data", '"old"')
+
+
+@pytest.mark.parametrize("answer", [refusal(416, "InvalidRange"), refusal(200, "x")], ids=["no such range", "another document"])
+async def test_an_answer_that_fits_no_question_is_an_error_of_our_own(host: ObjectStoreHost, server: Server, answer: Answer) -> None:
+    """Whatever a host answers to whatever it was asked: any other exception would end the mount."""
+    server.answers = [answer]
+
+    async def listed() -> object:
+        return [entry async for entry in host.list("a/")]
+
+    calls: list[Callable[[], Awaitable[object]]] = [
+        lambda: host.get("a/b", 100),
+        lambda: host.get_range("a/b", 0, 10),
+        lambda: host.tag("a/b"),
+        lambda: host.level("a/"),
+        listed,
+        lambda: host.put("a/b", b"data"),
+        lambda: host.put_if("a/b", b"data", None),
+        lambda: host.delete("a/b"),
+    ]
+    for call in calls:
+        with suppress(FusefsError):
+            await call()
 
 
 async def test_more_than_the_limit_is_not_read(host: ObjectStoreHost, server: Server) -> None:

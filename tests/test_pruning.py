@@ -12,8 +12,10 @@ from storage.checking import check_volume
 from storage.errors import BadArgument, Busy, NotFound, Unavailable
 from storage.hosts.layout import CONTRACT_FORMAT, ContractFile, contract_name, encode_json, pruning_name
 from storage.hosts.memory import memory_content
-from storage.interfaces import Buffer
+from storage.interfaces import Batch, Buffer
+from storage.metadata.keys import SETTING
 from storage.pruning import HeldVolume, Pruner, open_pruner
+from storage.sectors.doubts import Doubts
 from storage.volume import Volume
 from tests.contract_rig import DAY, Volumes, copies, in_virtual_time, last
 from tests.host_rig import FaultyOpener
@@ -399,6 +401,45 @@ def test_what_was_only_there_is_said_to_be_lost_and_is_back_if_the_host_gets_it_
             assert not volume.doubts.missing()
             assert await it.readable(volume)
         assert await _findings(it) == []
+
+    in_virtual_time(work)
+
+
+def test_a_copy_that_is_cut_off_is_doubted_on(tmp_path: Path) -> None:
+    """What a host has back after it had forgotten it counts once it is what was put there: from where it begins to where it ends."""
+
+    async def work() -> None:
+        it = await filled(tmp_path / "v", "ab", "1", count=8)
+        backup = objects("a")
+        it.clock.jump(200 * DAY)
+        await prune(it, "a")
+        async with it.mounted() as volume:
+            await volume.repair()
+            await volume.contractor.conclude_contract("1", 90 * DAY)
+            missing = volume.doubts.missing()
+            assert missing
+        for name, data in backup.items():
+            if "/sectors/" in name:
+                it.stored("a").write(name, data[:-1])
+        async with it.mounted() as volume:
+            await volume.repair()
+            assert volume.doubts.missing() == missing
+
+    in_virtual_time(work)
+
+
+def test_a_damaged_mark_of_a_forgetful_host_ends_nothing(tmp_path: Path) -> None:
+    async def work() -> None:
+        it = await filled(tmp_path / "v", "ab", "1", count=1)
+        async with it.mounted() as volume:
+            batch = Batch()
+            for name in (b"99999999999", b"x", b"", b"-1", b"4294967295"):
+                batch.put(SETTING + b"doubted." + name, b"")
+            volume.store.apply(batch)
+            doubts = Doubts(volume.store, volume.host_io, volume.contractor)
+            doubts.of(1)
+            await doubts.walk()
+            assert await it.readable(volume)
 
     in_virtual_time(work)
 

@@ -16,15 +16,18 @@ from hypothesis import strategies as st
 
 from storage.checking import Finding, check_volume
 from storage.errors import NotFound, Unavailable
-from storage.interfaces import Buffer, SealedShard
-from storage.metadata.keys import SECTOR, UNDERREPLICATED, prefix_end, read_u64
+from storage.interfaces import Batch, Buffer, SealedShard
+from storage.metadata.keys import LOST, SECTOR, UNDERREPLICATED, prefix_end, read_u64, u32, u64
 from storage.pacing import SMOOTH, Pace
 from storage.replication import parse_replication
 from storage.seams import Seams
 from storage.sectors.plan import make_plan
+from storage.sectors.reconcile import WORKERS
 from storage.sectors.records import VERSION, SectorRecord, ShardRecord, decode_sector
 from storage.volume import Volume
+from storage.wiring import open_volume
 from tests.fakes import Crash, CrashAt, VirtualClock
+from tests.host_rig import FaultyOpener
 from tests.rig import PASSPHRASE, QUIET, append, contents, host_dirs, make, new_value, noise, opened, published
 
 SIZE = 200_000
@@ -130,6 +133,90 @@ async def test_a_host_lost_while_a_sector_is_on_its_way_there_is_a_copy_that_is_
         await volume.reconciler.round()
         assert volume.sectors.degraded() == 0
         assert as_wanted(volume, [url for number, url in enumerate(urls, 1) if number != hosts[0]])
+
+
+async def test_a_host_lost_in_the_middle_of_a_round_gets_no_more_copies_and_loses_its_own_in_the_same_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round over a large volume takes days: it must not go on with hosts as they were when it began."""
+    async with a_volume(tmp_path, 5, "2") as (volume, urls):
+        content = await fill(volume, 16)
+        reconciler, written = volume.reconciler, list[int]()
+        real, lost = volume.host_io.write_sealed, trio.Event()
+
+        async def write(contract_id: str, shard: SealedShard) -> None:
+            if lost.is_set():
+                written.append(volume.contractor.contract(contract_id).host_number)
+            await real(contract_id, shard)
+            if not lost.is_set():
+                lost.set()
+                batch = Batch()
+                batch.put(LOST + u32(2), u64(1))
+                volume.store.apply(batch)
+
+        monkeypatch.setattr(volume.host_io, "write_sealed", write)
+        batch = Batch()
+        batch.put(LOST + u32(1), u64(1))
+        volume.store.apply(batch)
+        await reconciler.round()
+        assert as_wanted(volume, urls[2:])
+        # But for those that were on their way.
+        assert written.count(2) <= WORKERS
+        assert await unchanged(volume, content)
+
+
+async def test_a_sector_is_not_mended_while_its_bad_copy_is_replaced(tmp_path: Path) -> None:
+    """The round has come to it, and waits for its turn, when the replacement begins."""
+    async with a_volume(tmp_path, 4, "2") as (volume, _urls):
+        await fill(volume, WORKERS + 1)
+        reconciler, mended = volume.reconciler, list[int]()
+        *others, last = sorted(records(volume))
+        regenerate, mend = reconciler._regenerate, reconciler.mend
+        go_on, replaced = trio.Event(), trio.Event()
+
+        async def slowly(sector_id: int, keeping: frozenset[int]) -> None:
+            mended.append(sector_id)
+            if sector_id in others:
+                await go_on.wait()
+            await mend(sector_id, keeping)
+
+        async def held(sector_id: int, record: SectorRecord, index: int) -> SealedShard:
+            await replaced.wait()
+            return await regenerate(sector_id, record, index)
+
+        reconciler.mend = slowly  # type: ignore[method-assign]
+        batch = Batch()
+        for sector in records(volume):
+            batch.put(UNDERREPLICATED + u64(sector), b"")
+        volume.store.apply(batch)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reconciler.round)
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            assert sorted(mended) == others
+            shard = records(volume)[last].shards[0]
+            reconciler._regenerate = held
+            nursery.start_soon(reconciler.replace, last, shard.root, shard.hosts[0])
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            go_on.set()
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            assert sorted(mended) == others
+            replaced.set()
+
+
+async def test_a_copy_is_made_again_from_another_host_where_the_first_hangs(tmp_path: Path) -> None:
+    """Soon, and not only once the one that hangs has used up its time."""
+    opener = FaultyOpener()
+    urls = host_dirs(tmp_path, 4)
+    await make(tmp_path / "volume", urls, replication="3")
+    async with open_volume(tmp_path / "volume", passphrase=PASSPHRASE, options=replace(QUIET, cache=0), opener=opener) as volume:
+        await fill(volume, 1)
+        ((sector, record),) = records(volume).items()
+        first = volume.hostdb.rank(record.shards[0].hosts)[0]
+        opener.faults[urls[first - 1]].hang = True
+        with trio.fail_after(12):
+            sealed = await volume.reconciler._regenerate(sector, record, 0)
+        assert sealed.root == record.shards[0].root.hex()
+        opener.faults[urls[first - 1]].hang = False
 
 
 async def never(_contract_id: str, _shard: SealedShard) -> None:

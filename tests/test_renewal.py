@@ -12,6 +12,7 @@ from storage import renewal
 from storage.errors import Expired, Unavailable
 from storage.interfaces import Contract
 from storage.metadata.keys import UNDERREPLICATED, prefix_end
+from storage.status import RenewalStatus
 from tests.contract_rig import DAY, Volumes, copies, in_virtual_time, last
 from tests.rig import append, new_value, noise
 from tests.test_reconcile import records
@@ -221,6 +222,30 @@ def test_lost_and_left_hosts_are_not_renewed_and_one_that_is_still_needed_is(tmp
             await it.days(61)
             assert [last(volume, host).due(it.clock.time_ns()) for host in (3, 4)] == [False, False]
             assert await it.readable(volume)
+
+    in_virtual_time(work)
+
+
+def test_hosts_that_are_not_to_be_renewed_keep_nobody_awake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost host's contract is in its last third for a month: nothing is looked at every second for its sake."""
+
+    async def work() -> None:
+        it = Volumes(tmp_path / "v")
+        await it.make("abc", "2")
+        async with it.mounted() as volume:
+            await volume.mark_host("1", lost=True)
+            await it.days(61)
+            real, looks = volume.renewal.renew_due, 0
+
+            async def counted(*, only_ready: bool = False) -> list[RenewalStatus]:
+                nonlocal looks
+                looks += 1
+                return await real(only_ready=only_ready)
+
+            monkeypatch.setattr(volume.renewal, "renew_due", counted)
+            await trio.sleep(3 * renewal.LOOK)
+            assert last(volume, 1).due(it.clock.time_ns())
+            assert looks <= 4
 
     in_virtual_time(work)
 

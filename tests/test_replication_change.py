@@ -15,6 +15,7 @@ import trio
 from storage.checking import Finding, check_volume
 from storage.errors import BadArgument, FusefsError
 from storage.hosts.registry import Opener
+from storage.interfaces import Batch
 from storage.metadata.keys import EXTENT, FREED, HANDING_DOWN, MISPLACED, SECTOR, prefix_end, u64
 from storage.seams import InlineWorker, Seams
 from storage.sectors.records import decode_sector
@@ -320,3 +321,20 @@ async def test_a_crash_at_any_point_loses_nothing_and_the_next_mount_goes_on(tmp
             assert nonces.counts["shard"] or told == {"2"}
             await sound(volume_path)
         assert died > 10
+
+
+async def test_damaged_marks_end_nothing_and_keep_no_other_from_being_moved(tmp_path: Path) -> None:
+    await make(tmp_path / "volume", host_dirs(tmp_path, 3), replication="2")
+    async with opened(tmp_path / "volume") as volume:
+        content = await fill(volume)
+        batch = Batch()
+        batch.put(MISPLACED, u64(5))
+        batch.put(MISPLACED + b"\0\0", u64(5))
+        batch.put(MISPLACED + u64(1), b"\xff" * 9)
+        batch.put(MISPLACED + u64(2), b"\xff" * 8)
+        volume.store.apply(batch)
+        for ino in (ino_of(volume, "d"), ino_of(volume, "other")):
+            await volume.set_replication(ino, "3", now=True)
+        await volume.rewrite()
+        assert specs_of(volume, "d/large") == specs_of(volume, "other/large") == {"3"}
+        await compare(volume, content)

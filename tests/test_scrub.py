@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,15 +17,17 @@ import trio.testing
 from storage.errors import BadArgument, Busy, Fenced
 from storage.host_io import HostIO
 from storage.hosts.faults import shards_only
-from storage.interfaces import SealedShard
+from storage.interfaces import Batch, SealedShard
+from storage.metadata.keys import SECTOR, u64
 from storage.replication import parse_replication
 from storage.sealing import BLOCK, HEADER_SIZE, TAG_SIZE
 from storage.seams import Clock, Seams
-from storage.sectors.damage import BadRecord, Copy, Damages
+from storage.sectors.damage import STUBBORN, STUBBORN_PAUSE, BadRecord, Copy, Damages
 from storage.sectors.records import SectorRecord
 from storage.sectors.scrub import PassRecord
 from storage.volume import Volume
 from storage.wiring import open_volume
+from tests.contract_rig import Volumes, in_virtual_time
 from tests.fakes import Crash, CrashAt, SeededRandom, make_seams
 from tests.host_rig import FaultyOpener, Stored
 from tests.rig import PASSPHRASE, QUIET, append, host_dirs, make, new_value, noise, opened
@@ -437,6 +439,51 @@ async def test_the_list_of_bad_copies_outlives_the_process_and_is_worked_off_by_
         assert path.read_bytes() == good
 
 
+async def test_a_damaged_record_keeps_no_other_copy_from_being_mended(tmp_path: Path) -> None:
+    async with a_volume(tmp_path, 2, "2") as (volume, urls):
+        await fill(volume, 2)
+        (first, second) = sorted(records(volume))
+        damages = volume.damages
+        for sector in (first, second):
+            assert damages._list(Copy(sector, 0, 1), missing=True)
+        path = path_of(urls, 1, records(volume)[second].shards[0].root)
+        good = path.read_bytes()
+        path.unlink()
+        batch = Batch()
+        batch.put(SECTOR + u64(first), b"damaged")
+        volume.store.apply(batch)
+        await damages.mend_listed(now=True)
+        assert path.read_bytes() == good
+        # What is not known to be put right stays on the list.
+        assert damages.listed == 1 and damages.hosts(first) == {1}
+
+
+def test_a_host_that_spoils_what_it_gets_keeps_no_other_host_waiting(tmp_path: Path) -> None:
+    """A stubborn host has one copy put right at a time, with a pause; the copies of others are put right meanwhile."""
+
+    async def work() -> None:
+        it = Volumes(tmp_path / "v")
+        await it.make("ab", "2")
+        async with it.mounted() as volume:
+            await it.write(volume, 6)
+            damages, sectors = volume.damages, sorted(records(volume))
+            damages._relapses[1], damages._relapsed_at[1] = STUBBORN, damages._seams.clock.monotonic()
+            # Whatever is put there reads as something else; the other host has them all.
+            it.opener.faults["mem:a"].lying, it.opener.faults["mem:a"].only = 1.0, shards_only
+            for sector in sectors[:5]:
+                assert damages._list(Copy(sector, 0, 1), missing=True)
+            assert damages._list(Copy(sectors[5], 0, 2), missing=True)
+            began, calls = trio.current_time(), it.opener.hosts["mem:a"].calls
+            puts = calls.get("put", 0)
+            await damages.mend_listed()
+            await damages.mend_listed()
+            assert damages.hosts(sectors[5]) == set()
+            assert calls["put"] - puts == 1
+            assert trio.current_time() - began < STUBBORN_PAUSE
+
+    in_virtual_time(work)
+
+
 @pytest.mark.parametrize("moment", ["made again", "put"])
 async def test_a_sector_freed_while_its_copy_is_put_right_leaves_nothing_behind(tmp_path: Path, moment: str) -> None:
     async with a_volume(tmp_path, 2, "2") as (volume, urls):
@@ -532,11 +579,6 @@ def copies_of(volume: Volume) -> set[tuple[str, int]]:
 def later(clock: Clock) -> Seams:
     """The seams of the next process: the same clock, randomness of its own."""
     return make_seams(clock=clock, random=SeededRandom(int.from_bytes(os.urandom(8), "big")))
-
-
-def in_virtual_time(work: Callable[[], Awaitable[None]]) -> None:
-    """Timers and wall clock jump when nothing else is to be done; threads run inline."""
-    trio.run(work, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_a_pass_covers_every_copy_within_the_interval_and_costs_a_block_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,15 +12,14 @@ import msgspec
 
 from fusefs.cli import live
 from fusefs.cli.arguments import DAY, DIRECTORY_PATH, Days, passphrase_option, upload_rate_option
-from fusefs.cli.output import Advance, human_bytes, progress_bar, say, write_line, write_table
+from fusefs.cli.output import human_bytes, progress_bar, say, write_line, write_table
 from fusefs.cli.passphrase import passphrase
-from fusefs.cli.session import run, unmounted_volume
+from fusefs.cli.session import run, unmounted_volume, with_bar
 from fusefs.cli.startup import importing
 from fusefs.cli.status import hosts_table, milliseconds, volume_status
-from storage.errors import FusefsError
 
 if TYPE_CHECKING:
-    from storage import RepairStatus, Volume
+    from storage import RepairStatus
 
 #: Days shown by `hosts -l`; --json has all that are kept.
 SHOWN_DAYS = 7
@@ -189,26 +188,5 @@ def repair(path: Path, upload_rate: int | None, passphrase_file: Path | None) ->
 
 
 async def _repair_unmounted(path: Path, secret: str, upload_rate: float | None) -> RepairStatus:
-    import trio
-
-    async with unmounted_volume(path, secret, "repair", upload_rate) as volume, trio.open_nursery() as nursery:
-        with progress_bar("making copies") as advance:
-            nursery.start_soon(_follow, volume, advance)
-            outcome: RepairStatus | FusefsError
-            try:
-                outcome = await volume.repair()
-            except FusefsError as error:
-                outcome = error
-            nursery.cancel_scope.cancel()
-    if isinstance(outcome, FusefsError):
-        raise outcome
-    return outcome
-
-
-async def _follow(volume: Volume, advance: Advance) -> None:
-    import trio
-
-    while True:
-        done, total = volume.repair_progress()
-        advance(done, total or None)
-        await trio.sleep(0.1)
+    async with unmounted_volume(path, secret, "repair", upload_rate) as volume:
+        return await with_bar("making copies", volume.repair, volume.repair_progress)

@@ -13,13 +13,13 @@ import msgspec
 
 from fusefs.cli import live
 from fusefs.cli.arguments import passphrase_option
-from fusefs.cli.output import Advance, human_bytes, printable, progress_bar, say, write_line, write_table
+from fusefs.cli.output import human_bytes, printable, progress_bar, say, write_line, write_table
 from fusefs.cli.passphrase import passphrase
-from fusefs.cli.session import run, unmounted_volume
+from fusefs.cli.session import run, unmounted_volume, with_bar
 from fusefs.cli.startup import importing
 from fusefs.mounts import Mount, find_mount
 from storage import parse_replication
-from storage.errors import BadArgument, FusefsError, NotFound, NotPermitted
+from storage.errors import BadArgument, NotFound, NotPermitted
 
 if TYPE_CHECKING:
     from storage import ReplicationStatus, RewriteStatus, Volume
@@ -123,34 +123,22 @@ async def _look_unmounted(path: Path, secret: str, name: str) -> ReplicationStat
 
 
 async def _set_unmounted(path: Path, secret: str, name: str, wanted: str, now: bool, wait: bool) -> RewriteStatus:
-    import trio
 
     async with unmounted_volume(path, secret, "replication") as volume:
         await volume.set_replication(_find(volume, name), wanted, now=now)
         if not (now and wait):
             return volume.rewrite_status()
-        outcome: RewriteStatus | FusefsError
-        async with trio.open_nursery() as nursery:
-            with progress_bar("moving what is stored") as advance:
-                nursery.start_soon(_follow, volume, advance)
-                try:
-                    outcome = await volume.rewrite()
-                    await volume.flush()
-                except FusefsError as error:
-                    outcome = error
-                nursery.cancel_scope.cancel()
-        if isinstance(outcome, FusefsError):
-            raise outcome
-        return outcome
 
+        async def work() -> RewriteStatus:
+            outcome = await volume.rewrite()
+            await volume.flush()
+            return outcome
 
-async def _follow(volume: Volume, advance: Advance) -> None:
-    import trio
+        def progress() -> tuple[int, int]:
+            now = volume.rewrite_status()
+            return now.bytes, now.bytes + now.pending_bytes
 
-    while True:
-        now = volume.rewrite_status()
-        advance(now.bytes, now.bytes + now.pending_bytes or None)
-        await trio.sleep(0.1)
+        return await with_bar("moving what is stored", work, progress)
 
 
 def _tell(outcome: RewriteStatus, waited: bool) -> None:

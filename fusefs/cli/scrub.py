@@ -13,13 +13,12 @@ import msgspec
 from fusefs.cli import live
 from fusefs.cli.arguments import DIRECTORY_PATH, passphrase_option
 from fusefs.cli.notices import Notices
-from fusefs.cli.output import Advance, human_bytes, printable, progress_bar, write_line
+from fusefs.cli.output import human_bytes, printable, progress_bar, write_line
 from fusefs.cli.passphrase import passphrase
-from fusefs.cli.session import run, unmounted_volume
-from storage.errors import FusefsError
+from fusefs.cli.session import run, unmounted_volume, with_bar
 
 if TYPE_CHECKING:
-    from storage import ScrubReport, Volume
+    from storage import ScrubReport
 
 
 @click.command(short_help="Look at what the hosts keep, and put right what is damaged.")
@@ -71,29 +70,9 @@ def scrub(context: click.Context, path: Path, full: bool, sample: float, as_json
 
 
 async def _unmounted(path: Path, secret: str, full: bool, sample: float) -> ScrubReport:
-    import trio
-
-    async with unmounted_volume(path, secret, "scrub") as volume, trio.open_nursery() as nursery:
-        with progress_bar("looking at copies", unit="sectors") as advance:
-            nursery.start_soon(_follow, volume, advance)
-            outcome: ScrubReport | FusefsError
-            try:
-                outcome = await volume.scrub(full=full, sample=sample)
-            except FusefsError as error:
-                outcome = error
-            nursery.cancel_scope.cancel()
-    if isinstance(outcome, FusefsError):
-        raise outcome
-    return outcome
-
-
-async def _follow(volume: Volume, advance: Advance) -> None:
-    import trio
-
-    while True:
-        done, total = volume.scrub_progress()
-        advance(done, total or None)
-        await trio.sleep(0.1)
+    async with unmounted_volume(path, secret, "scrub") as volume:
+        work = partial(volume.scrub, full=full, sample=sample)
+        return await with_bar("looking at copies", work, volume.scrub_progress, unit="sectors")
 
 
 def lines(report: ScrubReport) -> list[str]:

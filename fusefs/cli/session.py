@@ -5,17 +5,18 @@ from __future__ import annotations
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from fusefs.cli.output import Advance, progress_bar, say
+from fusefs.cli.output import progress_bar, say
 from fusefs.cli.startup import importing
 from storage.errors import FusefsError
 
 if TYPE_CHECKING:
     import trio
 
-    from storage import FlushProgress, FlushReport, Volume
+    from storage import FlushReport, Volume
 
 T = TypeVar("T")
 
@@ -91,31 +92,41 @@ async def flush_with_bar(volume: Volume) -> None:
 
     What is not there in full afterwards is said, not raised: it is committed, so safe on this machine, and the next use goes on with it.
     """
-    import trio
-
     from storage import FlushProgress
 
     progress = FlushProgress()
     try:
-        with progress_bar("to the hosts") as advance:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(follow, progress, advance)
-                report = await volume.flush(progress)
-                nursery.cancel_scope.cancel()
-    except* FusefsError as group:
-        for error in leaves(group):
-            say(f"warning: kept on this machine, and sent to the hosts when the volume is used next: {error}")
+        report = await with_bar("to the hosts", partial(volume.flush, progress), lambda: (progress.bytes_done, progress.bytes_total))
+    except FusefsError as error:
+        say(f"warning: kept on this machine, and sent to the hosts when the volume is used next: {error}")
     else:
         tell_degraded(report)
 
 
-async def follow(progress: FlushProgress, advance: Advance) -> None:
-    """Show a flush's progress until cancelled."""
+async def with_bar(label: str, work: Callable[[], Awaitable[T]], progress: Callable[[], tuple[int, int]], *, unit: str = "") -> T:
+    """Do it, with a bar meanwhile. `progress`: what is done, and what there is in all, 0 where nobody knows; `unit`: as of `progress_bar`.
+    Raises what `work` raises."""
+
     import trio
 
-    while True:
-        advance(progress.bytes_done, progress.bytes_total or None)
-        await trio.sleep(0.1)
+    async def follow() -> None:
+        while True:
+            done, total = progress()
+            advance(done, total or None)
+            await trio.sleep(0.1)
+
+    outcome: T | FusefsError
+    with progress_bar(label, unit=unit) as advance:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(follow)
+            try:
+                outcome = await work()
+            except FusefsError as error:
+                outcome = error  # raised outside of the nursery, which would wrap it
+            nursery.cancel_scope.cancel()
+    if isinstance(outcome, FusefsError):
+        raise outcome
+    return outcome
 
 
 def tell_degraded(report: FlushReport) -> None:

@@ -134,7 +134,7 @@ class ObjectStoreHost:
             return b""
         if self._ranges:
             try:
-                return await self._read(self._get_range, name, offset, length)
+                return await self._read(self._get_range, name, offset, length, ranged=True)
             except _Failed as failed:
                 if failed.failure.past_end:
                     return b""
@@ -194,13 +194,13 @@ class ObjectStoreHost:
     # ----------------------------------------------------------------------------------------------------------------
     # In the event loop
 
-    async def _read(self, fn: Callable[..., T], *args: object) -> T:
-        """Run in a slot, again where that can help. `_Failed` only for what a range may meet."""
+    async def _read(self, fn: Callable[..., T], *args: object, ranged: bool = False) -> T:
+        """Run in a slot, again where that can help. `ranged`: it asks for a range, and what only that may meet comes as `_Failed`."""
 
         async def once() -> T:
             return await self._slots.read(fn, *args)
 
-        return await self._again(once, lambda _: True)
+        return await self._again(once, lambda _: True, ranged=ranged)
 
     async def _change(self, name: str, may: Callable[[Failure], bool], fn: Callable[..., T], *args: object) -> T:
         async def once() -> T:
@@ -211,14 +211,15 @@ class ObjectStoreHost:
         finally:
             self._forget(name)
 
-    async def _again(self, once: Callable[[], Awaitable[T]], may: Callable[[Failure], bool]) -> T:
+    async def _again(self, once: Callable[[], Awaitable[T]], may: Callable[[Failure], bool], *, ranged: bool = False) -> T:
         wait = FIRST_WAIT
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return await once()
             except _Failed as failed:
                 failure = failed.failure
-                if failure.past_end or failure.no_ranges:
+                # From a host that answers so to anything else it is a refusal like others.
+                if ranged and (failure.past_end or failure.no_ranges):
                     raise
                 if not failure.again or not may(failure) or attempt == ATTEMPTS:
                     raise failure.error from failed.__cause__

@@ -46,14 +46,19 @@ class Slots:
 
     def changing(self, name: str) -> Slot:
         """For a change of that object, with `run`. Unavailable while an earlier one hangs."""
-        if name in self._hanging:
-            raise Unavailable(f"host {self._url}: an earlier change of {name} hangs; {self._remedy}")
+        self._refuse_if_hanging(name)
         return Slot(self._limiter, name, self._hanging)
 
+    def _refuse_if_hanging(self, name: str) -> None:
+        if name in self._hanging:
+            raise Unavailable(f"host {self._url}: an earlier change of {name} hangs; {self._remedy}")
+
     async def run(self, slot: Slot, fn: Callable[..., T], *args: object) -> T:
-        """Run in a thread, in that slot."""
+        """Run in a thread, in that slot. Unavailable: while it waited for the slot, an earlier change of the object has come to hang."""
         await self._limiter.acquire_on_behalf_of(slot)
         try:
+            if slot.name:
+                self._refuse_if_hanging(slot.name)
             result: T = await self._run(self._url, slot.work, fn, *args)
             return result
         except BaseException:
@@ -67,7 +72,7 @@ class Slot:
     def __init__(self, slots: trio.CapacityLimiter, name: str = "", hanging: list[str] | None = None) -> None:
         """`name` is in `hanging`, which belongs to the event loop, from when the caller gives up until the thread ends."""
         self._slots = slots
-        self._name = name
+        self.name = name
         self._hanging = hanging
         self._loop = trio.lowlevel.current_trio_token()
         #: Guards the decision who gives back.
@@ -108,10 +113,10 @@ class Slot:
         if not begun:
             self._slots.release_on_behalf_of(self)
         elif self._hanging is not None:
-            self._hanging.append(self._name)
+            self._hanging.append(self.name)
 
     def _give_back(self) -> None:
         """In the event loop, after the thread has ended."""
         self._slots.release_on_behalf_of(self)
         if self._hanging is not None and self._given_up:
-            self._hanging.remove(self._name)
+            self._hanging.remove(self.name)

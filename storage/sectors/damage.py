@@ -63,7 +63,7 @@ MAX_SUSPECTS = 1_000
 #: Seconds between two looks at the list; until a copy that could not be mended is tried again, doubling to the last.
 INTERVAL = 15.0
 RETRY_FIRST, RETRY_LAST = 15.0, 900.0
-#: So many copies in a row that were put right and are bad again make a host stubborn; seconds between two of its copies then.
+#: So many copies in a row that were put right and are bad again make a host stubborn; seconds, at least, between two of its copies then.
 STUBBORN = 3
 STUBBORN_PAUSE = 10.0
 #: Seconds without another one after which they are forgotten: where all copies have gone to other hosts, none can show that it is well.
@@ -196,8 +196,9 @@ class Damages:
         self._locks: dict[int, tuple[trio.Lock, int]] = {}
         #: Host -> copies in a row that were bad again after they had been put right.
         self._relapses: Counter[int] = Counter()
-        #: Host -> monotonic time of the last of them.
+        #: Host -> monotonic time of the last of them; and, of a stubborn one, until when it is left alone.
         self._relapsed_at: dict[int, float] = {}
+        self._pausing: dict[int, float] = {}
         #: Host -> [copies looked at, bad ones] lately.
         self._seen: dict[int, list[int]] = {}
 
@@ -392,8 +393,8 @@ class Damages:
                     await self._confirm(copy, shard)
 
     async def mend_listed(self, *, now: bool = False) -> None:
-        """Every copy on the list whose host answers, one after the other, unless it failed lately; with `now` also then, but for stubborn
-        hosts, which take long. Fenced."""
+        """Every copy on the list whose host answers, one after the other, unless it failed lately; with `now` also then. Of a stubborn host
+        one at most, and with `now` none. Fenced."""
         if now:
             self._later.clear()
         start = BAD
@@ -401,17 +402,13 @@ class Damages:
             for key, _ in found:
                 try:
                     copy = Copy.of_key(key)
+                    waits = self._named(copy) is not None and not self._has_its_turn(copy, now)
                 except Corrupt as error:
+                    # A damaged record, of this or of its sector: the others go on.
                     log.error("%s", error)
                     continue
-                if self._named(copy) is not None:
-                    due = self._later.get(copy, (0.0, 0.0))[0]
-                    if due > self._seams.clock.monotonic() or not self._registry.available(copy.host):
-                        continue
-                    if self._stubborn(copy.host):
-                        if now:
-                            continue
-                        await self._seams.clock.sleep(STUBBORN_PAUSE)
+                if waits:
+                    continue
                 async with self._alone(copy.sector_id):
                     if self._store.get(key) is None:
                         continue
@@ -425,6 +422,16 @@ class Damages:
                 self._tell(copy, Outcome(Found.GOOD, mended=True))
             start = found[-1][0] + b"\0"
             await trio.lowlevel.checkpoint()
+
+    def _has_its_turn(self, copy: Copy, now: bool) -> bool:
+        clock = self._seams.clock.monotonic()
+        if self._later.get(copy, (0.0, 0.0))[0] > clock or not self._registry.available(copy.host):
+            return False
+        if self._stubborn(copy.host):
+            if now or self._pausing.get(copy.host, 0.0) > clock:
+                return False
+            self._pausing[copy.host] = clock + STUBBORN_PAUSE
+        return True
 
     def _failed(self, copy: Copy, error: FusefsError) -> None:
         if self.status.trouble != str(error):

@@ -16,21 +16,21 @@ from __future__ import annotations
 
 import logging
 
-import trio
-
 from storage.contractor import Contractor
 from storage.errors import Corrupt, FusefsError, NotFound
 from storage.host_io import HostIO
 from storage.interfaces import Batch, MetadataStore
-from storage.metadata.keys import DOUBTED, SECTOR, SETTING, UNDERREPLICATED, prefix_end, read_u32, read_u64, u32, u64
-from storage.sectors.records import SectorRecord, decode_sector
+from storage.metadata.keys import DOUBTED, SETTING, UNDERREPLICATED, prefix_end, read_u32, u32, u64
+from storage.sealing import block_count
+from storage.sectors.records import SectorRecord
+from storage.sectors.walking import walk
 
 log = logging.getLogger("fusefs.reconcile")
 
 _HOSTS = SETTING + b"doubted."
 MISSING = b"l"
-#: Sectors looked at between two checkpoints.
-SLICE = 200
+#: Of a host's number.
+_DIGITS = len(str(2**32))
 
 
 class Doubts:
@@ -50,8 +50,8 @@ class Doubts:
 
     def _forgetful(self) -> set[int]:
         """Hosts whose sectors are still to be doubted one by one."""
-        found = self._store.scan(_HOSTS, prefix_end(_HOSTS), 2000)
-        return {int(key[len(_HOSTS) :]) for key, _ in found if key[len(_HOSTS) :].isdigit()}
+        found = [key[len(_HOSTS) :] for key, _ in self._store.scan(_HOSTS, prefix_end(_HOSTS), 2000)]
+        return {int(name) for name in found if name.isdigit() and len(name) <= _DIGITS and int(name) < 2**32}
 
     def of(self, sector_id: int) -> set[int]:
         """Hosts that do not count for the sector."""
@@ -77,25 +77,15 @@ class Doubts:
         crash."""
         self._some = self._some and bool(self._forgetful() or self._store.scan(DOUBTED, prefix_end(DOUBTED), 1))
         for number in sorted(self._forgetful()):
-            start, doubted = SECTOR, 0
-            while found := self._store.scan(start, prefix_end(SECTOR), SLICE):
-                batch = Batch()
-                for key, raw in found:
-                    try:
-                        sector_id = read_u64(key, 1)
-                        record = decode_sector(raw, sector_id)
-                    except Corrupt as error:
-                        log.error("%s", error)
-                        continue
-                    mark = DOUBTED + u64(sector_id) + u32(number)
-                    if any(number in shard.hosts for shard in record.shards) and self._store.get(mark) is None:
-                        batch.put(mark, b"")
-                        batch.put(UNDERREPLICATED + u64(sector_id), b"")
-                        doubted += 1
-                start = found[-1][0] + b"\0"
-                if batch.ops:
+            doubted = 0
+            async for sector_id, record in walk(self._store):
+                mark = DOUBTED + u64(sector_id) + u32(number)
+                if any(number in shard.hosts for shard in record.shards) and self._store.get(mark) is None:
+                    batch = Batch()
+                    batch.put(mark, b"")
+                    batch.put(UNDERREPLICATED + u64(sector_id), b"")
                     self._store.apply(batch)
-                await trio.lowlevel.checkpoint()
+                    doubted += 1
             batch = Batch()
             batch.delete(_HOSTS + b"%d" % number)
             self._store.apply(batch)
@@ -114,8 +104,9 @@ class Doubts:
                 for shard in here:
                     if contract is None:
                         raise NotFound(f"there was no contract with host {number}")
-                    length = shard.length
-                    await self._host_io.insecure_read(contract.contract_id, shard.root.hex(), shard.shard_id, 0, 1, plaintext_length=length)
+                    # Its last block, in one request: what was cut off is noticed, and so is what is another shard's.
+                    last = block_count(shard.length) - 1
+                    await self._host_io.probe(contract.contract_id, shard.root.hex(), shard.shard_id, shard.length, last)
                 batch.delete(key)
             except (NotFound, Corrupt) as error:
                 log.info("sector %d: its place on host %d is empty: %s", sector_id, number, error)

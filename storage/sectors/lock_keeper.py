@@ -127,7 +127,7 @@ class LockKeeper:
             try:
                 if any(self.due(number) for number in self.hosts()):
                     await self.round()
-                await self._purge_due()
+                await self.purge_due()
             except Fenced as error:
                 log.info("locks are extended no more: %s", error)
                 return
@@ -197,7 +197,7 @@ class LockKeeper:
         errors: list[FusefsError] = []
         slots = trio.CapacityLimiter(WORKERS)
 
-        async def one(root: bytes) -> None:
+        async def one(root: bytes, slot: object) -> None:
             nonlocal extended
             try:
                 extended += await self._extend_shard(number, host, root, until)
@@ -207,14 +207,16 @@ class LockKeeper:
             except FusefsError as error:
                 errors.append(error)
             finally:
-                slots.release_on_behalf_of(root)
+                slots.release_on_behalf_of(slot)
 
         async with plain_nursery() as nursery:
             async for record in self._records():
                 for shard in record.shards:
                     if number in shard.hosts and self._short(shard.root, number, until) and not errors:
-                        await slots.acquire_on_behalf_of(shard.root)
-                        nursery.start_soon(one, shard.root)
+                        # Not of the root: a live record and a freed one can both name it.
+                        slot = object()
+                        await slots.acquire_on_behalf_of(slot)
+                        nursery.start_soon(one, shard.root, slot)
                 if errors:
                     break
         if errors:
@@ -262,16 +264,25 @@ class LockKeeper:
     # ----------------------------------------------------------------------------------------------------------------
     # Purging
 
-    async def _purge_due(self) -> None:
-        now = self._seams.clock.time_ns()
+    async def purge_due(self) -> None:
+        """Every host that was not purged for `PURGE_SECONDS`. Fenced; of others the first error, once each host had its turn."""
+        now, errors = self._seams.clock.time_ns(), list[FusefsError]()
         for number, host in self.hosts().items():
             raw = self._store.get(_purged_key(number))
             last = read_u64(raw) if raw is not None and len(raw) == 8 else 0
             if now - last >= PURGE_SECONDS * 1e9:
-                await self.purge(number, host)
+                try:
+                    await self.purge(number, host)
+                except Fenced:
+                    raise
+                except FusefsError as error:
+                    errors.append(error)
+                    continue
                 batch = Batch()
                 batch.put(_purged_key(number), now.to_bytes(8, "big"))
                 self._store.apply(batch)
+        if errors:
+            raise errors[0]
 
     async def purge(self, number: int, host: LockingHost) -> int:
         """Versions of what we deleted on the host go, where their locks are over. Returns how many names are gone for good."""

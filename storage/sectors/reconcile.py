@@ -181,11 +181,17 @@ class Reconciler:
                 # What could not be mended for want of a host, or from it, can be now.
                 self._later.clear()
             await self._doubts.walk()
-            keeping = self._standing.keeping()
-            await self._look(keeping)
-            await self._mend_all(keeping)
-            if self._store.get(_FILL) is not None:
-                await self._fill_up(keeping)
+            while True:
+                keeping = self._standing.keeping()
+                await self._look(keeping)
+                if await self._mend_all(keeping) and (self._store.get(_FILL) is None or await self._fill_up(keeping)):
+                    return
+
+    def _outdated(self, keeping: frozenset[int]) -> bool:
+        """Do other hosts keep what they have, since `keeping` was asked? A round over many sectors takes days."""
+        if self._standing.look():
+            self._later.clear()
+        return self._standing.keeping() != keeping
 
     def _plan(self, sector_id: int, record: SectorRecord, keeping: frozenset[int]) -> Plan:
         """What is missing and too many with these hosts; a doubted place, or one whose copy is known to be bad, counts for nothing."""
@@ -245,16 +251,18 @@ class Reconciler:
     # ------------------------------------------------------------------------------------------------------------
     # Mending
 
-    async def _mend_all(self, keeping: frozenset[int]) -> None:
-        """Every sector on the list, a few at a time, unless it failed lately."""
+    async def _mend_all(self, keeping: frozenset[int]) -> bool:
+        """Every sector on the list, a few at a time, unless it failed lately. False: hosts have come or gone meanwhile, for which it was
+        broken off."""
         await self._count(keeping)
         if self.status.pending:
             self.status.stage = "making copies"
         self._unmended = 0
         limit = trio.CapacityLimiter(WORKERS)
         start = UNDERREPLICATED
+        outdated = False
         async with plain_nursery() as nursery:
-            while found := self._store.scan(start, prefix_end(UNDERREPLICATED), SLICE):
+            while not outdated and (found := self._store.scan(start, prefix_end(UNDERREPLICATED), SLICE)):
                 for key, _ in found:
                     sector_id = _sector_of(key)
                     if sector_id is None:
@@ -262,16 +270,22 @@ class Reconciler:
                     due = self._later.get(sector_id)
                     if due is not None and due[0] > self._seams.clock.monotonic():
                         continue
-                    if self.uploading(sector_id) or sector_id in self._busy:
-                        continue
                     mark = object()
                     await limit.acquire_on_behalf_of(mark)
+                    # No await from here on: what was true before the turn came may not be any more.
+                    if outdated := self._outdated(keeping):
+                        break
+                    if self.uploading(sector_id) or sector_id in self._busy:
+                        limit.release_on_behalf_of(mark)
+                        continue
+                    self._busy.add(sector_id)
                     nursery.start_soon(self._mend_one, sector_id, keeping, limit, mark)
                 start = found[-1][0] + b"\0"
                 await trio.lowlevel.checkpoint()
         if self._unmended:
             # One line a round, not one a sector: what keeps one from being mended often keeps them all.
             log.warning("%d sectors stay as they are for now: %s", self._unmended, self.status.trouble)
+        return not outdated and not self._outdated(keeping)
 
     async def _count(self, keeping: frozenset[int]) -> None:
         """How much there is to do."""
@@ -297,7 +311,7 @@ class Reconciler:
         self.status.pending, self.status.pending_bytes = sectors, missing
 
     async def _mend_one(self, sector_id: int, keeping: frozenset[int], limit: trio.CapacityLimiter, mark: object) -> None:
-        self._busy.add(sector_id)
+        """`sector_id` is marked as busy already."""
         try:
             await self.mend(sector_id, keeping)
             self._later.pop(sector_id, None)
@@ -489,8 +503,9 @@ class Reconciler:
     # ------------------------------------------------------------------------------------------------------------
     # Filling
 
-    async def _fill_up(self, keeping: frozenset[int]) -> None:
-        """Move shards to hosts that have less than their share, from those that have most. Once through all sectors."""
+    async def _fill_up(self, keeping: frozenset[int]) -> bool:
+        """Move shards to hosts that have less than their share, from those that have most. Once through all sectors. False: broken off,
+        since hosts have come or gone meanwhile."""
         self.status.stage = "filling new hosts"
         load = dict.fromkeys(keeping, 0)
         async for _, record in walk(self._store):
@@ -505,10 +520,13 @@ class Reconciler:
                 short = [host for host in load if load[host] < goal and self._placement.takes(host)]
                 if not short:
                     break
+                if self._outdated(keeping):
+                    return False
                 await self._move(sector_id, record, short, load, keeping)
         batch = Batch()
         batch.delete(_FILL)
         self._store.apply(batch)
+        return True
 
     async def _move(self, sector_id: int, record: SectorRecord, short: list[int], load: dict[int, int], keeping: frozenset[int]) -> None:
         """One shard of the sector to the host that has least, if one that has more loses it, and no failure domain gets two for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from storage.contractor import Contractor
 from storage.errors import Corrupt, FusefsError, NotFound, Unavailable
@@ -10,7 +11,9 @@ from storage.host_io import HostIO
 from storage.hosts.hostdb import HostDB
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import SealedShard
+from storage.sealing import sealed_length
 from storage.seams import Seams
+from storage.sectors.hedging import Attempt
 from storage.sectors.reader import SectorReader
 from storage.sectors.records import SectorRecord, ShardRecord, layout_for
 
@@ -18,7 +21,8 @@ log = logging.getLogger("fusefs.sectors")
 
 
 class Regenerator:
-    """From any host that still has the shard, whether or not it is to keep it; else of other shards of the sector."""
+    """From any host that still has the shard, whether or not it is to keep it; else of other shards of the sector. Hosts are asked as for
+    reading: the best first, another where that fails, hangs or is slow (sectors.hedging)."""
 
     def __init__(
         self, host_io: HostIO, contractor: Contractor, registry: HostRegistry, hostdb: HostDB, reader: SectorReader, seams: Seams
@@ -40,16 +44,11 @@ class Regenerator:
                 return await staging.sealed(shard)
             except FusefsError as failed:
                 error = failed
-        for number in self._hostdb.rank(host for host in shard.hosts if self._registry.available(host)):
-            contract = self._contractor.contract_for(number)
-            if contract is None:
-                continue
-            try:
-                return await self._host_io.read_sealed(contract.contract_id, shard.root.hex(), shard.shard_id, shard.length)
-            except FusefsError as failed:
-                error = failed
-                if isinstance(failed, Corrupt | NotFound):
-                    self._reader.on_damage(sector_id, shard.root, number)
+        # Another is asked as well where one fails, hangs or is slow. It counts as no read, so that those who wait have what is saved up.
+        outcome = await self._reader.hedging.first_good(self._copies(sector_id, shard), earns=False)
+        for sealed in outcome.found.values():
+            return SealedShard(shard.root.hex(), shard.shard_id, shard.length, sealed)
+        error = outcome.errors[-1] if outcome.errors else error
         coded = layout_for(record, sector_id).needed < len(record.shards)
         if coded:
             try:
@@ -70,6 +69,24 @@ class Regenerator:
         if isinstance(error, NotFound | Corrupt):
             raise Corrupt(f"sector {sector_id} has no good copy: {error}; see fusefs check")
         raise error
+
+    def _copies(self, sector_id: int, shard: ShardRecord) -> list[Attempt]:
+        """Ways to get it as it is stored, best first."""
+        attempts: list[Attempt] = []
+        for number in self._hostdb.rank(host for host in shard.hosts if self._registry.available(host)):
+            contract = self._contractor.contract_for(number)
+            if contract is not None:
+                ask = partial(self._ask, sector_id, shard, number, contract.contract_id)
+                attempts.append(Attempt(ask, sealed_length(shard.length), number))
+        return attempts
+
+    async def _ask(self, sector_id: int, shard: ShardRecord, host: int, contract_id: str) -> bytes:
+        try:
+            found = await self._host_io.read_sealed(contract_id, shard.root.hex(), shard.shard_id, shard.length)
+        except (Corrupt, NotFound):
+            self._reader.on_damage(sector_id, shard.root, host)
+            raise
+        return bytes(found.sealed)
 
     async def _seal_again(self, plain: bytes, shard: ShardRecord) -> SealedShard:
         """I1: Corrupt unless it comes out with the root on record."""

@@ -85,7 +85,7 @@ class Rewriter:
         """`length` bytes more of the value may be misplaced once the batch is applied. At most one call per value and batch."""
         known = self._marked(value_id)
         self._marks = True
-        batch.put(MISPLACED + u64(value_id), u64((known or 0) + length))
+        batch.put(MISPLACED + u64(value_id), u64(min((known or 0) + length, 2**64 - 1)))
         self._files += known is None
         self._pending += length
         if value_id in self._group.values:
@@ -101,7 +101,7 @@ class Rewriter:
 
     def _marked(self, value_id: int) -> int | None:
         raw = self._store.get(MISPLACED + u64(value_id)) if self._marks else None
-        return None if raw is None else int.from_bytes(raw, "big")
+        return None if raw is None else _misplaced(raw)
 
     def _moved(self, batch: Batch, moved: dict[int, int]) -> None:
         for value_id, length in moved.items():
@@ -185,7 +185,13 @@ class Rewriter:
             start = MISPLACED
             while found := self._store.scan(start, prefix_end(MISPLACED), SLICE):
                 for key, _ in found:
-                    await self._walk(read_u64(key, 1))
+                    try:
+                        value_id = read_u64(key, 1)
+                    except Corrupt as error:
+                        log.error("%s", error)
+                        self._drop(key)
+                        continue
+                    await self._walk(value_id)
                 start = found[-1][0] + b"\0"
                 await trio.lowlevel.checkpoint()
             await self._move()
@@ -197,7 +203,7 @@ class Rewriter:
         self._marks = bool(self._store.scan(start, prefix_end(MISPLACED), 1))
         while found := self._store.scan(start, prefix_end(MISPLACED), SLICE):
             files += len(found)
-            pending += sum(int.from_bytes(raw, "big") for _, raw in found)
+            pending += sum(_misplaced(raw) for _, raw in found)
             start = found[-1][0] + b"\0"
             await trio.lowlevel.checkpoint()
         self._files, self._pending = files, pending
@@ -206,6 +212,7 @@ class Rewriter:
         """The value's misplaced extents into the group; groups that are full are moved."""
         raw = self._store.get(VALUE + u64(value_id))
         if raw is None:
+            self._drop(MISPLACED + u64(value_id))
             return
         self._group.values[value_id] = False
         self._group.unfinished.add(value_id)
@@ -230,6 +237,12 @@ class Rewriter:
             self._failed(error)
             self._group.values[value_id] = True
         self._group.unfinished.discard(value_id)
+
+    def _drop(self, key: bytes) -> None:
+        """A mark of no value, as a damaged database may have one: with it there would be something to do for ever."""
+        batch = Batch()
+        batch.delete(key)
+        self._store.apply(batch)
 
     def _full(self, following: Extent) -> bool:
         group = self._group
@@ -268,3 +281,8 @@ class Rewriter:
         if self._trouble != str(error):
             log.warning("what was given another replication is not moved yet: %s", error)
         self._trouble = str(error)
+
+
+def _misplaced(raw: bytes) -> int:
+    """What a mark says; a damaged one says nothing but that there is something."""
+    return int.from_bytes(raw, "big") if len(raw) == 8 else 0

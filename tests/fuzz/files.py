@@ -19,8 +19,10 @@ from storage.hosts.layout import (
     ContractFile,
     decode_contract_file,
     decode_host_file,
+    decode_pruning_file,
     encode_json,
     new_host_file,
+    new_pruning_file,
 )
 from storage.interfaces import TailPiece
 from storage.keyfile import MAX_SLOTS, KeyFile, encode_keyfile, open_slots, parse_keyfile
@@ -226,6 +228,12 @@ def _contract_seeds() -> list[bytes]:
     return [golden("contract.json"), encode_json(made)]
 
 
+def _pruning_file(raw: bytes) -> None:
+    file = decode_pruning_file(raw, "pruning.json")
+    same(decode_pruning_file(encode_json(file), "pruning.json"), file)
+    bytes.fromhex(file.volume)
+
+
 TARGETS = (
     Target("shard_header", _shard_header, lambda: [_HEADER.encode(), golden("sealed_shard.bin")[:SHARD_HEADER]]),
     Target("shard", _shard, _shard_seeds),
@@ -265,4 +273,11 @@ TARGETS = (
         "json",
     ),
     Target("contract_file", lambda data: _as_document(data, _contract_file), _contract_seeds, (Corrupt, BadArgument), "json"),
+    Target(
+        "pruning_file",
+        lambda data: _as_document(data, _pruning_file),
+        lambda: [golden("pruning.json"), encode_json(new_pruning_file(VOLUME_ID, _ID, _NOW))],
+        (Corrupt, BadArgument),
+        "json",
+    ),
 )
