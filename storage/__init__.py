@@ -67,8 +67,8 @@ if TYPE_CHECKING:
     from storage.recovery import recover_volume as recover_volume
     from storage.replication import Replication as Replication
     from storage.replication import parse_replication as parse_replication
-    from storage.salvage import SalvageReport as SalvageReport
     from storage.salvage import salvage_volume as salvage_volume
+    from storage.salvage_index import SalvageReport as SalvageReport
     from storage.seams import Seams as Seams
     from storage.status import ContractStatus as ContractStatus
     from storage.status import HostStatus as HostStatus
@@ -111,7 +111,8 @@ _HOMES = {
     "storage.read_only": ("ReadOnlySource", "ReadOnlyVolume", "open_read_only"),
     "storage.recovery": ("RecoveryReport", "recover_volume"),
     "storage.replication": ("Replication", "parse_replication"),
-    "storage.salvage": ("SalvageReport", "salvage_volume"),
+    "storage.salvage": ("salvage_volume",),
+    "storage.salvage_index": ("SalvageReport",),
     "storage.seams": ("Seams",),
     "storage.status": (
         "ContractStatus",

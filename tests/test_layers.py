@@ -41,7 +41,7 @@ LAYERS: list[set[str]] = [
     {"storage.checking"},
     {"storage.volume", "storage.status_of"},
     {"storage.wiring"},
-    {"storage.creation", "storage.recovery", "storage.salvage", "storage.read_only", "storage.pruning"},
+    {"storage.creation", "storage.recovery", "storage.salvage", "storage.salvage_index", "storage.read_only", "storage.pruning"},
     {"storage"},  # storage/__init__.py: the public names
 ]
 #: Besides these, fusefs takes from storage what `storage.__all__` lists.

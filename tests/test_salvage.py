@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import BadArgument, FusefsError, NotFound, WrongPassphrase
-from storage.salvage import INDEX_DIRECTORY, LOST_AND_FOUND, SalvageReport, _gaps, _Index, _Sector, salvage_volume
+from storage.salvage import salvage_volume
+from storage.salvage_index import INDEX_DIRECTORY, LOST_AND_FOUND, Index, SalvageReport, Sector, gaps
 from storage.values.packing import TableEntry
 from tests import rig
 from tests.recovery_rig import FILE, ROOT, Lost, lose
@@ -177,12 +178,12 @@ def test_of_two_sectors_with_other_bytes_at_one_place_the_later_counts_in_whatev
     """One was put on hosts and never committed; its process died, and what came after it appended something else there."""
     (tmp_path / LOST_AND_FOUND).mkdir()
     (tmp_path / INDEX_DIRECTORY).mkdir()
-    index = _Index(tmp_path)
+    index = Index(tmp_path)
     never, later, end = rig.noise(100), rig.noise(60), rig.noise(40)
     sectors = [
-        _Sector(1, memoryview(never), [TableEntry(b"old name", 7, 0, 100, 0, 9)]),
-        _Sector(2, memoryview(later), [TableEntry(b"name", 7, 0, 60, 0, 9)]),
-        _Sector(2, memoryview(end), [TableEntry(b"name", 7, 60, 40, 0, 10)]),
+        Sector(1, memoryview(never), [TableEntry(b"old name", 7, 0, 100, 0, 9)]),
+        Sector(2, memoryview(later), [TableEntry(b"name", 7, 0, 60, 0, 9)]),
+        Sector(2, memoryview(end), [TableEntry(b"name", 7, 60, 40, 0, 10)]),
     ]
     for at in order:
         index.take(sectors[at])
@@ -221,6 +222,6 @@ async def test_the_hosts_are_not_changed(tmp_path: Path) -> None:
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 10))), st.integers(0, 30), st.integers(0, 20))
 def test_gaps_and_what_covers_make_up_the_whole(covered: list[tuple[int, int]], start: int, length: int) -> None:
     ranges = sorted((begin, begin + size) for begin, size in covered)
-    found = [byte for begin, end in _gaps(start, start + length, ranges) for byte in range(begin, end)]
+    found = [byte for begin, end in gaps(start, start + length, ranges) for byte in range(begin, end)]
     inside = {byte for begin, end in ranges for byte in range(begin, end)}
     assert found == [byte for byte in range(start, start + length) if byte not in inside]

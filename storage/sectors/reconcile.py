@@ -14,7 +14,7 @@ where they should be. Which hosts kept shards when all sectors were last looked 
 | key | value |
 |---|---|
 | `reconcile.keeping` | MessagePack array of host numbers: all sectors were looked at with these |
-| `reconcile.look` | MessagePack array: host numbers this look is for, next sector id |
+| `reconcile.look` | MessagePack array: host numbers this look is for, sector id it has come to |
 | `reconcile.fill` | there: hosts were added, and are to get their share |
 """
 
@@ -41,7 +41,7 @@ from storage.sectors.placement import Placement
 from storage.sectors.plan import Plan, make_plan
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
 from storage.sectors.strays import Strays
-from storage.sectors.walking import walk
+from storage.sectors.walking import below_full, walk
 from storage.standing import Standing
 
 log = logging.getLogger("fusefs.reconcile")
@@ -225,9 +225,8 @@ class Reconciler:
                     batch.put(UNDERREPLICATED + u64(sector_id), b"" if missing else MOVING)
             start = found[-1][0] + b"\0"
             looked += len(found)
-            last = _sector_of(found[-1][0])
-            if looked % NOTE_EVERY < SLICE and last is not None:
-                batch.put(_LOOK, msgspec.msgpack.encode([sorted(keeping), last + 1]))
+            if looked % NOTE_EVERY < SLICE and len(start) == 10:
+                batch.put(_LOOK, msgspec.msgpack.encode([sorted(keeping), read_u64(start, 1)]))
             if batch.ops:
                 self._store.apply(batch)
             await trio.lowlevel.checkpoint()
@@ -259,29 +258,22 @@ class Reconciler:
             self.status.stage = "making copies"
         self._unmended = 0
         limit = trio.CapacityLimiter(WORKERS)
-        start = UNDERREPLICATED
         outdated = False
         async with plain_nursery() as nursery:
-            while not outdated and (found := self._store.scan(start, prefix_end(UNDERREPLICATED), SLICE)):
-                for key, _ in found:
-                    sector_id = _sector_of(key)
-                    if sector_id is None:
-                        continue
-                    due = self._later.get(sector_id)
-                    if due is not None and due[0] > self._seams.clock.monotonic():
-                        continue
-                    mark = object()
-                    await limit.acquire_on_behalf_of(mark)
-                    # No await from here on: what was true before the turn came may not be any more.
-                    if outdated := self._outdated(keeping):
-                        break
-                    if self.uploading(sector_id) or sector_id in self._busy:
-                        limit.release_on_behalf_of(mark)
-                        continue
-                    self._busy.add(sector_id)
-                    nursery.start_soon(self._mend_one, sector_id, keeping, limit, mark)
-                start = found[-1][0] + b"\0"
-                await trio.lowlevel.checkpoint()
+            async for sector_id in below_full(self._store):
+                due = self._later.get(sector_id)
+                if due is not None and due[0] > self._seams.clock.monotonic():
+                    continue
+                mark = object()
+                await limit.acquire_on_behalf_of(mark)
+                # No await from here on: what was true before the turn came may not be any more.
+                if outdated := self._outdated(keeping):
+                    break
+                if self.uploading(sector_id) or sector_id in self._busy:
+                    limit.release_on_behalf_of(mark)
+                    continue
+                self._busy.add(sector_id)
+                nursery.start_soon(self._mend_one, sector_id, keeping, limit, mark)
         if self._unmended:
             # One line a round, not one a sector: what keeps one from being mended often keeps them all.
             log.warning("%d sectors stay as they are for now: %s", self._unmended, self.status.trouble)
@@ -290,24 +282,16 @@ class Reconciler:
     async def _count(self, keeping: frozenset[int]) -> None:
         """How much there is to do."""
         sectors = missing = 0
-        start = UNDERREPLICATED
-        while found := self._store.scan(start, prefix_end(UNDERREPLICATED), SLICE):
-            for key, _ in found:
-                raw = self._store.get(SECTOR + key[1:])
-                if raw is None:
-                    continue
-                try:
-                    sector_id = read_u64(key, 1)
-                    if self.uploading(sector_id):
-                        continue  # not ours yet, and told by itself
-                    record = decode_sector(raw, sector_id)
-                except Corrupt:
-                    sectors += 1
-                    continue
-                sectors += 1
-                missing += sum(record.shards[index].length for index in self._plan(sector_id, record, keeping).missing)
-            start = found[-1][0] + b"\0"
-            await trio.lowlevel.checkpoint()
+        async for sector_id in below_full(self._store):
+            raw = self._store.get(SECTOR + u64(sector_id))
+            if raw is None or self.uploading(sector_id):
+                continue  # freed, or not ours yet, and told by itself
+            sectors += 1
+            try:
+                record = decode_sector(raw, sector_id)
+            except Corrupt:
+                continue
+            missing += sum(record.shards[index].length for index in self._plan(sector_id, record, keeping).missing)
         self.status.pending, self.status.pending_bytes = sectors, missing
 
     async def _mend_one(self, sector_id: int, keeping: frozenset[int], limit: trio.CapacityLimiter, mark: object) -> None:
@@ -362,21 +346,16 @@ class Reconciler:
 
     async def find_strays(self) -> None:
         """After a recovery: every sector that hosts have, and whose record does not say so, is on record as there. Fenced."""
-        start = UNDERREPLICATED
-        while found := self._store.scan(start, prefix_end(UNDERREPLICATED), SLICE):
-            for key, _ in found:
-                sector_id = _sector_of(key)
-                raw = self._store.get(SECTOR + key[1:])
-                if sector_id is None or raw is None:
-                    continue
-                try:
-                    record = decode_sector(raw, sector_id)
-                    if self._strays.is_stray(record):
-                        await self._adopt(sector_id, record)
-                except Corrupt as error:
-                    log.error("%s", error)
-            start = found[-1][0] + b"\0"
-            await trio.lowlevel.checkpoint()
+        async for sector_id in below_full(self._store):
+            raw = self._store.get(SECTOR + u64(sector_id))
+            if raw is None:
+                continue
+            try:
+                record = decode_sector(raw, sector_id)
+                if self._strays.is_stray(record):
+                    await self._adopt(sector_id, record)
+            except Corrupt as error:
+                log.error("%s", error)
 
     def _record(self, sector_id: int) -> SectorRecord | None:
         raw = self._store.get(SECTOR + u64(sector_id))
@@ -563,12 +542,3 @@ class Reconciler:
             log.info("sector %d is not moved: %s", sector_id, error)
         finally:
             self._busy.discard(sector_id)
-
-
-def _sector_of(key: bytes) -> int | None:
-    """The sector a key is about; None if it is damaged."""
-    try:
-        return read_u64(key, 1)
-    except Corrupt as error:
-        log.error("%s", error)
-        return None

@@ -1,4 +1,4 @@
-"""Going through all sectors in the order of their ids, in slices, beside whoever changes them."""
+"""Going through all sectors, or those that are not as they should be, in the order of their ids, in slices, beside whoever changes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import trio
 
 from storage.errors import Corrupt, NotFound
 from storage.interfaces import MetadataReader
-from storage.metadata.keys import SECTOR, prefix_end, read_u64, u64
+from storage.metadata.keys import SECTOR, UNDERREPLICATED, prefix_end, read_u64, u64
 from storage.sectors.records import SectorRecord, decode_sector
 
 log = logging.getLogger("fusefs.sectors")
@@ -30,6 +30,21 @@ async def walk(store: MetadataReader, first: int = 0) -> AsyncIterator[tuple[int
                     yield sector_id, decode_sector(raw, sector_id)
             except (Corrupt, NotFound) as error:
                 log.error("%s", error)
+        start = found[-1][0] + b"\0"
+        await trio.lowlevel.checkpoint()
+
+
+async def below_full(store: MetadataReader) -> AsyncIterator[int]:
+    """Ids of the sectors on the list of those that are not as they should be, whether or not they are there still."""
+    start = UNDERREPLICATED
+    while found := store.scan(start, prefix_end(UNDERREPLICATED), SLICE):
+        for key, _ in found:
+            try:
+                sector_id = read_u64(key, 1)
+            except Corrupt as error:
+                log.error("%s", error)
+                continue
+            yield sector_id
         start = found[-1][0] + b"\0"
         await trio.lowlevel.checkpoint()
 
