@@ -118,10 +118,6 @@ def _make_target(path: Path) -> None:
         raise from_os_error(error, f"making {path}") from error
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Sectors
-
-
 class _Salvage:
     """Goes through all shards once."""
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from storage.checking import Finding, check_volume
 from storage.errors import NotFound, Unavailable
+from storage.hosts.faults import shards_only
 from storage.interfaces import Batch, Buffer, SealedShard
 from storage.metadata.keys import LOST, SECTOR, UNDERREPLICATED, prefix_end, read_u64, u32, u64
 from storage.pacing import SMOOTH, Pace
@@ -217,6 +218,24 @@ async def test_a_copy_is_made_again_from_another_host_where_the_first_hangs(tmp_
             sealed = await volume.reconciler._regenerate(sector, record, 0)
         assert sealed.root == record.shards[0].root.hex()
         opener.faults[urls[first - 1]].hang = False
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+async def test_a_copy_that_cannot_be_asked_for_now_is_not_taken_for_lost(tmp_path: Path, silent: int) -> None:
+    """One of two hosts has lost it, the other one fails for the moment: whichever is asked last."""
+    opener = FaultyOpener()
+    urls = host_dirs(tmp_path, 2)
+    await make(tmp_path / "volume", urls, replication="2")
+    async with open_volume(tmp_path / "volume", passphrase=PASSPHRASE, options=replace(QUIET, cache=0), opener=opener) as volume:
+        await fill(volume, 1)
+        ((sector, record),) = records(volume).items()
+        ranked = volume.hostdb.rank(record.shards[0].hosts)
+        fails, lost = (urls[host - 1] for host in (ranked if silent == 0 else reversed(ranked)))
+        for path in Path(lost.removeprefix("dir:")).glob("volumes/*/sectors/*/*"):
+            path.unlink()
+        opener.faults[fails].only, opener.faults[fails].gone = shards_only, "not now"
+        with pytest.raises(Unavailable):
+            await volume.reconciler._regenerate(sector, record, 0)
 
 
 async def never(_contract_id: str, _shard: SealedShard) -> None:

@@ -48,7 +48,9 @@ class Regenerator:
         outcome = await self._reader.hedging.first_good(self._copies(sector_id, shard), earns=False)
         for sealed in outcome.found.values():
             return SealedShard(shard.root.hex(), shard.shard_id, shard.length, sealed)
-        error = outcome.errors[-1] if outcome.errors else error
+        if outcome.errors:
+            # One that did not answer may have it: then nothing is lost, whatever the others say, and in whatever order.
+            error = next((failed for failed in outcome.errors if not isinstance(failed, Corrupt | NotFound)), outcome.errors[-1])
         coded = layout_for(record, sector_id).needed < len(record.shards)
         if coded:
             try:
