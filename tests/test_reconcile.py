@@ -220,6 +220,33 @@ async def test_a_copy_is_made_again_from_another_host_where_the_first_hangs(tmp_
         opener.faults[urls[first - 1]].hang = False
 
 
+async def test_a_host_that_is_found_to_have_forgotten_things_in_the_middle_of_a_round_does_not_get_them_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_volume(tmp_path, 3, "2") as (volume, urls):
+        content = await fill(volume, 12)
+        real, forgot = volume.host_io.write_sealed, False
+
+        async def write(contract_id: str, shard: SealedShard) -> None:
+            nonlocal forgot
+            await real(contract_id, shard)
+            if not forgot:
+                forgot = True
+                batch = Batch()
+                volume.doubts.forgot(batch, 1)
+                volume.store.apply(batch)
+
+        monkeypatch.setattr(volume.host_io, "write_sealed", write)
+        batch = Batch()
+        batch.put(LOST + u32(2), u64(1))
+        volume.store.apply(batch)
+        with trio.fail_after(60):
+            await volume.reconciler.round()
+        assert as_wanted(volume, [urls[0], urls[2]])
+        assert volume.reconciler.status.shards <= 12
+        assert await unchanged(volume, content)
+
+
 @pytest.mark.parametrize("silent", [0, 1])
 async def test_a_copy_that_cannot_be_asked_for_now_is_not_taken_for_lost(tmp_path: Path, silent: int) -> None:
     """One of two hosts has lost it, the other one fails for the moment: whichever is asked last."""

@@ -48,7 +48,7 @@ class Doubts:
         batch.put(_HOSTS + b"%d" % number, b"")
         self._some = True
 
-    def _forgetful(self) -> set[int]:
+    def forgetful(self) -> set[int]:
         """Hosts whose sectors are still to be doubted one by one."""
         found = [key[len(_HOSTS) :] for key, _ in self._store.scan(_HOSTS, prefix_end(_HOSTS), 2000)]
         return {int(name) for name in found if name.isdigit() and len(name) <= _DIGITS and int(name) < 2**32}
@@ -59,7 +59,7 @@ class Doubts:
             return set()
         start = DOUBTED + u64(sector_id)
         one_by_one = {read_u32(key, 9) for key, _ in self._store.scan(start, prefix_end(start), 2000) if len(key) == 13}
-        return one_by_one | self._forgetful()
+        return one_by_one | self.forgetful()
 
     def missing(self, limit: int = 100_000) -> int:
         """Places that were looked for and not found, and of which nothing could be made again so far."""
@@ -75,8 +75,8 @@ class Doubts:
     async def walk(self) -> None:
         """Each sector on a host that has forgotten things is doubted there, and on the list of what is to be mended. Starts over after a
         crash."""
-        self._some = self._some and bool(self._forgetful() or self._store.scan(DOUBTED, prefix_end(DOUBTED), 1))
-        for number in sorted(self._forgetful()):
+        self._some = self._some and bool(self.forgetful() or self._store.scan(DOUBTED, prefix_end(DOUBTED), 1))
+        for number in sorted(self.forgetful()):
             doubted = 0
             async for sector_id, record in walk(self._store):
                 mark = DOUBTED + u64(sector_id) + u32(number)

@@ -180,18 +180,22 @@ class Reconciler:
             if self._standing.look() or again:
                 # What could not be mended for want of a host, or from it, can be now.
                 self._later.clear()
-            await self._doubts.walk()
             while True:
+                if self._doubts.forgetful():
+                    # What has waited for the walk need not any more.
+                    self._later.clear()
+                await self._doubts.walk()
                 keeping = self._standing.keeping()
                 await self._look(keeping)
                 if await self._mend_all(keeping) and (self._store.get(_FILL) is None or await self._fill_up(keeping)):
                     return
 
     def _outdated(self, keeping: frozenset[int]) -> bool:
-        """Do other hosts keep what they have, since `keeping` was asked? A round over many sectors takes days."""
+        """Do other hosts keep what they have, since `keeping` was asked, or has one forgotten things? A round over many sectors takes
+        days."""
         if self._standing.look():
             self._later.clear()
-        return self._standing.keeping() != keeping
+        return self._standing.keeping() != keeping or bool(self._doubts.forgetful())
 
     def _plan(self, sector_id: int, record: SectorRecord, keeping: frozenset[int]) -> Plan:
         """What is missing and too many with these hosts; a doubted place, or one whose copy is known to be bad, counts for nothing."""
@@ -330,6 +334,9 @@ class Reconciler:
             if not plan.missing:
                 self._settle(sector_id, record, plan)
                 return
+            if self._doubts.forgetful():
+                # A copy put there would count for nothing, until all of them are doubted one by one: it would be put again and again.
+                raise Unavailable(f"sector {sector_id} waits until what a host has forgotten is on record")
             await self._add(sector_id, record, plan.missing[0], plan.hosts, keeping)
 
     async def _adopt(self, sector_id: int, record: SectorRecord) -> None:
