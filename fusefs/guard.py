@@ -19,6 +19,7 @@ import pyfuse3
 
 from fusefs.errno_map import errno_of
 from fusefs.ratelimit import RateLimit
+from fusefs.receiver import Receiver
 from storage.errors import Corrupt, Expired, Fenced, FusefsError, IOFailure, NoSpace, NotPermitted, Unavailable
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def guarded(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     async def guard(self: Any, *args: Any) -> Any:
+        Receiver.last_handler = name
         try:
             running = handler(self, *args)
             try:

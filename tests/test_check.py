@@ -269,7 +269,7 @@ class Life:
         elif what < 0.88:
             ns.pin(pick.choice(files).ino)
         elif what < 0.93:
-            volume.values.shipper.gather()
+            await volume.values.shipper.gather()
         elif what < 0.96:
             await ns.commit(pick.choice(files).ino)
         elif what < 0.98:

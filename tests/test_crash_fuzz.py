@@ -115,7 +115,7 @@ class Model:
             await volume.flush()
             self.durable(snapshot)
         elif what < 0.88:
-            volume.values.shipper.gather()
+            await volume.values.shipper.gather()
         elif what < 0.91:
             free(volume, value)
             life.freed = True

@@ -301,7 +301,7 @@ async def test_what_is_not_safe_is_counted(tmp_path: Path) -> None:
                 case 3:
                     await volume.values.commit(value)
                 case 4:
-                    shipper.gather()
+                    await shipper.gather()
                 case 5:
                     await volume.commit()
                 case 6:

@@ -205,7 +205,7 @@ async def test_files_that_are_appended_to_and_renamed_meanwhile(tmp_path: Path) 
                 await volume.files.append(fd, data)
                 log.extend(data)
                 if number % 7 == 0:
-                    volume.values.shipper.gather()
+                    await volume.values.shipper.gather()
                 await trio.sleep(0.001)
             await volume.files.close(fd)
             done.set()
@@ -242,7 +242,7 @@ async def test_what_is_on_its_way_when_the_replication_changes_follows(tmp_path:
     async with opened(tmp_path / "v", opener=opener) as volume:
         data, small = noise(2 * SECTOR_SIZE), noise(100)
         large, ino = await put(volume, "large", data), await put(volume, "small", small)
-        volume.values.shipper.gather()
+        await volume.values.shipper.gather()
         # Together in one cargo: the small file's follows, the other's does not.
         await volume.set_replication(ino, "1", now=True)
         await volume.rewrite()

@@ -199,7 +199,7 @@ async def test_a_failed_store_sends_nothing_more_to_hosts(tmp_path: Path) -> Non
             await volume.commit()
             await volume.sectors.allocate_sector()
             volume.store._fail("the disk is gone")
-            volume.values.shipper.gather()
+            await volume.values.shipper.gather()
             await trio.sleep(0.3)
             with pytest.raises(Fenced):
                 await volume.sectors.write_sector(await volume.sectors.allocate_sector(), b"x", "1")
@@ -235,7 +235,7 @@ async def test_a_directory_renamed_while_its_files_wait_does_not_make_a_sector_t
         values = [new_value(volume) for _ in sizes]
         for value, size in zip(values, sizes, strict=True):
             await append(volume, value, noise(size))
-        volume.values.shipper.gather()
+        await volume.values.shipper.gather()
         assert len(volume.values.shipper._cargos) == 1
         volume.values.set_path_of(lambda _ino: secrets.token_bytes(4096))
         with trio.fail_after(10):
@@ -298,7 +298,7 @@ async def test_a_journal_that_stays_full_does_not_fill_memory(tmp_path: Path) ->
         value = new_value(volume)
         await append(volume, value, noise(220_000))
         await volume.values.commit(value)
-        volume.values.shipper.gather()
+        await volume.values.shipper.gather()
         await until(lambda: volume.values.shipper.trouble is not None)
         other = new_value(volume)
         # Without asking: `reserve` would refuse what the journal cannot take.

@@ -94,7 +94,7 @@ async def ship(volume: Volume, data: bytes, replication: str | None = None) -> i
     """A value whose bytes are in a sector when it returns."""
     value = new_value(volume, replication)
     await append(volume, value, data)
-    volume.values.shipper.gather()
+    await volume.values.shipper.gather()
     await volume.values.settle(value, len(data))
     await volume.commit()
     return value
@@ -161,9 +161,9 @@ async def test_nothing_that_is_published_depends_on_this_machine(tmp_path: Path,
         await publisher.publish()
         # From now on shards do not get anywhere, superblocks do.
         made.each(hang=True, only=puts_of_shards)
-        volume.values.shipper.gather()
+        await volume.values.shipper.gather()
         await volume.namespace.append(ino, b"second" * 1000)
-        volume.values.shipper.gather()
+        await volume.values.shipper.gather()
         await volume.commit()
         for _ in range(3):
             await publisher.tick()
@@ -220,7 +220,7 @@ async def write(volume: Volume, name: bytes, data: bytes) -> None:
     """A file whose bytes are in a sector when it returns, or what keeps them from it is raised."""
     ino = volume.namespace.create(1, name, 0o100644, 0, 0)
     await volume.namespace.append(ino, data)
-    volume.values.shipper.gather()
+    await volume.values.shipper.gather()
     await volume.namespace.commit(ino)
     if volume.values.shipper.trouble is not None:
         raise volume.values.shipper.trouble

@@ -57,6 +57,10 @@ def local_error(error: lmdb.Error, path: Path) -> FusefsError:
     return IOFailure(f"{path}: the metadata database failed ({error}); check the disk")
 
 
+#: Pairs a scan takes at first, then twice as many each time: at most half of all it takes are beyond its end.
+_FIRST = 32
+
+
 class LmdbBase:
     """A MetadataReader over what LMDB durably holds. All but `take_over` belong to the event loop's thread."""
 
@@ -149,8 +153,16 @@ class LmdbBase:
         """See MetadataReader."""
         if reverse or limit < 4:
             return list(islice(self.pairs(start, stop, reverse), max(limit, 0)))
+        found: list[tuple[bytes, bytes]] = []
         try:
-            found = list(islice(self._cursor.iternext(), limit)) if start < stop and self._cursor.set_range(start) else []
+            if start < stop and self._cursor.set_range(start):
+                pairs, size = self._cursor.iternext(), _FIRST
+                while len(found) < limit:
+                    some = list(islice(pairs, min(size, limit - len(found))))
+                    found += some
+                    if not some or some[-1][0] >= stop:
+                        break
+                    size *= 2
         except lmdb.Error as error:
             raise local_error(error, self._path) from error
         if found and found[-1][0] >= stop:

@@ -21,7 +21,7 @@ from storage.values.records import decode_extent
 log = logging.getLogger("fusefs.values")
 
 #: Extents per slice: the loop is given back after each, within about a millisecond.
-SLICE = 64
+SLICE = 24
 #: Seconds in which what is freed comes together, unless it is a slice already.
 GATHER_SECONDS = 0.05
 #: Freed values remembered; beyond that their marks are looked for in the store, as those of earlier processes are.

@@ -32,6 +32,8 @@ KICK_SECONDS = 1.0
 SPACE_RESERVE = 64 * 1024 * 1024
 #: Seconds between two looks at the hosts' room.
 SPACE_INTERVAL = 10.0
+#: Tails, or entries of a table, after which the event loop gets a pass: about half a millisecond.
+BREATH = 32
 #: Share of a journal segment that must be left over when tails are written to the journal once more.
 RELOG_KEPT = 0.5
 #: How much of a path a sector's table keeps: with its entry and the trailer, less than `RESERVE`.
@@ -194,13 +196,16 @@ class Shipper:
         tail.flights.append(flight)
         self._buffered -= length
 
-    def gather(self) -> None:
+    async def gather(self) -> None:
         """Put every tail in memory into cargos, many files to a sector, each file's bytes together, files of one directory near each
-        other."""
+        other. Not those that come meanwhile."""
         open_cargos: dict[str, Cargo] = {}
-        for tail in sorted(self._tails.values(), key=lambda tail: tail.owner):
+        for number, tail in enumerate(sorted(self._tails.values(), key=lambda tail: tail.owner), 1):
+            if number % BREATH == 0:
+                # Not to be cancelled: what is in a cargo flies only once that is dispatched.
+                await trio.lowlevel.cancel_shielded_checkpoint()
             length = tail.buffer.length
-            if not length:
+            if not length or self._tails.get(tail.value_id) is not tail:
                 continue
             entry = ENTRY_BYTES + len(self.name_of(tail.owner))
             cargo = open_cargos.get(tail.replication)
@@ -210,6 +215,8 @@ class Shipper:
                 cargo = None
             if cargo is None:
                 cargo = open_cargos[tail.replication] = Cargo(tail.replication)
+                # From now on a flush waits for it.
+                self._cargos.add(cargo)
             self._load(cargo, tail, length)
             cargo.table_bytes += entry
         for cargo in open_cargos.values():
@@ -258,17 +265,12 @@ class Shipper:
             cargo.replication = wanted.pop()
         replication = cargo.replication
         commit = self._store.applied_sequence
-        entries = [
-            TableEntry(
-                self.name_of(flight.tail.owner),
-                flight.tail.value_id,
-                flight.offset,
-                flight.length,
-                flight.position,
-                commit,
-            )
-            for flight in cargo.flights
-        ]
+        entries: list[TableEntry] = []
+        for flight in cargo.flights:
+            path = self.name_of(flight.tail.owner)
+            entries.append(TableEntry(path, flight.tail.value_id, flight.offset, flight.length, flight.position, commit))
+            if len(entries) % BREATH == 0:
+                await trio.lowlevel.checkpoint()
         # A dropped flight's bytes go along: positions are fixed, and they are garbage in the sector like any other.
         parts = [part for flight in cargo.flights for part in flight.parts]
         table = encode_table(entries)
@@ -397,7 +399,7 @@ class Shipper:
     async def flush(self, progress: FlushProgress) -> FlushReport:
         """Gather, wait until every cargo has been tried, wait for the last copies, commit. Raises what kept bytes off the hosts."""
         progress.bytes_total = self.pending
-        self.gather()
+        await self.gather()
         goal = set(self._cargos)
         for cargo in goal:
             self._unpark(cargo)
@@ -442,7 +444,7 @@ class Shipper:
                 await self._gather.wait()
             self._gather = trio.Event()
             if self.trouble is None or not self._cargos:
-                self.gather()
+                await self.gather()
             else:
                 # What is parked is tried again by itself; more of the same would only make sectors small.
                 self._relog()

@@ -21,7 +21,7 @@ from storage.values.places import Places
 from storage.values.reclaim import Reclaimer
 from storage.values.records import VERSION, Extent, ValueRecord, decode_value, extents_between, value_key
 from storage.values.rewrite import Rewriter
-from storage.values.shipping import Shipper
+from storage.values.shipping import BREATH, Shipper
 from storage.values.tail import Tail
 
 log = logging.getLogger("fusefs.values")
@@ -465,9 +465,11 @@ class Values:
         await self._commit_store()
 
     async def commit_all(self) -> None:
-        for value_id, size in [(tail.value_id, tail.size) for tail in self._tails.values()]:
+        for number, (value_id, size) in enumerate([(tail.value_id, tail.size) for tail in self._tails.values()], 1):
             await self.settle(value_id, size)
             self._hand_over(value_id)
+            if number % BREATH == 0:
+                await trio.lowlevel.checkpoint()
         await self._commit_store()
 
     async def _commit_store(self) -> None:
