@@ -32,8 +32,8 @@ log = logging.getLogger("fusefs.sectors")
 
 B = TypeVar("B", bound=Buffer)
 
-#: Sectors being prefetched at once.
-PREFETCHES = 4
+#: Sectors being prefetched at once: less than the slots of a directory, so that who wants a block does not wait for all of them.
+PREFETCHES = 5
 #: Blocks that are read in the event loop at most, where they are at hand.
 SOON = 2
 #: Sectors whose roots are remembered; about 10 MB.

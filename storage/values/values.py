@@ -44,7 +44,7 @@ FULL_INTERVAL = 3.0
 #: Sequential streams remembered for read-ahead.
 STREAMS = 128
 #: Sectors fetched ahead of a sequential reader.
-AHEAD = 2
+AHEAD = 4
 
 
 class Values:
