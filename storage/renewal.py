@@ -43,7 +43,7 @@ import msgspec
 import trio
 
 from storage.contractor import Contractor
-from storage.errors import Fenced, FusefsError, NotFound
+from storage.errors import Corrupt, Fenced, FusefsError, NotFound
 from storage.hosts.layout import Id, Nanoseconds
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, Contract, MetadataStore
@@ -92,6 +92,20 @@ class Trouble:
 def trouble_key(number: int) -> bytes:
     """In the metadata store."""
     return _TROUBLES + b"%d" % number
+
+
+def trouble_host(key: bytes) -> int:
+    """The host number in such a key. Corrupt if it is none."""
+    digits = key[len(_TROUBLES) :]
+    # What `int` would take besides: signs, blanks, leading zeros.
+    if not digits.isdigit() or len(digits) > 10 or key != trouble_key(int(digits)):
+        raise Corrupt(f"metadata: {key[:40]!r} names no host whose contract could not be renewed; run fusefs check")
+    return int(digits)
+
+
+def is_trouble(key: bytes) -> bool:
+    """Is the record of this kind, damaged or not?"""
+    return key.startswith(_TROUBLES)
 
 
 def decode_trouble(raw: bytes | None) -> Trouble | None:
@@ -165,12 +179,16 @@ class Renewal:
         }
 
     def revoked(self) -> Set[int]:
-        """Hosts that no longer have the record of the contract with them."""
+        """Hosts that no longer have the record of the contract with them. What is damaged revokes nobody: `fusefs check` finds it."""
         found: set[int] = set()
         for key, raw in self._store.scan(_TROUBLES, prefix_end(_TROUBLES), 4096):
             trouble = decode_trouble(raw)
             if trouble is not None and trouble.kind == NotFound.__name__:
-                number = int(key[len(_TROUBLES) :])
+                try:
+                    number = trouble_host(key)
+                except Corrupt as error:
+                    log.error("%s", error)
+                    continue
                 contract = self._contractor.contract_for(number)
                 if contract is not None and contract.contract_id == trouble.contract:
                     found.add(number)

@@ -103,6 +103,8 @@ async def test_an_idle_volume_sends_nothing(tmp_path: Path) -> None:
         await append(volume, value, noise(5000))
         await volume.flush()
         free(volume, value)
+        while volume.values._reclaimer.step():
+            pass
         await volume.commit()
         for _ in range(12):
             await published(volume)

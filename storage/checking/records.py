@@ -31,6 +31,7 @@ from storage.namespace.records import (
     decode_inode,
     decode_map,
 )
+from storage.renewal import decode_trouble, is_trouble, trouble_host
 from storage.sectors.doubts import MISSING
 from storage.sectors.partial import CLASSES
 from storage.sectors.reconcile import MOVING
@@ -91,6 +92,10 @@ def _partial(key: bytes, raw: bytes) -> None:
 def _setting(key: bytes, raw: bytes) -> None:
     if key == COUNTS_KEY:
         decode_counts(raw)
+    elif is_trouble(key):
+        trouble_host(key)
+        if decode_trouble(raw) is None:
+            raise Corrupt("it does not say why a contract could not be renewed")
 
 
 def _anything(_key: bytes, _raw: bytes) -> None:
