@@ -53,9 +53,10 @@ T = TypeVar("T")
 INLINE = 2 * BLOCK + 1024
 #: From this many bytes on, what is opened gets memory of its own, in huge pages.
 LARGE = 1024 * 1024
-#: Seconds a read of a few blocks is waited for in the event loop; reads that go straight to a thread after one for which that was in vain.
+#: Seconds a read of a few blocks is waited for in the event loop. Where that was in vain the next read goes straight to a thread; where
+#: it is again, the next two, and so on up to so many.
 POLLED = 0.0005
-UNPOLLED = 32
+UNPOLLED = 64
 #: Seconds any call to a host may take, besides what its bytes take at `SLOWEST`.
 TIMEOUT = 20.0
 #: Bytes per second below which a host counts as not answering.
@@ -104,8 +105,8 @@ class HostIO:
         #: Per host: puts of shards that are on no record (yet), because they are under way, or their answer never came.
         self._unsettled: Counter[int] = Counter()
         self._stopped = False
-        #: Per host: reads for which it is not waited in the event loop, since it did not answer soon.
-        self._polling: dict[int, int] = {}
+        #: Per host, where it did not answer soon: reads for which it is not waited in the event loop now, and were the last time.
+        self._polling: dict[int, tuple[int, int]] = {}
         self._quick_hosts: dict[int, tuple[Host, QuickHost | None]] = {}
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -191,10 +192,10 @@ class HostIO:
             return None
         header = self._epochs.header_for(self._volume_id, sector_id, plaintext_length)
         _, _, at, size = block_range(offset, length, plaintext_length)
-        waits = self._polling.get(number, 0)
-        if waits > 0:
+        left, pause = self._polling.get(number, (0, 0))
+        if left:
             # Not even asked: to start a disk that is behind can take time by itself.
-            self._polling[number] = waits - 1
+            self._polling[number] = (left - 1, pause)
             return None
         # Of the real clock, whatever the seams' says: a real disk is waited for, and the event loop meanwhile does not sleep.
         started = time.perf_counter()
@@ -203,8 +204,11 @@ class HostIO:
             await trio.lowlevel.checkpoint()
             raw = host.get_range_now(name, at, size)
         if raw is None:
-            self._polling[number] = UNPOLLED
+            pause = min(UNPOLLED, 2 * pause or 1)
+            self._polling[number] = (pause, pause)
             return None
+        if pause:
+            self._polling[number] = (0, 0)
         # No await from the answer to here: it is good until the next one.
         try:
             plain = open_range(self._epochs.key_for(sector_id, self._keys), header, offset, length, raw)

@@ -131,6 +131,25 @@ async def test_reads_from_the_page_cache_are_counted(tmp_path: Path) -> None:
         assert after.days[-1].requests == before.days[-1].requests + 2
 
 
+async def test_a_host_that_does_not_answer_soon_is_waited_for_less_and_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each read from a slow disk would cost the event loop half a millisecond of looking."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    data = noise(SECTOR_SIZE - 4096)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    async with opened(tmp_path / "v", options=replace(QUIET, cache=1)) as volume:
+        reads: list[int] = []
+        looked: set[int] = set()
+        monkeypatch.setattr("storage.hosts.tree.Tree.read_now", lambda *_: looked.add(reads[-1]))
+        monkeypatch.setattr("storage.hosts.tree.Tree.holds", lambda *_: True)
+        for read in range(40):
+            reads.append(read)
+            assert await volume.values.read(value, BLOCK, 10) == data[BLOCK : BLOCK + 10]
+        assert sorted(looked) == [0, 2, 5, 10, 19, 36]
+
+
 async def test_a_sequential_reader_is_read_ahead_for_where_every_read_is_at_hand(tmp_path: Path) -> None:
     await make(tmp_path / "v", host_dirs(tmp_path, 1))
     data = noise(8 * SECTOR_SIZE)
