@@ -154,6 +154,9 @@ class DirectoryHandlers(HandlerBase):
                 pin(attributes.ino)
                 after = cookie
                 sent += 1
+            if self.listings.ended:
+                self.listings.done(ino, after)
+                return
             entries = self.listings.more(ino, after)
 
     @guarded

@@ -30,25 +30,38 @@ class Listings:
         self._count = FETCH_FIRST
         #: (directory, cookie it goes on after) of the page to fetch; None: none is.
         self._wanted: tuple[int, int] | None = None
-        #: What was fetched ahead, where, and the namespace's version then. One page: who lists alone is the usual case.
-        self._ahead: tuple[tuple[int, int], int, Page] | None = None
+        #: What was fetched ahead: where, the namespace's version then, and whether it reaches to the end. One page: who lists alone is the
+        #: usual case.
+        self._ahead: tuple[tuple[int, int], int, Page, bool] | None = None
+        #: What was given out last reaches to the directory's end.
+        self.ended = False
         self._wake = trio.Event()
 
     def first(self, ino: int, after: int) -> Page:
         """The entries to begin a reply with. Raises as `Namespace.listing`."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == (ino, after) and ahead[1] == self._namespace.version:
+            self.ended = ahead[3]
             return ahead[2]
-        return self._namespace.listing(ino, after, self._count)
+        return self._fetch(ino, after, self._count)
 
     def more(self, ino: int, after: int) -> Page:
         """Where those were not enough."""
-        return self._namespace.listing(ino, after, FETCH_LEAST)
+        return self._fetch(ino, after, FETCH_LEAST)
+
+    def _fetch(self, ino: int, after: int, count: int) -> Page:
+        page = self._namespace.listing(ino, after, count)
+        self.ended = len(page) < count
+        return page
+
+    def done(self, ino: int, after: int) -> None:
+        """A reply took the last entry, which is at cookie `after`: the kernel asks once more, and is told so."""
+        self._ahead = ((ino, after), self._namespace.version, [], True)
 
     def full(self, ino: int, after: int, sent: int) -> None:
         """A reply took `sent` entries, up to cookie `after`: the next will take about as many, and be asked for."""
-        # One more, so that it is found to be full by the entries at hand.
-        self._count = min(max(sent + 1, FETCH_LEAST), FETCH_MOST)
+        # So that it is found to be full by the entries at hand: one more, and two for "." and ".." which the first reply has besides.
+        self._count = min(max(sent + 3, FETCH_LEAST), FETCH_MOST)
         self._wanted = (ino, after)
         self._wake.set()
 
@@ -61,6 +74,7 @@ class Listings:
                 continue
             place, self._wanted = self._wanted, None
             try:
-                self._ahead = (place, self._namespace.version, self._namespace.listing(*place, self._count))
+                version, page = self._namespace.version, self._namespace.listing(*place, self._count)
+                self._ahead = (place, version, page, len(page) < self._count)
             except Exception as error:  # noqa: BLE001  whatever it is, the handler that needs the page meets it, and answers
                 log.debug("inode %d could not be listed ahead of need: %s", place[0], error)

@@ -54,12 +54,12 @@ async def test_where_a_reply_was_full_the_next_page_is_there_when_it_is_asked_fo
         assert [name for _, name, _ in page] == [b"%03d" % number for number in range(100)]
         listings.full(ROOT, page[39][0], 40)
         await trio.testing.wait_all_tasks_blocked()
-        # As many as fitted, and the one that shows that it is full.
-        assert watched.asked == [(ROOT, 0, FETCH_FIRST), (ROOT, page[39][0], 41)]
-        assert listings.first(ROOT, page[39][0]) == page[40:81]
+        # As many as fitted, the dots of a first reply, and the one that shows that it is full.
+        assert watched.asked == [(ROOT, 0, FETCH_FIRST), (ROOT, page[39][0], 43)]
+        assert listings.first(ROOT, page[39][0]) == page[40:83]
         assert len(watched.asked) == 2
         # It is sent once.
-        assert listings.first(ROOT, page[39][0]) == page[40:81]
+        assert listings.first(ROOT, page[39][0]) == page[40:83]
         assert len(watched.asked) == 3
 
 
@@ -87,7 +87,7 @@ async def test_what_was_fetched_ahead_is_not_sent_once_anything_has_changed(chan
             rig.ns.truncate(rig.ns.lookup(ROOT, b"051"), 0)
         else:
             rig.ns.link(ino, ROOT, b"another")
-        assert listings.first(ROOT, at) == rig.ns.listing(ROOT, at, 41) != page[40:81]
+        assert listings.first(ROOT, at) == rig.ns.listing(ROOT, at, 43) != page[40:83]
 
 
 async def test_another_place_is_fetched_when_it_is_asked_for() -> None:
@@ -99,13 +99,13 @@ async def test_another_place_is_fetched_when_it_is_asked_for() -> None:
         listings.full(ROOT, page[39][0], 40)
         await trio.testing.wait_all_tasks_blocked()
         assert [name for _, name, _ in listings.first(below, 0)] == [b"x"]
-        assert listings.first(ROOT, page[9][0]) == rig.ns.listing(ROOT, page[9][0], 41)
+        assert listings.first(ROOT, page[9][0]) == rig.ns.listing(ROOT, page[9][0], 43)
 
 
 async def test_how_much_is_fetched_follows_how_much_fits_within_bounds() -> None:
     rig = filled(5)
     async with ahead(rig) as (listings, watched):
-        for sent, wanted in ((0, FETCH_LEAST), (100, 101), (1_000_000, FETCH_MOST)):
+        for sent, wanted in ((0, FETCH_LEAST), (100, 103), (1_000_000, FETCH_MOST)):
             listings.full(ROOT, 1, sent)
             await trio.testing.wait_all_tasks_blocked()
             assert watched.asked[-1] == (ROOT, 1, wanted)
@@ -126,3 +126,37 @@ async def test_what_cannot_be_listed_is_said_when_it_is_asked_for_and_ends_nothi
             with pytest.raises(ZeroDivisionError):
                 listings.first(ROOT, page[39][0])
         assert listings.first(ROOT, page[39][0]) == page[40:]
+
+
+async def test_the_end_is_known_when_it_is_reached_and_what_comes_after_it_is_seen() -> None:
+    rig = filled(60)
+    async with ahead(rig) as (listings, watched):
+        page = listings.first(ROOT, 0)
+        assert listings.ended
+        listings.done(ROOT, page[-1][0])
+        assert listings.first(ROOT, page[-1][0]) == []
+        assert len(watched.asked) == 1
+        listings.done(ROOT, page[-1][0])
+        rig.file(b"later")
+        assert [name for _, name, _ in listings.first(ROOT, page[-1][0])] == [b"later"]
+        # A page as long as was asked for may be followed by others.
+        listings.full(ROOT, 0, 27)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(listings.first(ROOT, 0)) == FETCH_LEAST
+        assert not listings.ended
+        assert len(listings.more(ROOT, page[29][0])) == FETCH_LEAST
+        assert not listings.ended
+        assert listings.more(ROOT, page[59][0])[0][1] == b"later"
+        assert listings.ended
+
+
+async def test_a_page_fetched_ahead_is_not_the_end_because_another_reply_took_more() -> None:
+    rig = filled(100)
+    async with ahead(rig) as (listings, _):
+        page = listings.first(ROOT, 0)
+        listings.full(ROOT, page[9][0], 30)
+        await trio.testing.wait_all_tasks_blocked()
+        # Of another directory, by somebody with larger replies; its page is not fetched yet.
+        listings.full(ROOT, 0, 1000)
+        assert listings.first(ROOT, page[9][0]) == page[10:43]
+        assert not listings.ended
