@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -730,4 +730,36 @@ def test_many_keys_and_ranges_of_lmdb_are_what_single_ones_are(tmp_path: Path) -
             for limit in (0, 1, 3, 4, 5, 40, 1000):
                 assert base.scan(start, stop, limit) == whole[:limit]
     finally:
+        base.close()
+
+
+def test_a_scan_does_not_read_on_far_beyond_its_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wants all of a short range gives a large limit; what stands behind it may be millions of records."""
+    base = LmdbBase(tmp_path, 1 << 30)
+    taken = 0
+
+    class Counted:
+        def __init__(self, cursor: Any) -> None:
+            self._cursor = cursor
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._cursor, name)
+
+        def iternext(self) -> Iterator[tuple[bytes, bytes]]:
+            nonlocal taken
+            for pair in self._cursor.iternext():
+                taken += 1
+                yield pair
+
+    try:
+        content = {b"k%05d" % number: b"" for number in range(20_000)}
+        base.take_over(content, content, 1, bytes(32), gentle=False)
+        base.renew()
+        monkeypatch.setattr(base, "_cursor", Counted(base._cursor))
+        for length in (0, 1, 3, 5, 20, 100, 1000):
+            taken = 0
+            assert len(base.scan(b"k00100", b"k%05d" % (100 + length), 1 << 40)) == length
+            assert taken <= 4 * length + 4
+    finally:
+        monkeypatch.undo()
         base.close()

@@ -58,7 +58,7 @@ def local_error(error: lmdb.Error, path: Path) -> FusefsError:
 
 
 #: Pairs a scan takes at first, then twice as many each time: at most half of all it takes are beyond its end.
-_FIRST = 32
+_FIRST = 4
 
 
 class LmdbBase:
