@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from dataclasses import replace
@@ -9,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from storage.errors import Corrupt, Exists, NoSpace, NotFound
-from storage.interfaces import Batch
+from storage.interfaces import Batch, SealedShard
 from storage.metadata.keys import EXTENT, FREED, GARBAGE, SECTOR, prefix_end
 from storage.metadata.store import Store
+from storage.sectors.upload import Upload
 from storage.values.packing import parse_table
 from storage.values.records import extents_between
+from storage.values.tail import Cargo, Flight
 from storage.volume import Volume
 from tests.rig import QUIET, append, contents, free, host_dirs, make, new_value, noise, opened, published
 from tests.rig import SECTOR as SECTOR_SIZE
@@ -346,3 +350,25 @@ async def test_a_journal_is_emptied_although_the_volume_is_closed_in_the_middle_
     async with opened(tmp_path / "v", options=options) as volume:
         # What the last process wrote last, and what this one has begun.
         assert len(volume.store._journal.live) <= 2
+
+
+async def test_bytes_that_are_in_sectors_are_let_go_without_the_collector_of_cycles(tmp_path: Path) -> None:
+    """It looks seldom in a mount, and a few sectors are many megabytes."""
+    await make(tmp_path / "v")
+    gc.collect()
+    gc.disable()
+    try:
+        async with opened(tmp_path / "v") as volume:
+            value = new_value(volume)
+            for _ in range(20):
+                await append(volume, value, noise(SECTOR_SIZE))
+            doomed = new_value(volume)
+            await append(volume, doomed, noise(2 * SECTOR_SIZE))
+            free(volume, doomed)
+            await volume.flush()
+            await settled(volume)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            left = [item for item in gc.get_objects() if isinstance(item, (Cargo, Flight, Upload, SealedShard))]
+            assert not left
+    finally:
+        gc.enable()

@@ -254,6 +254,8 @@ class Shipper:
                 if flight.state is FlightState.FLYING:
                     # Cancelled: nobody brings it down any more, and the last commit must not wait for it, but have its bytes.
                     flight.state = FlightState.PARKED
+                elif flight.state is FlightState.DROPPED:
+                    flight.cargo = None
             self._cargos.discard(cargo)
             cargo.done.set()
             self._wake_waiters()
@@ -356,6 +358,8 @@ class Shipper:
                 released += first.length
                 if first.cargo.replication != tail.replication:
                     misplaced += first.length
+                # They hold each other, and a sector's bytes: nothing of that waits for the collector of cycles.
+                first.cargo = None
                 tail.sealed = first.end
                 landed = True
             if landed:
