@@ -165,7 +165,7 @@ async def test_a_sequential_reader_is_read_ahead_for_where_every_read_is_at_hand
                 waited += 1
                 found = await volume.values.read(value, len(got), BLOCK)
             got += bytes(found)
-            while volume.sectors._reader._fetching:  # noqa: SLF001
+            while volume.sectors._reader._fetching:
                 await trio.sleep(0.001)
         assert got == data
         assert waited <= 2
