@@ -251,6 +251,7 @@ async def _mounted(volume: Volume, home: Path, state: MountState, options: Mount
             nursery.start_soon(_announce, state, ready)
             if not options.read_only:
                 nursery.start_soon(_commits, volume, operations, options.commit_interval)
+                volume.store.more_coming = operations.receiver.waiting
             with operations.receiver.receiving():
                 await pyfuse3.main(max_tasks=MAX_TASKS)
             state.phase = "flushing"

@@ -137,6 +137,10 @@ class Receiver:
         finally:
             module.trio = trio
 
+    def waiting(self) -> bool:
+        """Has a request come that nobody has received yet?"""
+        return self._poll is not None and bool(self._poll(0))
+
     # ---- what pyfuse3 looks for in its `trio`
 
     @property

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from hypothesis import strategies as st
 
 from storage.errors import BadArgument, Corrupt, Fenced, FusefsError, NoSpace
 from storage.interfaces import Batch, MetadataStore
+from storage.metadata import flushing, keys
 from storage.metadata import journal as journal_module
-from storage.metadata import keys
 from storage.metadata import store as store_module
 from storage.metadata.keys import VALUE, u64
 from storage.metadata.lmdb_base import LmdbBase
@@ -140,6 +141,63 @@ async def test_commits_that_arrive_together_share_one_flush(tmp_path: Path, monk
             go.set()
         assert flushes.count == 2
         assert sorted(sequences) == [2] + [3] * 8
+
+
+async def test_a_commit_waits_a_moment_for_those_who_are_about_to_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(tmp_path) as store:
+        put(store, b"first", b"1")
+        await store.commit()
+        flushes = Flushes(monkeypatch)
+        coming = 4
+        sequences = []
+
+        async def work(number: int) -> None:
+            nonlocal coming
+            coming -= 1
+            put(store, b"k%d" % number, b"v")
+            sequences.append(await store.commit())
+
+        store.more_coming = lambda: coming > 0
+        async with trio.open_nursery() as nursery:
+            for number in range(4):
+                nursery.start_soon(work, number)
+                await trio.lowlevel.checkpoint()
+        assert flushes.count == 1
+        assert sequences == [2] * 4
+
+
+async def test_a_commit_does_not_wait_for_ever_for_others(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        store.more_coming = lambda: True
+        put(store, b"k", b"1")
+        with trio.fail_after(20):
+            await store.commit()
+
+
+async def test_on_a_quick_disk_small_commits_are_written_without_a_thread_until_one_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(journal_module, "fdatasync", lambda _: threads.append(threading.get_ident()))
+    own = threading.get_ident()
+    async with opened(tmp_path, segment=1 << 20, limit=64 << 20) as store:
+
+        async def commits(count: int) -> list[bool]:
+            threads.clear()
+            for number in range(count):
+                put(store, b"k", b"%d" % number)
+                await store.commit()
+            return [thread == own for thread in threads]
+
+        monkeypatch.setattr(flushing, "SLOW", 10.0)
+        assert not any(await commits(flushing.PROOF))
+        assert all(await commits(5))
+        put(store, b"large", b"v", piece(1, 0, bytes(flushing.SMALL + 1)))
+        threads.clear()
+        await store.commit()
+        assert own not in threads
+        monkeypatch.setattr(flushing, "SLOW", 0.0)
+        assert await commits(3) == [True, False, False]
 
 
 async def test_a_cancelled_caller_breaks_nobody_elses_commit(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ CLEAR_WAIT = 5.0
 #: Pending operations of this many bytes, or of half a segment if that is more, are committed without being asked for: they come in one
 #: record, which must find room in one segment.
 COMMIT_OPS = 1024 * 1024
+#: Passes of the scheduler that the committer waits for others, at most.
+GATHERINGS = 8
 #: u64: the last commit that a majority of the hosts has. u64: the commit of metadata that came from hosts, and have no journal yet.
 PUBLISHED_KEY = LOCAL + b"published"
 RESTORED_KEY = LOCAL + b"restored"
@@ -87,6 +89,8 @@ class Store:
         self._writer: Worker = seams.worker("fusefs-journal")
         self._mover: Worker = seams.worker("fusefs-lmdb")
         self._takeover = Takeover(memtable, base, journal, self._progress, seams, self._mover, tail_needed, self._ask)
+        #: True if somebody may be about to ask for a commit, too: one flush then does for all (group commit).
+        self.more_coming: Callable[[], bool] = lambda: False
         #: Called when a commit has to wait for room in the journal: move tails into sectors and commit that with `urgent`.
         self.on_pressure: Callable[[], None] | None = None
         self._hooks: list[Callable[[], None]] = []
@@ -242,7 +246,7 @@ class Store:
             waited = self._next
             waited.wanted = True
             waited.urgent |= urgent
-            if self._idle and self._at_hand(urgent):
+            if self._idle and not self.more_coming() and self._at_hand(urgent):
                 # No await since it was found idle: this task writes the round, which saves two task switches.
                 try:
                     await self._write_next()
@@ -294,6 +298,7 @@ class Store:
                         continue
                     self._committing = True
                     try:
+                        await self._gather()
                         await self._commit_next()
                     finally:
                         self._committing = False
@@ -304,6 +309,13 @@ class Store:
             self._fail(f"committing failed ({error!r})")
             self._end_next()
             raise
+
+    async def _gather(self) -> None:
+        """Let those come along who are about to ask, for a moment."""
+        for _ in range(GATHERINGS):
+            if not self.more_coming():
+                return
+            await trio.lowlevel.checkpoint()
 
     async def run_takeover(self) -> None:
         """For ever."""
