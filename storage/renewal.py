@@ -14,7 +14,8 @@ that keeps what it has (`storage/standing.py`), and what is on it goes to others
 
 Where the host no longer has the contract's record, which is looked for every hour, it was pruned, or lost things: what it is said to hold
 is doubted from then on (`forgot`), and the contract counts as one that could not be renewed. Such a host is `revoked`, and does not count
-as one that keeps what it has, until a new contract is concluded there, which is for a person to decide: its owner may want us gone.
+as one that keeps what it has, until a new contract is concluded there, which is for a person to decide: its owner may want us gone. That
+it is away for a while, or refuses for another reason, changes nothing of that.
 Metadata goes on going there, since it counts for the majority (I5), until it is marked lost.
 
 Record under the key `w` + "renewal." + host number in decimal digits, a MessagePack array:
@@ -24,7 +25,7 @@ Record under the key `w` + "renewal." + host number in decimal digits, a Message
 | 0 | version | int | 1 |
 | 1 | contract | str | contract id: trouble with another one is none any more |
 | 2 | since | int | when it failed first, nanoseconds |
-| 3 | kind | str | class of the error |
+| 3 | kind | str | class of the error; once it is NotFound, it stays so |
 | 4 | reason | str | its message, when the kind was last another |
 
 What binds the host besides the contract's record (retention on a bucket with Object Lock) is extended by whoever follows
@@ -295,6 +296,10 @@ class Renewal:
             known = None
         since = known.since_ns if known is not None else self._seams.clock.time_ns()
         trouble = Trouble(contract.contract_id, since, type(error).__name__, str(error)[:_MAX_REASON])
+        if known is not None and known.kind == NotFound.__name__ != trouble.kind:
+            # That it is away now, say, gives it no contract back: it stays revoked.
+            log.info("the contract with %s cannot be looked for now: %s", self._registry.url(number), error)
+            trouble = known
         self._latest[number] = trouble
         if known is None or known.kind != trouble.kind:
             # Only then: an idle volume is silent, and a message may have something new in it each time.

@@ -377,6 +377,37 @@ def test_a_host_that_is_pruned_long_before_the_end_is_noticed_told_and_left_unti
     in_virtual_time(work)
 
 
+def test_a_host_that_was_pruned_and_is_away_for_a_moment_is_not_trusted_again_for_that(tmp_path: Path) -> None:
+    """Nor after a restart meanwhile: only a new contract makes it one that keeps what it has."""
+
+    async def work() -> None:
+        it = await filled(tmp_path / "v", "abc", "2", count=4)
+        async with it.mounted() as volume:
+            for name in objects("a"):
+                if "/volumes/" in f"/{name}":
+                    it.stored("a").remove(name)
+            await it.days(0.1)
+            assert volume.standing.keeping() == {2, 3}
+            it.refuse("a", "the network is down")
+            it.opener.faults["mem:a"].only = None
+            # Each attempt to renew fails for another reason now, and the absence is shorter than what makes a host one that is gone.
+            await volume.renewal.renew_due()
+            assert volume.standing.keeping() == {2, 3}
+            assert any("no contract" in warning for warning in volume.renewal.warnings())
+        async with it.mounted() as volume:
+            assert volume.standing.keeping() == {2, 3}
+            assert any("no contract" in warning for warning in volume.renewal.warnings())
+            it.refuse("a", None)
+            it.opener.faults["mem:a"].only = None
+            await it.days(0.1)
+            assert volume.standing.keeping() == {2, 3}
+            await volume.contractor.conclude_contract("1", 90 * DAY)
+            assert volume.standing.keeping() == {1, 2, 3}
+            assert not volume.renewal.warnings()
+
+    in_virtual_time(work)
+
+
 def test_what_was_only_there_is_said_to_be_lost_and_is_back_if_the_host_gets_it_back(tmp_path: Path) -> None:
     async def work() -> None:
         it = await filled(tmp_path / "v", "ab", "1", count=8)
@@ -433,12 +464,14 @@ def test_a_damaged_mark_of_a_forgetful_host_ends_nothing(tmp_path: Path) -> None
         it = await filled(tmp_path / "v", "ab", "1", count=1)
         async with it.mounted() as volume:
             batch = Batch()
-            for name in (b"99999999999", b"x", b"", b"-1", b"4294967295"):
+            for name in (b"99999999999", b"x", b"", b"-1", b"007", b"4294967295"):
                 batch.put(SETTING + b"doubted." + name, b"")
             volume.store.apply(batch)
             doubts = Doubts(volume.store, volume.host_io, volume.contractor)
             doubts.of(1)
             await doubts.walk()
+            # Rounds go on until no host is forgetful.
+            assert not doubts.forgetful()
             assert await it.readable(volume)
 
     in_virtual_time(work)
