@@ -43,6 +43,7 @@ from blake3 import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from storage.buffers import aligned
 from storage.errors import BadArgument, Corrupt
 from storage.interfaces import Buffer
 
@@ -154,8 +155,9 @@ def block_range(offset: int, length: int, plaintext_length: int | None = None) -
 # Sealing
 
 
-def seal(key: bytes, header: ShardHeader, data: Sequence[Buffer]) -> bytes:
-    """The sealed shard of `data` (pieces, in order; `header.plaintext_length` bytes together). Blocking: call it in a thread.
+def seal(key: bytes, header: ShardHeader, data: Sequence[Buffer]) -> Buffer:
+    """The sealed shard of `data` (pieces, in order; `header.plaintext_length` bytes together), in an aligned buffer nobody else writes to.
+    Blocking: call it in a thread.
 
     Pieces (items of one byte each) must not change meanwhile. Plaintext is copied only where a block spans pieces. I1 is the
     caller's: never twice with one key and one sector id unless everything is the same. BadArgument if the length is not the header's.
@@ -165,17 +167,14 @@ def seal(key: bytes, header: ShardHeader, data: Sequence[Buffer]) -> bytes:
         raise BadArgument(f"sector {header.sector_id}: {total} bytes to seal, its header says {header.plaintext_length}")
     associated = header.encode()
     cipher = _cipher(key)
-    # The cipher writes straight into the buffer of a BytesIO, whose getvalue() hands that same buffer out: no copy of the result.
-    out = io.BytesIO(bytes(sealed_length(total)))
-    with out.getbuffer() as sealed:
-        sealed[:HEADER_SIZE] = associated
-        at = HEADER_SIZE
-        for number, plain in enumerate(_blocks(data, total)):
-            end = at + len(plain) + TAG_SIZE
-            with sealed[at:end] as block:
-                cipher.encrypt_into(_NONCE.pack(header.sector_id, number), plain, associated, block)
-            at = end
-    return out.getvalue()
+    sealed = aligned(sealed_length(total))
+    sealed[:HEADER_SIZE] = associated
+    at = HEADER_SIZE
+    for number, plain in enumerate(_blocks(data, total)):
+        end = at + len(plain) + TAG_SIZE
+        cipher.encrypt_into(_NONCE.pack(header.sector_id, number), plain, associated, sealed[at:end])
+        at = end
+    return sealed.toreadonly()
 
 
 def _blocks(data: Sequence[Buffer], total: int) -> Iterator[Buffer]:

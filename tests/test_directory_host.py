@@ -15,9 +15,10 @@ import pytest
 import trio
 import trio.testing
 
+from storage.buffers import ALIGNMENT, aligned
 from storage.errors import Busy, NoSpace, NotFound, Unavailable
 from storage.hosts.directory import SLOTS, DirectoryHost
-from storage.hosts.tree import TEMPORARY
+from storage.hosts.tree import MIN_DIRECT, TEMPORARY
 from storage.seams import PER_PLACE, Seams
 from tests.fakes import BASE_NS, Crash, CrashAt, ManualClock, RecordingFailpoints, make_seams
 
@@ -374,3 +375,69 @@ async def test_every_name_that_is_there_is_whole_while_others_replace_it(tmp_pat
             data = await host.get("a", LIMIT)
             assert len(data) == 500_000
             assert len(set(data)) == 1
+
+
+def buffer_of(data: bytes) -> memoryview:
+    buffer = aligned(len(data))
+    buffer[:] = data
+    return buffer.toreadonly()
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, 4095, 4096, 4097, 1_000_003])
+async def test_large_objects_go_past_the_page_cache_and_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int) -> None:
+    data = os.urandom(MIN_DIRECT + more)
+    direct = 0
+    write = os.write
+
+    def watched(fd: int, piece: memoryview) -> int:
+        nonlocal direct
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            direct += len(piece)
+            # Short writes happen, and may end anywhere.
+            return write(fd, piece[:ALIGNMENT] if direct == len(piece) else piece)
+        return write(fd, piece)
+
+    monkeypatch.setattr(os, "write", watched)
+    host = await opened(tmp_path)
+    await host.put("large", buffer_of(data))
+    await host.put("plain", data)
+    assert (direct > 0) == (more >= 0)
+    assert await host.get("large", 2 * len(data)) == data == await host.get("plain", 2 * len(data))
+    assert (tmp_path / "large").read_bytes() == data
+
+
+async def test_where_direct_writes_are_refused_they_are_not_tried_again_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = 0
+    write = os.write
+
+    def refusing(fd: int, piece: memoryview) -> int:
+        nonlocal refused
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            refused += 1
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(fd, piece)
+
+    monkeypatch.setattr(os, "write", refusing)
+    host = await opened(tmp_path)
+    for number in range(3):
+        data = os.urandom(MIN_DIRECT + number)
+        await host.put(f"n{number}", buffer_of(data))
+        assert await host.get(f"n{number}", 2 * len(data)) == data
+    assert refused == 1
+
+
+async def test_a_full_disk_is_no_space_for_direct_writes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+
+    def full(fd: int, piece: memoryview) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, piece)
+
+    monkeypatch.setattr(os, "write", full)
+    host = await opened(tmp_path)
+    with pytest.raises(NoSpace):
+        await host.put("large", buffer_of(bytes(MIN_DIRECT)))
+    assert temporaries(tmp_path) == []

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from storage import sealing
+from storage.buffers import ALIGNMENT, aligned, is_aligned
 from storage.errors import BadArgument, Corrupt
+from storage.interfaces import Buffer
 from storage.sealing import (
     BLOCK,
     HEADER_SIZE,
@@ -25,15 +30,20 @@ from storage.sealing import (
     open_range_to,
     open_shard,
     root_of,
-    seal,
     sealed_length,
     with_length,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
+
 KEY = bytes(range(32))
 VOLUME = bytes.fromhex("00112233445566778899aabbccddeeff")
 SALT = bytes.fromhex("ffeeddccbbaa99887766554433221100")
+
+
+def seal(key: bytes, header: ShardHeader, data: Sequence[Buffer]) -> bytes:
+    """As bytes, to be cut and put together."""
+    return bytes(sealing.seal(key, header, data))
 
 
 def header(length: int, sector_id: int = 7, epoch: int = 3) -> ShardHeader:
@@ -295,3 +305,21 @@ def test_whole_blocks_into_memory_of_their_own_are_the_same_and_verify() -> None
                 open_range_to(KEY, header(length), first, size, broken)
     with pytest.raises(Corrupt):
         open_range_to(KEY, header(length), 5, BLOCK, sealed[64 : 64 + BLOCK + 16])
+
+
+@given(st.integers(0, 3 * BLOCK))
+def test_what_is_sealed_lies_where_a_disk_can_take_it_and_nobody_writes_to_it(length: int) -> None:
+    sealed = sealing.seal(KEY, header(length), [content(length)])
+    assert is_aligned(sealed)
+    assert isinstance(sealed, memoryview)
+    assert sealed.readonly
+
+
+def test_aligned_buffers_are_aligned_and_their_own() -> None:
+    buffers = [aligned(size) for size in (0, 1, ALIGNMENT, 100_000)]
+    for number, buffer in enumerate(buffers):
+        if buffer:
+            assert ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % ALIGNMENT == 0
+        buffer[:] = bytes([number]) * len(buffer)
+    assert [bytes(buffer) for buffer in buffers] == [b"", b"\1", bytes([2]) * ALIGNMENT, bytes([3]) * 100_000]
+    assert not is_aligned(memoryview(bytearray(10)))

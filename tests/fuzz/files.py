@@ -74,7 +74,7 @@ def _shard(data: bytes) -> None:
 
 def _shard_seeds() -> list[bytes]:
     empty = ShardHeader(VOLUME_ID, SALT, 3, 0, 78)
-    return [seal(_SHARD_KEY, _HEADER, [_PLAIN]), seal(_SHARD_KEY, empty, []), _HEADER.encode() + bytes(100 + TAG_SIZE)]
+    return [bytes(seal(_SHARD_KEY, _HEADER, [_PLAIN])), bytes(seal(_SHARD_KEY, empty, [])), _HEADER.encode() + bytes(100 + TAG_SIZE)]
 
 
 _ENTRIES = [TableEntry(b"a/b", 7, 0, 10, 0, 3), TableEntry(b"", 8, 4096, 6, 10, 3), TableEntry(b"\xff/\n", 9, 2**40, 16, 16, 4)]
