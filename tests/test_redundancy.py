@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trio
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from storage.checking import Finding, check_volume
 from storage.errors import BadArgument, Corrupt, FusefsError, Unavailable
-from storage.interfaces import Buffer, Host
+from storage.interfaces import Buffer, Host, QuickHost
 from storage.recovery import recover_volume
 from storage.salvage import salvage_volume
 from storage.sealing import BLOCK
@@ -249,6 +250,9 @@ async def test_damaged_ranges_are_made_of_the_same_columns_of_others(tmp_path: P
             assert await contents(volume, value) == content[value]
 
 
+Fetched = TypeVar("Fetched", bytes, memoryview)
+
+
 def watch_fetches(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Bytes read from each host from now on, by URL."""
     fetched: dict[str, int] = {}
@@ -256,7 +260,7 @@ def watch_fetches(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     def watch(host: Host) -> None:
         get_range, get = host.get_range, host.get
 
-        def count(raw: bytes) -> bytes:
+        def count(raw: Fetched) -> Fetched:
             fetched[host.url] = fetched.get(host.url, 0) + len(raw)
             return raw
 
@@ -268,6 +272,18 @@ def watch_fetches(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
 
         monkeypatch.setattr(host, "get_range", ranges)
         monkeypatch.setattr(host, "get", whole)
+        if isinstance(host, QuickHost):
+            ranges_now, ranges_with = host.get_range_now, host.get_range_with
+
+            def now(name: str, at: int, size: int) -> memoryview | None:
+                raw = ranges_now(name, at, size)
+                return None if raw is None else count(raw)
+
+            async def working(name: str, at: int, size: int, work: Callable[[memoryview], object]) -> object:
+                return await ranges_with(name, at, size, lambda raw: work(count(raw)))
+
+            monkeypatch.setattr(host, "get_range_now", now)
+            monkeypatch.setattr(host, "get_range_with", working)
 
     for number in volume.hosts.numbers():
         watch(volume.hosts.get(number))
