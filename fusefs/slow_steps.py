@@ -7,6 +7,7 @@ count, which storage/metadata/flushing.py keeps short.)
 
 from __future__ import annotations
 
+import gc
 import logging
 from time import thread_time
 
@@ -25,10 +26,22 @@ class SlowSteps(trio.abc.Instrument):
 
     def __init__(self) -> None:
         self._begun = 0.0
+        #: Seconds of this step in which the collector of cycles ran.
+        self._collecting = 0.0
         #: Steps above LIMIT.
         self.count = 0
 
+    def before_run(self) -> None:
+        gc.callbacks.append(self._collected)
+
+    def after_run(self) -> None:
+        gc.callbacks.remove(self._collected)
+
+    def _collected(self, phase: str, _info: object) -> None:
+        self._collecting += thread_time() * (1 if phase == "stop" else -1)
+
     def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002
+        self._collecting = 0.0
         self._begun = thread_time()
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
@@ -36,7 +49,8 @@ class SlowSteps(trio.abc.Instrument):
         if took > LIMIT:
             self.count += 1
             # Where it stands after the step: what took so long came right before.
-            log.warning("slow step: %s kept the event loop for %.1f ms of CPU time, %s", task.name, took * 1000, _place(task))
+            cycles = f" ({self._collecting * 1000:.1f} of them the collector of cycles)" if self._collecting > LIMIT / 4 else ""
+            log.warning("slow step: %s kept the event loop for %.1f ms of CPU time%s, %s", task.name, took * 1000, cycles, _place(task))
 
 
 def _place(task: trio.lowlevel.Task) -> str:
