@@ -1,13 +1,22 @@
-"""A slow line to a remote host: what takes its time is waited for; a local disk as slow is one that does not answer."""
+"""A slow line to remote hosts: what takes its time is waited for; what is sent gets there, however much waits behind it.
+A local disk as slow is one that does not answer."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import trio
 import trio.testing
 
 from storage.errors import Unavailable
+from storage.hosts.faults import FaultyHost
 from storage.hosts.urls import HostURL
+from storage.sectors.drain import Throughput
+from tests.fakes import make_seams
 from tests.host_rig import FaultyOpener, Rig
+from tests.rig import host_dirs, make, noise
+from tests.test_staging import Remote
 
 
 class Far(FaultyOpener):
@@ -28,3 +37,89 @@ async def test_what_a_slow_line_takes_is_waited_for_on_remote_hosts_alone(far: b
         return
     root = await rig.io.write(contract, data, sector)
     assert await rig.io.read(contract, root, sector) == data
+
+
+class Line:
+    """All that is sent to any host shares it, fairly."""
+
+    def __init__(self, rate: float, latency: float) -> None:
+        self.rate, self.latency = rate, latency
+        self._turn = trio.Lock()
+
+    async def take(self, _host: FaultyHost, size: int) -> None:
+        await trio.sleep(self.latency)
+        while size > 0:
+            # In pieces: the lock is fair, so everything on its way gets as much.
+            async with self._turn:
+                await trio.sleep(min(size, 16_384) / self.rate)
+            size -= 16_384
+
+
+async def drained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Line, *, sector: int, written: int, seconds: int) -> float:
+    """Bytes a second that got to hosts while `written` a second were appended."""
+
+    async def transfer(host: FaultyHost, size: int) -> None:
+        await line.take(host, size)
+
+    made = Remote(tmp_path, 2)
+    made.urls = host_dirs(tmp_path, 2)
+    await make(made.path, made.urls, "2", sector_size=sector, seams=make_seams(seed=1))
+    monkeypatch.setattr(FaultyHost, "_transfer", transfer)
+    async with made.opened(flush_interval=5.0, commit_interval=1.0) as volume:
+        began = trio.current_time()
+        while trio.current_time() - began < seconds:
+            ino = volume.namespace.create(1, b"%f" % trio.current_time(), 0o100644, 0, 0)
+            await volume.namespace.append(ino, noise(written))
+            await trio.sleep(1.0)
+        rate = volume.sectors.drain.sent / seconds
+        # What waits still need not be waited for.
+        made.each(gone="the test is over")
+    return rate
+
+
+async def test_a_line_that_writers_outrun_sends_nothing_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Breaks where so many sectors are on their way that none gets there in the time it has: all that was sent is sent again, and a cut of
+    the history, what is to be deleted after it, and a flush wait for ever."""
+    line = Line(200_000.0, 0.1)
+    rate = await drained(tmp_path, monkeypatch, line, sector=4 * 2**20, written=600_000, seconds=400)
+    assert rate > 0.75 * line.rate
+
+
+async def test_a_line_that_is_quick_and_far_is_used_although_each_answer_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Breaks if too little is on its way: one sector after the other would be 2 * 256 KiB a second, at best."""
+    line = Line(20e6, 1.0)
+    rate = await drained(tmp_path, monkeypatch, line, sector=256 * 1024, written=3_000_000, seconds=30)
+    assert rate > 4 * 2 * 256 * 1024
+
+
+def test_throughput_counts_the_time_in_which_something_was_on_its_way_and_follows_the_line() -> None:
+    line, now = Throughput(), 100.0
+    assert line.rate == 0.0
+    # Four at a time, of 4 MB each, at 400 kB/s.
+    line.started(now, first=True)
+    for at in range(4):
+        line.started(now, first=False)
+        line.ended(now + 40.0, 4_000_000, 40.0)
+        assert line.rate <= 400_000.0, at
+    assert line.rate == pytest.approx(400_000.0)
+    # An hour without anything to send says nothing of it.
+    now += 3600.0
+    line.started(now, first=True)
+    line.ended(now + 10.0, 4_000_000, 10.0)
+    assert line.rate == pytest.approx(400_000.0)
+    # It became ten times as quick: known with the next one. And as slow as before, within a minute or two.
+    line.started(now + 10.0, first=True)
+    line.ended(now + 11.0, 4_000_000, 1.0)
+    assert line.rate == pytest.approx(4_000_000.0)
+    for at in range(12):
+        line.started(now + 11.0 + 10.0 * at, first=True)
+        line.ended(now + 21.0 + 10.0 * at, 4_000_000, 10.0)
+    assert line.rate == pytest.approx(400_000.0, rel=0.1)
+    # Nothing gets there any more.
+    line.started(now + 1000.0, first=True)
+    line.ended(now + 1090.0, 0, 90.0)
+    assert line.rate < 100_000.0

@@ -16,7 +16,7 @@ Picture:
     extents.py       values, extents, garbage; lost extents and sector records are found again on the hosts
     names.py  maps.py    inodes, names, places, links, directories;  file maps, extended attributes, orphans
     sectors.py       live bytes, indexes, marks, holders, the queue of freed sectors
-    hosts.py         shards on hosts, contracts, copies
+    hosts.py         shards on hosts, contracts, copies;   copies.py, staged.py   made again, on hosts and in staging
     patient.py       what all of them share;   findings.py, scanning.py
 
 Memory: passes scan in slices of some hundred records and look the other side up in the store, which takes microseconds. Where a number

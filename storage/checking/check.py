@@ -28,6 +28,7 @@ from storage.metadata.replay import RecoveredTails
 from storage.metadata.store import open_store
 from storage.seams import Seams
 from storage.sectors.staging import Staging
+from storage.sectors.strays import Strays
 from storage.values.records import tail_needed
 
 
@@ -138,3 +139,4 @@ async def _open_hosts(patient: Patient, keys: Keys, opener: Opener | None, path:
         patient.staging = Staging(path, volume_id, store, patient.host_io, seams, limit=0, writable=False)
         # What it misses is told with the sectors.
         await patient.staging.open()
+        patient.strays = Strays(volume_id, registry, contractor, patient.staging)

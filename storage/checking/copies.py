@@ -3,6 +3,8 @@ record; nothing new is sealed."""
 
 from __future__ import annotations
 
+import logging
+
 import trio
 
 from storage.checking.patient import Patient
@@ -12,8 +14,12 @@ from storage.hosts.locking import locking
 from storage.interfaces import Batch, SealedShard
 from storage.metadata.keys import DOUBTED, SECTOR, UNDERREPLICATED, u32, u64
 from storage.sealing import MAX_SEALED, root_of, sealed_length
+from storage.sectors.reconcile import MOVING
 from storage.sectors.records import SectorRecord, ShardRecord, layout_for
 from storage.sectors.redundancy import layout_of
+from storage.sectors.staging import STAGED
+
+log = logging.getLogger("fusefs.check")
 
 #: Seconds a host has to give a whole shard.
 TIMEOUT = 90.0
@@ -30,7 +36,7 @@ async def remake(patient: Patient, sector_id: int, index: int, bad: int | None, 
     if record is None or patient.host_io is None or patient.contractor is None or patient.registry is None:
         return "", False
     try:
-        sealed = await _sealed(patient, sector_id, record, index, good)
+        sealed = await sealed_again(patient, sector_id, record, index, good)
     except FusefsError as error:
         return f" ({error})", False
     taken = {host for shard in record.shards for host in shard.hosts}
@@ -64,22 +70,39 @@ async def kept_by_lock(patient: Patient, sector_id: int, shard: ShardRecord, hos
     return True
 
 
-async def _sealed(patient: Patient, sector_id: int, record: SectorRecord, index: int, good: list[list[int]]) -> SealedShard:
-    """The shard as it was sealed once: a copy, or made of other shards. Corrupt, Unavailable."""
+async def sealed_again(patient: Patient, sector_id: int, record: SectorRecord, index: int, good: list[list[int]]) -> SealedShard:
+    """The shard as it was sealed once: a copy, in staging or on a host, or made of other shards. Corrupt, Unavailable."""
     shard = record.shards[index]
     try:
-        return await _fetch(patient, sector_id, shard, good[index])
+        return await _stored(patient, sector_id, shard, good[index])
     except FusefsError:
         layout = layout_for(record, sector_id)
         if layout.needed >= layout.shards or patient.host_io is None:
             raise
     found: dict[int, bytes] = {}
     for other, hosts in enumerate(good):
-        if other != index and hosts and len(found) < layout.needed:
-            part = await _fetch(patient, sector_id, record.shards[other], hosts)
+        if other == index or len(found) >= layout.needed:
+            continue
+        try:
+            part = await _stored(patient, sector_id, record.shards[other], hosts)
+        except FusefsError as error:
+            log.info("%s", error)
+        else:
             found[other] = await patient.seams.threads.run(patient.host_io.open_sealed, part)
+    if len(found) < layout.needed:
+        raise Corrupt(f"sector {sector_id}: {len(found)} of its other shards are good, {layout.needed} are needed")
     plain = await patient.seams.threads.run(layout.rebuild, sector_id, index, 0, found)
     return await patient.seams.threads.run(patient.host_io.seal_again, [plain], shard.shard_id, shard.root.hex())
+
+
+async def _stored(patient: Patient, sector_id: int, shard: ShardRecord, good: list[int]) -> SealedShard:
+    """From staging, or from a host. Corrupt, Unavailable."""
+    if patient.staging is not None and patient.staging.has(shard.root):
+        try:
+            return await patient.staging.sealed(shard)
+        except FusefsError as error:
+            log.info("sector %d: %s", sector_id, error)
+    return await _fetch(patient, sector_id, shard, good)
 
 
 async def _fetch(patient: Patient, sector_id: int, shard: ShardRecord, good: list[int]) -> SealedShard:
@@ -109,15 +132,18 @@ async def _note(patient: Patient, sector_id: int, index: int, bad: int | None, h
     shard.hosts = sorted({*shard.hosts, host} - ({bad} if bad is not None and bad != host else set()))
     batch = Batch()
     batch.put(SECTOR + u64(sector_id), record.encode())
-    mark_copies(batch, sector_id, record)
+    mark_copies(patient, batch, sector_id, record)
     batch.delete(DOUBTED + u64(sector_id) + u32(host))
     await patient.fix(batch)
 
 
-def mark_copies(batch: Batch, sector_id: int, record: SectorRecord) -> None:
+def mark_copies(patient: Patient, batch: Batch, sector_id: int, record: SectorRecord) -> None:
     """In `batch`: the index of sectors with too few copies follows the record."""
     if has_fewer(record):
         batch.put(UNDERREPLICATED + u64(sector_id), b"")
+    elif patient.store.get(STAGED + u64(sector_id)) is not None:
+        # Reconcile takes it off both lists, once it has seen that these hosts keep what they have (I3).
+        batch.put(UNDERREPLICATED + u64(sector_id), MOVING)
     else:
         batch.delete(UNDERREPLICATED + u64(sector_id))
 

@@ -79,6 +79,8 @@ KINDS: Final[dict[str, tuple[str, str]]] = {
     "damaged-copy": ("the sector has one copy fewer", _REPAIR),
     "unanswered": ("whether the copy is good is not known", "check again"),
     "few-copies": ("losing one more host may lose it", "bring hosts back or add one, then run fusefs check --repair"),
+    "staged-damage": ("hosts have what it is made of", _REPAIR),
+    "staged-mark": ("it stays on this machine for ever", _REPAIR),
     "staged-copy": ("it may not get to its hosts", "put back what was removed from there"),
     "unreadable": ("no good copy of some of its bytes can be reached", "bring back a host that is away, or restore the file from a backup"),
     "orphan-shards": ("they take space; reclaim takes away those of this history", "nothing needs to be done"),

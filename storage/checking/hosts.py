@@ -14,6 +14,7 @@ import trio
 from storage.checking.copies import kept_by_lock, remake
 from storage.checking.patient import Patient
 from storage.checking.scanning import pages
+from storage.checking.staged import conclude_cached, conclude_waiting, find_damaged
 from storage.contractor import Contractor
 from storage.errors import BadArgument, Corrupt, FusefsError, NotFound
 from storage.hosts.holders import holders_key
@@ -23,7 +24,6 @@ from storage.metadata.keys import EXTENT, LOST, SECTOR, read_u64, u32
 from storage.sealing import sealed_length
 from storage.sectors.records import SectorRecord, layout_for
 from storage.sectors.redundancy import layout_of
-from storage.sectors.staging import Staging
 from storage.values.records import decode_extent
 
 #: Shards of one host that are compared at a time: 17 bytes each, some 60 while they are sorted.
@@ -230,9 +230,12 @@ async def _conclude(patient: Patient, seen: _Seen, *, data: bool) -> None:
             sector_id = read_u64(key, 1)
             record = patient.sector(sector_id)
             if record is not None and patient.staging is not None and patient.staging.only_here(sector_id):
-                staged += await _conclude_staged(patient, patient.staging, sector_id, record, lost, data=data)
+                here, readable = await conclude_waiting(patient, patient.staging, sector_id, record, data=data)
+                staged += here
+                if not readable and record.live and len(lost) < MAX_LOST:
+                    lost.add(sector_id)
             elif record is not None:
-                await _conclude_sector(patient, seen, sector_id, record, lost)
+                await _conclude_sector(patient, seen, sector_id, record, lost, data=data)
             patient.progress.done += 1
     if staged:
         patient.note("pending", "staging", f"{staged} sectors are on this machine, and go to their hosts while the volume is mounted")
@@ -242,32 +245,16 @@ async def _conclude(patient: Patient, seen: _Seen, *, data: bool) -> None:
         await _name_files(patient, lost)
 
 
-async def _conclude_staged(patient: Patient, staging: Staging, sector_id: int, record: SectorRecord, lost: set[int], *, data: bool) -> bool:
-    """A sector that is on too few hosts yet: are its shards here? `data`: whole? True if they are."""
-    bad = ""
-    for shard in record.shards:
-        if not staging.has(shard.root):
-            bad = f"shard {shard.root.hex()[:12]} is not in {staging.path}"
-        elif data:
-            try:
-                await staging.sealed(shard)
-            except FusefsError as error:
-                bad = str(error)
-    if bad:
-        await patient.found("staged-copy", f"sector {sector_id}", f"it is on too few hosts yet, and {bad}")
-    if not staging.is_here(record) and record.live and len(lost) < MAX_LOST:
-        lost.add(sector_id)
-    return not bad
-
-
-async def _conclude_sector(patient: Patient, seen: _Seen, sector_id: int, record: SectorRecord, lost: set[int]) -> None:
+async def _conclude_sector(patient: Patient, seen: _Seen, sector_id: int, record: SectorRecord, lost: set[int], *, data: bool) -> None:
+    staging = patient.staging
+    damaged = {} if staging is None else await find_damaged(patient, staging, record, data=data)
     layout = layout_of(record.replication, record.length)
     what = "shard" if layout.spec.coded else "copy"
     bad = [{host: seen.bad[sector_id, host] for host in shard.hosts if (sector_id, host) in seen.bad} for shard in record.shards]
     for at, shard in enumerate(record.shards):
         bad[at] |= {host: ("missing-copy", "is on a host that is lost") for host in shard.hosts if host in seen.lost}
     good = [[host for host in shard.hosts if host not in bad[at] and host not in seen.away] for at, shard in enumerate(record.shards)]
-    if sum(map(bool, good)) < layout.needed:
+    if _there(patient, record, good) < layout.needed:
         # What a thief deleted or overwrote is still read from the versions that a lock keeps, and made again from them.
         for at, shard in enumerate(record.shards):
             for host in [] if good[at] else sorted(bad[at].keys() - seen.lost):
@@ -275,7 +262,12 @@ async def _conclude_sector(patient: Patient, seen: _Seen, sector_id: int, record
                     good[at].append(host)
                     bad[at][host] = (bad[at][host][0], f"{bad[at][host][1]}, but a locked version is")
                     break
-    readable = sum(map(bool, good)) >= layout.needed
+    if patient.strays is not None and _there(patient, record, good) < layout.needed:
+        # Published while it was in staging, say: hosts have it, and its record does not name them.
+        located = await patient.strays.locate(sector_id, record)
+        for at, shard in enumerate(located.shards):
+            good[at] += [host for host in shard.hosts if host not in record.shards[at].hosts]
+    readable = _there(patient, record, good) >= layout.needed
     if not readable and record.live and len(lost) < MAX_LOST:
         lost.add(sector_id)
     for at, reasons in enumerate(bad):
@@ -287,6 +279,14 @@ async def _conclude_sector(patient: Patient, seen: _Seen, sector_id: int, record
     have = sum(min(len(shard.hosts), layout.hosts_each) for shard in record.shards)
     if not any(bad) and record.live and have < len(layout.places):
         await _few(patient, seen, sector_id, record, good, readable)
+    if staging is not None and damaged:
+        await conclude_cached(patient, staging, sector_id, patient.sector(sector_id) or record, damaged)
+
+
+def _there(patient: Patient, record: SectorRecord, good: list[list[int]]) -> int:
+    """How many of its shards are on a host where they are good, or in staging."""
+    staging = patient.staging
+    return sum(1 for shard, hosts in zip(record.shards, good, strict=True) if hosts or (staging is not None and staging.has(shard.root)))
 
 
 async def _few(patient: Patient, seen: _Seen, sector_id: int, record: SectorRecord, good: list[list[int]], readable: bool) -> None:

@@ -21,6 +21,7 @@ from storage.namespace.records import ROOT, Dirent, InodeRecord, decode_dirent, 
 from storage.seams import Seams
 from storage.sectors.records import SectorRecord, decode_sector
 from storage.sectors.staging import Staging
+from storage.sectors.strays import Strays
 from storage.values.records import ValueRecord, decode_value
 
 T = TypeVar("T")
@@ -54,8 +55,9 @@ class Patient:
         self.registry: HostRegistry | None = None
         self.contractor: Contractor | None = None
         self.host_io: HostIO | None = None
-        #: What is on the local disk for hosts that do not have it yet; looked at only.
+        #: What is on the local disk for hosts that do not have it yet; and what finds shards on hosts that no record names.
         self.staging: Staging | None = None
+        self.strays: Strays | None = None
         #: Every host the volume has answers.
         self.hosts_complete = False
         #: Inodes whose records were made anew: a map without an owner may be theirs.

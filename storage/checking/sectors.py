@@ -26,6 +26,7 @@ from storage.metadata.keys import (
 from storage.sectors.partial import PartialIndex
 from storage.sectors.reconcile import MOVING
 from storage.sectors.records import SectorRecord, decode_sector
+from storage.sectors.staging import STAGED
 from storage.values.packing import TableEntry
 from storage.values.records import Extent
 
@@ -148,6 +149,7 @@ async def _check_indexes(patient: Patient, index: PartialIndex) -> None:
         (PARTIAL, 2, "partial-index", "the index of sectors to be merged has it"),
         (UNDERREPLICATED, 1, "copies-index", "the index of sectors with too few copies has it"),
         (FRESH, 1, "fresh-mark", "it is marked as unused"),
+        (STAGED, len(STAGED), "staged-mark", "it is marked as being in staging alone"),
     ):
         async for page in pages(patient.store, prefix):
             for key, _ in page:
@@ -160,6 +162,12 @@ async def _check_indexes(patient: Patient, index: PartialIndex) -> None:
                 if record is None:
                     if patient.store.get(SECTOR + u64(sector_id)) is None:
                         await patient.found(kind, f"sector {sector_id}", f"{said}, and there is no such sector", batch)
+                elif prefix == STAGED:
+                    if not has_fewer(record) and patient.store.get(UNDERREPLICATED + u64(sector_id)) is None:
+                        # Reconcile takes it off both lists: it knows which hosts keep what they have (I3).
+                        batch = Batch()
+                        batch.put(UNDERREPLICATED + u64(sector_id), MOVING)
+                        await patient.found(kind, f"sector {sector_id}", f"{said}, and every copy is on its hosts", batch)
                 elif prefix == PARTIAL and key[1] != index.class_of(record):
                     await patient.found(kind, f"sector {sector_id}", f"{said} in a class it is not of", batch)
             patient.progress.done += len(page)

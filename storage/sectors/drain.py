@@ -1,10 +1,14 @@
 """Drain: what is in staging goes to its hosts, for the first time.
 
     staging.following -> sealed bytes from the disk -> Upload (as for a sector that goes to its hosts directly) -> record names its hosts
-       the cut that waits to be published, then small sectors, then the oldest; several at a time, within a budget of bytes (I7)
+       the cut that waits to be published, then small sectors, then the oldest; several at a time, within a budget of bytes (I7), and no
+       more than the line takes in some seconds
 
 At write quorum its part is done: what is missing to full replication then is reconcile's. While hosts fail, one sector at a time is tried,
 less and less often; when they are back it goes on by itself. A volume that is fenced or failed keeps what it staged.
+
+Sectors that share a slow line all end late, and a held cut, a flush, and what waits to be deleted wait with them; of many, none would end
+within the time that HostIO gives each, and all that was sent would be in vain. So what is on its way follows from the measured throughput.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import exp
 
 import trio
 
@@ -31,6 +36,11 @@ log = logging.getLogger("fusefs.staging")
 #: Sectors on their way at a time, and sealed bytes of theirs in memory, at most (I7); one sector always may.
 UPLOADS = 16
 BUDGET = 64 * 1024 * 1024
+#: What is on its way is what the line takes in so many seconds, by what it took lately: far more than an answer of a host takes, so that it
+#: is never idle; and at least so many bytes. One sector always may.
+AHEAD, AHEAD_LEAST = 8.0, 1024 * 1024
+#: Seconds in which what was measured loses most of its weight.
+FORGETS = 30.0
 #: Sectors on their way at first; by how much that grows with each success once there was a failure.
 WIDTH, CAREFUL = 4.0, 0.1
 #: Seconds until hosts that failed are tried again: doubling from the first to the last.
@@ -56,6 +66,36 @@ class DrainStatus:
     trouble: str = ""
 
 
+class Throughput:
+    """Bytes per second that the line took while something was on its way; a lower bound at first, and quickly more where it takes more."""
+
+    def __init__(self) -> None:
+        self._bytes = self._seconds = 0.0
+        #: What the last of any size took by itself: it rises at once where the line became quicker.
+        self._alone = 0.0
+        self._since = 0.0
+
+    @property
+    def rate(self) -> float:
+        """0.0: nothing got there yet."""
+        return max(self._bytes / self._seconds if self._seconds else 0.0, self._alone)
+
+    def started(self, now: float, *, first: bool) -> None:
+        """Something goes on its way; `first`: nothing else was."""
+        if first:
+            self._since = now
+
+    def ended(self, now: float, size: int, seconds: float) -> None:
+        """So many bytes got there (0: they did not), that long after they were sent on their way."""
+        passed = max(now - self._since, 0.0)
+        self._since = now
+        keeps = exp(-passed / FORGETS)
+        self._bytes = self._bytes * keeps + size
+        self._seconds = self._seconds * keeps + passed
+        if size >= AHEAD_LEAST or not size:
+            self._alone = size / max(seconds, 0.001)
+
+
 class Drain:
     """See the module. `run` once, in the volume's nursery."""
 
@@ -64,6 +104,9 @@ class Drain:
         self._wake = trio.Event()
         self._uploads = 0
         self._bytes = 0
+        #: Bytes on their way to all hosts together, and what the line is known to take.
+        self._sending = 0
+        self._throughput = Throughput()
         #: How many may be on their way: half as many with each failure, as a slow line needs it, on which none of many would get through in
         #: the time that HostIO gives each; more with each success, by less once it was known to be too many.
         self._width, self._step = WIDTH, 1.0
@@ -139,7 +182,7 @@ class Drain:
         unreachable: dict[str, str] = {}
         while self._uploads < int(self._width):
             entry = self._staging.following(now, unreachable)
-            if entry is None or (self._uploads and self._bytes + entry.bytes > BUDGET):
+            if entry is None or (self._uploads and (self._bytes + entry.bytes > BUDGET or self._sending + entry.to_send > self._ahead())):
                 break
             why = self._look(layout_of(entry.replication, entry.length).spec)
             if why:
@@ -147,13 +190,19 @@ class Drain:
                 unreachable[entry.replication] = why
                 continue
             entry.under_way = True
+            self._throughput.started(now, first=not self._uploads)
             self._uploads += 1
             self._bytes += entry.bytes
+            self._sending += entry.to_send
             nursery.start_soon(self._send, entry, nursery)
         self._unreachable = next(iter(unreachable.values()), "")
         if unreachable:
             self._staging.attempted()
         return LOOK_SECONDS if self._staging.below else RATE_WINDOW
+
+    def _ahead(self) -> float:
+        """Bytes that may be on their way."""
+        return max(AHEAD * self._throughput.rate, AHEAD_LEAST)
 
     def _look(self, spec: Replication) -> str:
         """Why too few hosts can be used; "" if they can."""
@@ -164,12 +213,14 @@ class Drain:
         return ""
 
     async def _send(self, entry: Staged, nursery: trio.Nursery) -> None:
+        started, sent = self._seams.clock.monotonic(), 0
         try:
-            await self._upload(entry, nursery)
+            if await self._upload(entry, nursery):
+                sent = entry.to_send
             self._trouble, self.full, self._retry = "", False, RETRY_FIRST
             self._width = min(self._width + self._step, UPLOADS)
-            self.sent += entry.to_send
-            self._lately.append((self._seams.clock.monotonic(), entry.to_send))
+            self.sent += sent
+            self._lately.append((self._seams.clock.monotonic(), sent))
         except FusefsError as error:
             now = self._seams.clock.monotonic()
             if self._trouble != str(error):
@@ -182,23 +233,26 @@ class Drain:
             entry.under_way = False
             self._uploads -= 1
             self._bytes -= entry.bytes
+            self._sending -= entry.to_send
+            now = self._seams.clock.monotonic()
+            self._throughput.ended(now, sent, now - started)
             self._staging.attempted()
             self._wake.set()
 
-    async def _upload(self, entry: Staged, nursery: trio.Nursery) -> None:
-        """Its shards from the disk to hosts; on its write quorum when it returns, and no shard is on its way any more."""
+    async def _upload(self, entry: Staged, nursery: trio.Nursery) -> bool:
+        """Its shards from the disk to hosts; on its write quorum when it returns, and none of them on its way any more. False: lost."""
         shards: list[SealedShard] = []
         record = SectorRecord(VERSION, entry.replication, entry.length, 0, 0, list(entry.shards))
         try:
             for index in range(len(entry.shards)):
                 shards.append(await self._regenerate(entry.sector_id, record, index))
         except FusefsError as error:
-            if self._staging.is_whole(entry):
+            if await self._staging.proves_whole(entry):
                 raise
             # Nowhere any more: nothing else that is to be published waits for it.
             log.error("sector %d is lost: %s", entry.sector_id, error)
             self._staging.lost(entry, self._seams.clock.monotonic() + LOST_SECONDS)
-            return
+            return False
         ended = trio.Event()
         self._seams.failpoints.hit("staging.before_upload")
         upload = Upload(self._way, entry.sector_id, entry.replication, layout_of(entry.replication, entry.length), ended.set)
@@ -209,3 +263,4 @@ class Drain:
             raise
         await upload.wait_quorum()
         await ended.wait()
+        return True

@@ -160,9 +160,7 @@ class Staging:
         """Look what is there. Returns what is wrong: sectors that should be here and are not. Blocks nothing."""
         try:
             if self._writable and self.limit and self._host is None:
-                self._host = await DirectoryHost.open(str(self.path), self._seams, create=True)
-                identity = await claim_identity(self._host, self._seams)
-                await self._sign(self._host, identity.id)
+                self._host = await self._create()
             elif self.path.is_dir():
                 self._host = await DirectoryHost.open(str(self.path), self._seams)
             if self._host is not None:
@@ -171,6 +169,12 @@ class Staging:
             self.trouble = f"staging cannot be used: {error}"
             log.error("%s", self.trouble)
         return self._load()
+
+    async def _create(self) -> DirectoryHost:
+        host = await DirectoryHost.open(str(self.path), self._seams, create=True)
+        identity = await claim_identity(host, self._seams)
+        await self._sign(host, identity.id)
+        return host
 
     async def _sign(self, host: DirectoryHost, host_id: str) -> None:
         """A contract without an end, for tools that look at hosts: nobody reclaims what is here. Its id is the host's."""
@@ -293,7 +297,14 @@ class Staging:
         """Plaintext bytes [offset, offset + length), which lie within the shard; verified. NotFound, Corrupt, Unavailable: ask hosts."""
         _, _, at, size = block_range(offset, length, shard.length)
         raw = await self._get(shard, at, size)
-        return await self._host_io.open_raw(shard.shard_id, shard.length, offset, length, raw)
+        try:
+            return await self._host_io.open_raw(shard.shard_id, shard.length, offset, length, raw)
+        except Corrupt:
+            file = self._files.get(shard.root)
+            if file is not None and not file.needed:
+                await self._damaged(shard.root)
+            # Else other blocks of it may be good, and be nowhere else.
+            raise
 
     async def sealed(self, shard: ShardRecord) -> SealedShard:
         """The shard as it was sealed, its root verified. NotFound, Corrupt, Unavailable."""
@@ -301,7 +312,7 @@ class Staging:
         try:
             return await self._host_io.verified(SealedShard(shard.root.hex(), shard.shard_id, shard.length, raw))
         except Corrupt:
-            self._discard(shard.root)
+            await self._damaged(shard.root)
             raise
 
     async def _get(self, shard: ShardRecord, at: int, size: int) -> bytes:
@@ -317,9 +328,18 @@ class Staging:
             self._discard(shard.root)
             raise
         if len(raw) != size:
-            self._discard(shard.root)
+            await self._damaged(shard.root)
             raise Corrupt(f"staging: shard {shard.root.hex()[:12]} is cut off")
         return raw
+
+    async def _damaged(self, root: bytes) -> None:
+        """What stands there is not the shard, or not all of it. What is only cached is removed, and would take room that nobody counts;
+        the rest stays, for what a person may still do with it."""
+        file, host = self._files.get(root), self._host
+        if file is None or file.needed or host is None or not self._writable:
+            self._discard(root)
+        else:
+            await self._drop(host, root)
 
     def _discard(self, root: bytes) -> None:
         """What is there is not the shard, or nothing: it is not asked again."""
@@ -327,10 +347,40 @@ class Staging:
         if file is not None:
             self.size -= file.size
 
+    async def put_back(self, shard: SealedShard) -> None:
+        """For `fusefs check`: a shard that was damaged or removed is here again when it returns. NoSpace, IOFailure."""
+        if self._host is None:
+            self._host = await self._create()
+        await self._host.put(shard_name(self._volume_id, shard.root), shard.sealed)
+        root = bytes.fromhex(shard.root)
+        self._discard(root)
+        self._files[root] = _File(len(memoryview(shard.sealed)))
+        self.size += self._files[root].size
+
+    async def remove(self, root: bytes) -> None:
+        """For `fusefs check`: nobody needs what stands here under that root, which is damaged. IOFailure."""
+        self._discard(root)
+        if self._host is not None:
+            await self._host.delete(shard_name(self._volume_id, root.hex()))
+
+    def is_whole_length(self, shard: ShardRecord) -> bool:
+        """Of a shard that is here, without reading it: is the file long enough?"""
+        return self._files[shard.root].size >= sealed_length(shard.length)
+
     def is_whole(self, entry: Staged) -> bool:
         """Are enough of its shards here to make all of them?"""
         needed = layout_of(entry.replication, entry.length).needed
         return sum(shard.root in self._files for shard in entry.shards) >= needed
+
+    async def proves_whole(self, entry: Staged) -> bool:
+        """The same, after reading each of them: a coded sector's are else found damaged one by one, and never all."""
+        for shard in entry.shards:
+            if self.has(shard.root):
+                try:
+                    await self.sealed(shard)
+                except FusefsError as error:
+                    log.warning("sector %d: %s", entry.sector_id, error)
+        return self.is_whole(entry)
 
     def is_here(self, record: SectorRecord) -> bool:
         """The same, of a record."""
