@@ -26,6 +26,7 @@ from storage.metadata.keys import VALUE, u64
 from storage.metadata.lmdb_base import LmdbBase
 from storage.metadata.store import Store
 from storage.seams import InlineWorker, Seams
+from tests.fakes import Crash
 from tests.metadata_rig import (
     LIMIT,
     SEGMENT,
@@ -247,6 +248,18 @@ async def test_closing_commits_and_lmdb_holds_all_of_it(tmp_path: Path) -> None:
     assert base.sequence == 1
     base.close()
     assert len([path for path in segments(tmp_path) if path.read_bytes().strip(b"\0")]) == 1, "all but the newest are recycled"
+
+
+async def test_a_crash_while_it_is_closed_comes_out_and_nothing_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last commit may be written by whoever closes the store: the tasks, which are shielded, have to be ended by it all the same."""
+    with pytest.raises(Crash):
+        async with opened(tmp_path) as store:
+            put(store, b"k", b"1")
+
+            async def crash(urgent: bool = False) -> int:
+                raise Crash("while closing")
+
+            monkeypatch.setattr(Store, "commit", lambda _self, urgent=False: crash(urgent))
 
 
 async def test_what_the_block_raises_comes_out_as_itself(tmp_path: Path) -> None:

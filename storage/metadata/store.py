@@ -645,6 +645,9 @@ async def open_store(
                         failed = error
                     else:
                         log.error("closing the metadata store: %s", error)
+                except BaseException as error:  # noqa: BLE001 (as above)
+                    # A bug, or a crash on order. The tasks, which are shielded, would be waited for for ever.
+                    failed = error
                 for task in tasks:
                     await task.stop()
     finally:
