@@ -120,6 +120,13 @@ class Content:
         value = inode.rec.value
         stored = self._stored(inode)
         end = offset + len(data)
+        if not inode.rec.map and offset <= stored < end and self._repeats(value, offset, stored, data):
+            # The usual case: a file without holes goes on where it ends, perhaps with the page sent again that it ends in.
+            if not await self._reserved(inode, value, end - stored):
+                return False
+            # NO AWAIT from here on.
+            self._put(inode, [(stored, end)], offset, data)
+            return True
         gaps = self._map.gaps(inode, offset, end, stored)
         if gaps != [(offset, end)]:
             # All that is compared is compared before anything is appended: all or nothing.
@@ -137,6 +144,13 @@ class Content:
         # NO AWAIT from here on. The gaps are the same as above: the value is, other writers wait, and a longer hole writes nothing.
         self._put(inode, gaps, offset, data)
         return True
+
+    def _repeats(self, value: int, offset: int, stored: int, data: bytes) -> bool:
+        """`data` begins with what is stored from `offset` on, which is at hand. False also where it is not: then it is to be read first."""
+        if offset == stored:
+            return True
+        there = self._values.read_now(value, offset, stored - offset)
+        return there is not None and len(there) == stored - offset and data.startswith(there)
 
     async def _same(self, inode: Inode, value: int, piece: Piece, data: bytes, offset: int) -> bool:
         """True if `data` repeats what is stored; False if the file was emptied meanwhile; NotPermitted if it would change it."""
