@@ -11,7 +11,8 @@ import stat
 import pyfuse3
 import trio
 
-from fusefs.base import HandlerBase, entry_of
+from fusefs.base import HandlerBase
+from fusefs.entries import entry_of
 from fusefs.guard import guarded
 from fusefs.handles import OpenInode
 from fusefs.space import Space

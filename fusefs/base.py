@@ -8,42 +8,16 @@ import pyfuse3
 
 from fusefs.backing import Backing
 from fusefs.coherence import Coherence
+from fusefs.entries import CACHE_SECONDS, entry_of
 from fusefs.handles import HandleTable
 from fusefs.kernel import KernelCalls
 from fusefs.listings import Listings
 from fusefs.options import MountOptions
 from fusefs.receiver import Receiver
 from fusefs.refusals import Refusals
-from storage import Attributes
 from storage.errors import NotPermitted
 
-#: Seconds the kernel may trust names and attributes: this process is the only writer, and every change comes through the kernel.
-CACHE_SECONDS = 86_400.0
 NAME_MAX = 255
-
-
-def entry_of(attributes: Attributes) -> pyfuse3.EntryAttributes:
-    """Attributes in pyfuse3's form."""
-    entry = pyfuse3.EntryAttributes()
-    entry.entry_timeout = CACHE_SECONDS
-    entry.attr_timeout = CACHE_SECONDS
-    fill(entry, attributes)
-    return entry
-
-
-def fill(entry: pyfuse3.EntryAttributes, attributes: Attributes) -> None:
-    """Everything in `entry` but its timeouts and the size of a block, which is 4096 from the beginning."""
-    entry.st_ino = attributes.ino
-    entry.st_mode = attributes.mode
-    entry.st_nlink = attributes.nlink
-    entry.st_uid = attributes.uid
-    entry.st_gid = attributes.gid
-    entry.st_rdev = attributes.rdev
-    entry.st_size = attributes.size
-    entry.st_blocks = (attributes.stored + 511) // 512
-    entry.st_atime_ns = attributes.atime_ns
-    entry.st_mtime_ns = attributes.mtime_ns
-    entry.st_ctime_ns = attributes.ctime_ns
 
 
 def negative_entry() -> pyfuse3.EntryAttributes:

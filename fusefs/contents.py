@@ -13,7 +13,8 @@ import pyfuse3
 import trio
 
 from fusefs.attributes import without_setuid
-from fusefs.base import HandlerBase, check_name, entry_of
+from fusefs.base import HandlerBase, check_name
+from fusefs.entries import entry_of
 from fusefs.errno_map import errno_of
 from fusefs.guard import guarded
 from fusefs.handles import Handle, OpenInode

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import pyfuse3
 
-from fusefs.base import CACHE_SECONDS, HandlerBase, check_name, entry_of, fill, negative_entry
+from fusefs.base import HandlerBase, check_name, negative_entry
+from fusefs.entries import entry_of
 from fusefs.guard import guarded
 from storage.errors import NotFound, NotPermitted
 
@@ -125,13 +126,17 @@ class DirectoryHandlers(HandlerBase):
 
     @guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        # No await from here on: an entry's attributes, its place in the reply and its pin belong together (R4). An error that is
+        # answered sends no entry, and so nothing is pinned.
+        sent: list[int] = []
         try:
-            self._fill(fh, start_id, token)
+            self._fill(fh, start_id, token, sent)
         except NotFound:
-            return  # removed while open: empty, as POSIX has it
+            pass  # removed while open: empty, as POSIX has it
+        self.namespace.pin_listed(sent)
 
-    def _fill(self, ino: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        # No await from here on: an entry's attributes, its place in the reply and its pin belong together (R4).
+    def _fill(self, ino: int, start_id: int, token: pyfuse3.ReaddirToken, sent: list[int]) -> None:
+        """`sent` takes the inode numbers of what the reply took, without the dots."""
         if start_id < 1 and not pyfuse3.readdir_reply(token, b".", entry_of(self.namespace.attributes(ino)), 1):
             return
         if start_id < DOT_COOKIES:
@@ -139,21 +144,15 @@ class DirectoryHandlers(HandlerBase):
             if not pyfuse3.readdir_reply(token, b"..", parent, DOT_COOKIES):
                 return
         after = max(0, start_id - DOT_COOKIES)
-        reply, pin = pyfuse3.readdir_reply, self.namespace.pin_seen
-        # One for all: each is copied into the reply.
-        shown = pyfuse3.EntryAttributes()
-        shown.entry_timeout = shown.attr_timeout = CACHE_SECONDS
-        sent = 0
+        reply, took = pyfuse3.readdir_reply, sent.append
         entries = self.listings.first(ino, after)
         while entries:
-            for cookie, name, attributes in entries:
-                fill(shown, attributes)
+            for cookie, name, shown in entries:
                 if not reply(token, name, shown, cookie + DOT_COOKIES):
-                    self.listings.full(ino, after, sent)
+                    self.listings.full(ino, after, len(sent))
                     return
-                pin(attributes.ino)
+                took(shown.st_ino)
                 after = cookie
-                sent += 1
             if self.listings.ended:
                 self.listings.done(ino, after)
                 return

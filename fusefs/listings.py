@@ -1,16 +1,18 @@
 """What a READDIR sends: fetched from the namespace while the kernel is busy with the reply before, where it goes on.
 
-A reply takes the kernel and the program as long as it takes us to put the next one together, on another core. What was fetched ahead is
-only sent if nothing at all has changed since.
+A reply takes the kernel and the program as long as it takes us to put the next one together, on another core: so as much of that as can
+be is done then, and what is left for the request is copying. What was fetched ahead is only sent if nothing at all has changed since.
 """
 
 from __future__ import annotations
 
 import logging
 
+import pyfuse3
 import trio
 
-from storage import Attributes, Namespace
+from fusefs.entries import entry_of
+from storage import Namespace
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +20,8 @@ log = logging.getLogger(__name__)
 #: 1 MiB would take. What is fetched and does not fit is fetched again for the next reply, so it is learnt from each how many fit.
 FETCH_FIRST, FETCH_LEAST, FETCH_MOST = 204, 30, 1024
 
-Page = list[tuple[int, bytes, Attributes]]
+#: (cookie, name, attributes) of each entry.
+Page = list[tuple[int, bytes, pyfuse3.EntryAttributes]]
 
 
 class Listings:
@@ -50,9 +53,12 @@ class Listings:
         return self._fetch(ino, after, FETCH_LEAST)
 
     def _fetch(self, ino: int, after: int, count: int) -> Page:
-        page = self._namespace.listing(ino, after, count)
+        page = self._page(ino, after, count)
         self.ended = len(page) < count
         return page
+
+    def _page(self, ino: int, after: int, count: int) -> Page:
+        return [(cookie, name, entry_of(attributes)) for cookie, name, attributes in self._namespace.listing(ino, after, count)]
 
     def done(self, ino: int, after: int) -> None:
         """A reply took the last entry, which is at cookie `after`: the kernel asks once more, and is told so."""
@@ -74,7 +80,7 @@ class Listings:
                 continue
             place, self._wanted = self._wanted, None
             try:
-                version, page = self._namespace.version, self._namespace.listing(*place, self._count)
+                version, page = self._namespace.version, self._page(*place, self._count)
                 self._ahead = (place, version, page, len(page) < self._count)
             except Exception as error:  # noqa: BLE001  whatever it is, the handler that needs the page meets it, and answers
                 log.debug("inode %d could not be listed ahead of need: %s", place[0], error)

@@ -757,6 +757,10 @@ class Namespace(Protocol):
         """As `pin`, of an inode with a name that `find` or `listing` told of since the last await: it is not looked at again."""
         ...
 
+    def pin_listed(self, inos: Sequence[int]) -> None:
+        """`pin_seen` of each, as often as it is there."""
+        ...
+
     def unpin(self, ino: int, count: int = 1) -> None: ...
 
     # Content, by the append-only rules.

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pyfuse3
 import pytest
 import trio
 import trio.testing
 
-from fusefs.listings import FETCH_FIRST, FETCH_LEAST, FETCH_MOST, Listings
+from fusefs.entries import entry_of
+from fusefs.listings import FETCH_FIRST, FETCH_LEAST, FETCH_MOST, Listings, Page
+from fusefs.operations import Operations
+from fusefs.receiver import Receiver
+from storage.errors import Corrupt, FusefsError, NotFound
 from tests.namespace_rig import ROOT, Rig, make_rig
 
 
@@ -27,6 +33,34 @@ class Watched:
     def listing(self, ino: int, after: int, limit: int) -> Any:
         self.asked.append((ino, after, limit))
         return self._inner.listing(ino, after, limit)
+
+
+def shown(page: Page) -> list[tuple[object, ...]]:
+    """What a page says."""
+    return [
+        (
+            cookie,
+            name,
+            e.st_ino,
+            e.st_mode,
+            e.st_nlink,
+            e.st_uid,
+            e.st_gid,
+            e.st_size,
+            e.st_blocks,
+            e.st_atime_ns,
+            e.st_mtime_ns,
+            e.st_ctime_ns,
+        )
+        for cookie, name, e in page
+    ]
+
+
+def listed(rig: Rig, ino: int, after: int, count: int) -> list[tuple[object, ...]]:
+    """What a page should say."""
+    return shown(
+        [(cookie, name, entry_of(rig.ns.attributes(attributes.ino))) for cookie, name, attributes in rig.ns.listing(ino, after, count)]
+    )
 
 
 @asynccontextmanager
@@ -56,10 +90,10 @@ async def test_where_a_reply_was_full_the_next_page_is_there_when_it_is_asked_fo
         await trio.testing.wait_all_tasks_blocked()
         # As many as fitted, the dots of a first reply, and the one that shows that it is full.
         assert watched.asked == [(ROOT, 0, FETCH_FIRST), (ROOT, page[39][0], 43)]
-        assert listings.first(ROOT, page[39][0]) == page[40:83]
+        assert shown(listings.first(ROOT, page[39][0])) == shown(page[40:83])
         assert len(watched.asked) == 2
         # It is sent once.
-        assert listings.first(ROOT, page[39][0]) == page[40:83]
+        assert shown(listings.first(ROOT, page[39][0])) == shown(page[40:83])
         assert len(watched.asked) == 3
 
 
@@ -87,7 +121,7 @@ async def test_what_was_fetched_ahead_is_not_sent_once_anything_has_changed(chan
             rig.ns.truncate(rig.ns.lookup(ROOT, b"051"), 0)
         else:
             rig.ns.link(ino, ROOT, b"another")
-        assert listings.first(ROOT, at) == rig.ns.listing(ROOT, at, 43) != page[40:83]
+        assert shown(listings.first(ROOT, at)) == listed(rig, ROOT, at, 43) != shown(page[40:83])
 
 
 async def test_another_place_is_fetched_when_it_is_asked_for() -> None:
@@ -99,7 +133,7 @@ async def test_another_place_is_fetched_when_it_is_asked_for() -> None:
         listings.full(ROOT, page[39][0], 40)
         await trio.testing.wait_all_tasks_blocked()
         assert [name for _, name, _ in listings.first(below, 0)] == [b"x"]
-        assert listings.first(ROOT, page[9][0]) == rig.ns.listing(ROOT, page[9][0], 43)
+        assert shown(listings.first(ROOT, page[9][0])) == listed(rig, ROOT, page[9][0], 43)
 
 
 async def test_how_much_is_fetched_follows_how_much_fits_within_bounds() -> None:
@@ -125,7 +159,7 @@ async def test_what_cannot_be_listed_is_said_when_it_is_asked_for_and_ends_nothi
             await trio.testing.wait_all_tasks_blocked()
             with pytest.raises(ZeroDivisionError):
                 listings.first(ROOT, page[39][0])
-        assert listings.first(ROOT, page[39][0]) == page[40:]
+        assert shown(listings.first(ROOT, page[39][0])) == shown(page[40:])
 
 
 async def test_the_end_is_known_when_it_is_reached_and_what_comes_after_it_is_seen() -> None:
@@ -158,5 +192,79 @@ async def test_a_page_fetched_ahead_is_not_the_end_because_another_reply_took_mo
         await trio.testing.wait_all_tasks_blocked()
         # Of another directory, by somebody with larger replies; its page is not fetched yet.
         listings.full(ROOT, 0, 1000)
-        assert listings.first(ROOT, page[9][0]) == page[10:43]
+        assert shown(listings.first(ROOT, page[9][0])) == shown(page[10:43])
         assert not listings.ended
+
+
+# ---- readdir: what a reply takes is pinned, once for each entry, and nothing else is (R4)
+
+
+class Replies:
+    """Stands in for `pyfuse3.readdir_reply`: takes `room` entries, then none."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.took: list[tuple[bytes, int, int]] = []
+
+    def __call__(self, token: object, name: bytes, entry: pyfuse3.EntryAttributes, cookie: int) -> bool:
+        if len(self.took) == self.room:
+            return False
+        self.took.append((name, entry.st_ino, cookie))
+        return True
+
+
+def handlers(rig: Rig) -> Operations:
+    operations = object.__new__(Operations)
+    operations.namespace, operations.listings, operations.receiver = rig.ns, Listings(rig.ns), Receiver()
+    return operations
+
+
+async def read(operations: Operations, monkeypatch: pytest.MonkeyPatch, at: int, room: int) -> list[tuple[bytes, int, int]]:
+    replies = Replies(room)
+    with monkeypatch.context() as context:
+        context.setattr(pyfuse3, "readdir_reply", replies)
+        await operations.readdir(ROOT, at, None)  # type: ignore[arg-type]
+    return replies.took
+
+
+async def test_what_a_reply_took_is_pinned_once_for_each_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = filled(50)
+    # Two names of one file stand in one reply, and are two look-ups to the kernel.
+    rig.ns.link(rig.ns.lookup(ROOT, b"045"), ROOT, b"again")
+    rig = await rig.committed()
+    operations = handlers(rig)
+    expected: Counter[int] = Counter()
+    names: list[bytes] = []
+    at = 0
+    while took := await read(operations, monkeypatch, at, 20):
+        at = took[-1][2]
+        names += [name for name, _, _ in took]
+        expected.update(ino for name, ino, _ in took if name not in (b".", b".."))
+    assert names == [b".", b"..", *(b"%03d" % number for number in range(50)), b"again"]
+    assert rig.ns._lifetime._pins == expected
+    assert expected[rig.ns.lookup(ROOT, b"045")] == 2
+    await read(operations, monkeypatch, 0, 12)
+    expected.update(rig.ns.lookup(ROOT, b"%03d" % number) for number in range(10))
+    assert rig.ns._lifetime._pins == expected
+
+
+@pytest.mark.parametrize("error", [Corrupt("damaged, on purpose"), NotFound("gone, on purpose")])
+async def test_entries_of_a_reply_that_ends_in_an_error_are_pinned_if_they_are_sent(
+    monkeypatch: pytest.MonkeyPatch, error: FusefsError
+) -> None:
+    rig = filled(300)
+    operations = handlers(rig)
+
+    def broken(ino: int, after: int) -> Page:
+        raise error
+
+    # The reply takes more than was fetched at first.
+    monkeypatch.setattr(operations.listings, "more", broken)
+    if isinstance(error, NotFound):
+        took = await read(operations, monkeypatch, 0, 10_000)
+        assert rig.ns._lifetime._pins == {ino: 1 for name, ino, _ in took if name not in (b".", b"..")}
+        assert len(took) == 2 + FETCH_FIRST
+    else:
+        with pytest.raises(pyfuse3.FUSEError):
+            await read(operations, monkeypatch, 0, 10_000)
+        assert rig.ns._lifetime._pins == {}

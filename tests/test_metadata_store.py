@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from storage.interfaces import Batch, MetadataStore
 from storage.metadata import flushing, keys
 from storage.metadata import journal as journal_module
 from storage.metadata import store as store_module
-from storage.metadata.keys import VALUE, u64
+from storage.metadata.keys import INODE, VALUE, numbered, u64
 from storage.metadata.lmdb_base import LmdbBase
 from storage.metadata.store import Store
 from storage.seams import InlineWorker, Seams
@@ -802,6 +803,39 @@ def test_many_keys_and_ranges_of_lmdb_are_what_single_ones_are(tmp_path: Path) -
                 assert base.scan(start, stop, limit) == whole[:limit]
     finally:
         base.close()
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_keys_with_numbers_in_a_row_are_found_as_others_are(data: st.DataObject) -> None:
+    """Breaks if what stands between them, is missing, or comes in another order is taken for one of them."""
+    present = data.draw(st.sets(st.integers(0, 40)))
+    between = data.draw(st.sets(st.integers(0, 40)))
+    content = {INODE + u64(number): b"v%d" % number for number in present} | {INODE + u64(number) + b"x": b"between" for number in between}
+    first, count = data.draw(st.integers(0, 30)), data.draw(st.integers(0, 20))
+    numbers = list(range(first, first + count))
+    looked_for = data.draw(st.one_of(st.just(numbers), st.permutations(numbers), st.lists(st.integers(first, first + count), max_size=20)))
+    with TemporaryDirectory() as directory:
+        base = LmdbBase(Path(directory), 1 << 24)
+        try:
+            base.take_over(content, content, 1, bytes(32), gentle=False)
+            base.renew()
+            keys = numbered(INODE, looked_for)
+            assert keys == [INODE + u64(number) for number in looked_for]
+            assert base.get_many(keys) == [content.get(key) for key in keys]
+        finally:
+            base.close()
+
+
+def test_a_small_database_is_read_ahead_when_it_is_opened_and_a_large_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int, int, int]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, start, length, advice: asked.append((os.readlink(f"/proc/self/fd/{fd}"), start, length, advice))
+    )
+    for most in (1 << 20, 4096):
+        monkeypatch.setattr("storage.metadata.lmdb_base.READ_AHEAD", most)
+        LmdbBase(tmp_path, 1 << 24).close()
+    assert asked == [(os.fspath(tmp_path / "data.mdb"), 0, 0, os.POSIX_FADV_WILLNEED)]
 
 
 def test_a_scan_does_not_read_on_far_beyond_its_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,10 @@ from storage.namespace.records import (
     cookie_key,
     decode_counts,
     decode_dirent,
+    decode_dirents,
     decode_handing_down,
     decode_inode,
+    decode_inodes,
     decode_map,
     encode_counts,
     encode_dirent,
@@ -151,6 +153,50 @@ def test_damaged_records_decode_or_are_corrupt(sample: tuple[str, bytes], at: in
 def test_records_that_contradict_themselves_are_corrupt(changes: dict[str, object]) -> None:
     with pytest.raises(Corrupt, match="inode 5"):
         decode_inode(5, encode_inode(inode(**changes)))
+
+
+TOGETHER: list[tuple[bytes, Callable[[list[bytes]], object], Callable[[int, bytes], object]]] = [
+    (encode_inode(inode()), lambda raws: decode_inodes(range(5, 5 + len(raws)), raws), decode_inode),
+    (
+        encode_dirent(Dirent(ino=70000, type=stat.S_IFREG, cookie=3)),
+        lambda raws: decode_dirents(9, raws),
+        lambda _, raw: decode_dirent(9, raw),
+    ),
+]
+
+
+@given(
+    st.sampled_from(TOGETHER),
+    st.lists(st.sampled_from(sorted(samples().values())), max_size=3),
+    st.integers(0, 3),
+    st.integers(0, 200),
+    st.integers(0, 255),
+)
+def test_records_decoded_together_are_as_decoded_one_by_one(
+    kind: tuple[bytes, Callable[[list[bytes]], object], Callable[[int, bytes], object]], raws: list[bytes], which: int, at: int, flip: int
+) -> None:
+    """Also in what is wrong, and with which of them."""
+    good, together, single = kind
+    damaged = bytearray(good)
+    damaged[at % len(good)] ^= flip
+    for odd in (raws, [bytes(damaged)], [bytes(damaged[:at])], [encode_inode(inode(value=0))], []):
+        some = [good] * which + odd + [good] * 2
+        expected = _outcome(lambda some=some: [single(5 + number, raw) for number, raw in enumerate(some)])
+        assert _outcome(lambda some=some: together(some)) == expected
+
+
+def _outcome(decode: Callable[[], object]) -> object:
+    try:
+        return decode()
+    except Corrupt as error:
+        return str(error)
+
+
+def test_numbers_where_records_should_be_are_no_records() -> None:
+    raw = encode_dirent(Dirent(ino=70000, type=stat.S_IFREG, cookie=3))
+    with pytest.raises(Corrupt):
+        decode_dirents(1, [b"\1\1", raw])
+    assert decode_dirents(1, []) == []
 
 
 def test_map_entries_reach_nowhere_beyond_a_file() -> None:

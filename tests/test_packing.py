@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from storage.errors import Corrupt
 from storage.sectors.preamble import PREAMBLE_SIZE, check_preamble, encode_preamble
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
 from storage.values.packing import ENTRY_BYTES, TABLE_BYTES, TRAILER_SIZE, TableEntry, encode_table, parse_table
-from storage.values.records import Extent, ValueRecord, decode_extent, decode_value
+from storage.values.records import Extent, ValueRecord, decode_extent, decode_value, decode_values
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -106,3 +107,21 @@ def test_a_preamble_of_another_sector_is_refused() -> None:
     for sector_id, length, number in ((8, 4096, 0), (9, 4095, 0), (9, 4096, 1)):
         with pytest.raises(Corrupt):
             check_preamble(raw, sector_id, length, number=number)
+
+
+@given(st.integers(0, 4), st.integers(0, 20), st.integers(0, 255), st.integers(0, 20))
+def test_value_records_decoded_together_are_as_decoded_one_by_one(which: int, at: int, flip: int, cut: int) -> None:
+    good = ValueRecord(1, 5, "4+2", 1 << 40).encode()
+    damaged = bytearray(good)
+    damaged[at % len(good)] ^= flip
+    for odd in (bytes(damaged), good[:cut], ValueRecord(2, 5, "1", 0).encode(), ValueRecord(1, 5, "no replication", 0).encode()):
+        raws = [good] * which + [odd] + [good] * 2
+        ids = list(range(7, 7 + len(raws)))
+        try:
+            expected: object = [decode_value(raw, value_id) for raw, value_id in zip(raws, ids, strict=True)]
+        except Corrupt as error:
+            with pytest.raises(Corrupt, match=re.escape(str(error))):
+                decode_values(raws, ids)
+        else:
+            assert decode_values(raws, ids) == expected
+    assert decode_values([], []) == []

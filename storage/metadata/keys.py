@@ -35,6 +35,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 from storage.errors import Corrupt
 
@@ -76,6 +77,11 @@ _U64 = struct.Struct(">Q")
 
 u32 = _U32.pack
 u64 = _U64.pack
+
+
+def numbered(prefix: bytes, numbers: Sequence[int]) -> list[bytes]:
+    """`prefix + u64(number)` for each of them."""
+    return [prefix + number for number in map(u64, numbers)]
 
 
 def read_u32(raw: bytes, at: int = 0) -> int:

@@ -32,6 +32,8 @@ FORMAT = 1
 
 #: Processes that read the metadata of one volume at a time, the writer included.
 MAX_READERS = 32
+#: A database up to this size is read ahead whole when it is opened: some 70,000 small files.
+READ_AHEAD = 16 * 1024 * 1024
 #: Operations between two pauses of a takeover: LMDB calls of this many microseconds each hold the GIL.
 _SLICE = 128
 #: Long enough for the event loop's thread to take the GIL.
@@ -57,6 +59,8 @@ def local_error(error: lmdb.Error, path: Path) -> FusefsError:
     return IOFailure(f"{path}: the metadata database failed ({error}); check the disk")
 
 
+#: Keys from which on they are looked at for being a row.
+_ROW = 8
 #: Pairs a scan takes at first, then twice as many each time: at most half of all it takes are beyond its end.
 _FIRST = 4
 
@@ -85,6 +89,7 @@ class LmdbBase:
                 readonly=read_only,
                 create=not read_only,
             )
+            self._read_ahead(path / "data.mdb")
             if not read_only:
                 # Of read-only processes that were killed: they would keep pages from being reused for ever.
                 self._env.reader_check()
@@ -109,6 +114,16 @@ class LmdbBase:
         except BaseException:
             self.close()
             raise
+
+    def _read_ahead(self, path: Path) -> None:
+        """Have the kernel read the file into its memory, without waiting, unless it is large: else the first look-ups wait for the disk
+        once for each page of 4 KiB. Readahead by LMDB's own flag would read 32 pages for each of a large file."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_size <= READ_AHEAD:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(fd)
 
     def _make_durable(self) -> None:
         """A new database too: LMDB flushes its first pages only with its first commit, and the name of its file never."""
@@ -140,6 +155,11 @@ class LmdbBase:
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See MetadataStore."""
         try:
+            if len(keys) >= _ROW and int.from_bytes(keys[-1], "big") - int.from_bytes(keys[0], "big") == len(keys) - 1:
+                # Numbers that were given out one after the other, it seems: walking takes half as long as looking for each.
+                row = list(islice(self._cursor.iternext(), len(keys))) if self._cursor.set_key(keys[0]) else []
+                if [key for key, _ in row] == keys:
+                    return [value for _, value in row]
             found: list[tuple[bytes, bytes]] = self._cursor.getmulti(keys)
         except lmdb.Error as error:
             raise local_error(error, self._path) from error

@@ -107,9 +107,9 @@ class Memtable:
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See MetadataStore."""
         active, frozen = self.active.values, {} if self.frozen is None else self.frozen.values
-        above = [key in active or key in frozen for key in keys]
-        if not any(above):
+        if active.keys().isdisjoint(keys) and frozen.keys().isdisjoint(keys):
             return self._base.get_many(keys)
+        above = [key in active or key in frozen for key in keys]
         below = iter(self._base.get_many([key for key, here in zip(keys, above, strict=True) if not here]))
         return [(active[key] if key in active else frozen[key]) if here else next(below) for key, here in zip(keys, above, strict=True)]
 

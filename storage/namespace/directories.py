@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from storage.errors import BadArgument, Corrupt, NameTooLong, NotFound
 from storage.interfaces import Entry, MetadataStore
 from storage.metadata.counters import Counter
-from storage.metadata.keys import COOKIE, NAME, prefix_end, u64
+from storage.metadata.keys import COOKIE, NAME, numbered, prefix_end, u64
+from storage.metadata.together import complete
 from storage.namespace.inodes import Change, Inode, InodeTable
 from storage.namespace.records import (
     MAX_NAME,
@@ -17,6 +18,7 @@ from storage.namespace.records import (
     InodeRecord,
     cookie_key,
     decode_dirent,
+    decode_dirents,
     encode_dirent,
     name_key,
 )
@@ -76,27 +78,29 @@ class Directories:
         self._inodes.directory(ino)
         if not 0 <= after < MAX_OFFSET:
             return []
-        return [Entry(cookie=e.cookie, name=name, ino=e.ino, mode=e.type) for name, e in self._placed(ino, after, limit)]
+        return [Entry(cookie=e.cookie, name=name, ino=e.ino, mode=e.type) for name, e in zip(*self._placed(ino, after, limit), strict=True)]
 
-    def _placed(self, ino: int, after: int, limit: int) -> list[tuple[bytes, Dirent]]:
+    def _placed(self, ino: int, after: int, limit: int) -> tuple[list[bytes], list[Dirent]]:
         places = self._store.scan(cookie_key(ino, after + 1), prefix_end(COOKIE + u64(ino)), limit)
         prefix = NAME + u64(ino)
-        found = []
-        for (key, name), raw in zip(places, self._store.get_many([prefix + name for _, name in places]), strict=True):
-            entry = None if raw is None else decode_dirent(ino, raw)
-            if entry is None or key[9:] != u64(entry.cookie):
-                raise Corrupt(f"{self.describe(ino, name)}: name and place in the directory disagree; check the volume's metadata")
-            found.append((name, entry))
-        return found
+        names = [name for _, name in places]
+        found = self._store.get_many([prefix + name for name in names])
+        raws = complete(found)
+        if raws is not None:
+            entries = decode_dirents(ino, raws)
+            if [key for key, _ in places] == numbered(COOKIE + u64(ino), [entry.cookie for entry in entries]):
+                return names, entries
+        bad = [raw is None or key != cookie_key(ino, decode_dirent(ino, raw).cookie) for (key, _), raw in zip(places, found, strict=True)]
+        name = names[bad.index(True) if True in bad else 0]
+        raise Corrupt(f"{self.describe(ino, name)}: name and place in the directory disagree; check the volume's metadata")
 
-    def listing(self, ino: int, after: int, limit: int) -> list[tuple[int, bytes, int, Inode | InodeRecord]]:
-        """As `entries`: (cookie, name, inode number, the inode where it is in memory, else its record as it is stored)."""
+    def listing(self, ino: int, after: int, limit: int) -> tuple[list[bytes], list[Dirent], Sequence[Inode | InodeRecord]]:
+        """As `entries`: names, what they stand for, and the inodes where they are in memory, else their records as they are stored."""
         self._inodes.directory(ino)
         if not 0 <= after < MAX_OFFSET:
-            return []
-        placed = self._placed(ino, after, limit)
-        inodes = self._inodes.peek([entry.ino for _, entry in placed])
-        return [(entry.cookie, name, entry.ino, inode) for (name, entry), inode in zip(placed, inodes, strict=True)]
+            return [], [], []
+        names, entries = self._placed(ino, after, limit)
+        return names, entries, self._inodes.peek([entry.ino for entry in entries])
 
     def names(self, ino: int, prefix: bytes, after: bytes | None, limit: int) -> list[tuple[bytes, Dirent]]:
         """At most `limit` entries whose name starts with `prefix` and stands after `after`, in order of names."""

@@ -13,6 +13,8 @@ from typing import Final
 
 from storage.errors import BadArgument, Corrupt, IsADirectory, NotADirectory, NotFound
 from storage.interfaces import Batch, MetadataStore, TailPiece, Values
+from storage.metadata.keys import INODE, numbered
+from storage.metadata.together import complete
 from storage.namespace.records import (
     COUNTS_KEY,
     MAX_OFFSET,
@@ -21,6 +23,7 @@ from storage.namespace.records import (
     clone,
     decode_counts,
     decode_inode,
+    decode_inodes,
     encode_counts,
     encode_inode,
     inode_key,
@@ -100,23 +103,25 @@ class InodeTable:
         self._keep(inode)
         return inode
 
-    def peek(self, inos: Sequence[int]) -> list[Inode | InodeRecord]:
+    def peek(self, inos: Sequence[int]) -> Sequence[Inode | InodeRecord]:
         """What there is of many inodes: each as it is in memory, or its stored record. Nothing is kept: whoever lists a directory would
         drive out what is in use. NotFound, Corrupt."""
+        if not self._live and self._cache.keys().isdisjoint(inos):
+            return self._stored(inos)
         cached = self._cache.get
         found: list[Inode | InodeRecord | None] = [cached(ino) for ino in inos]
         if self._live:
             found = [inode or self._live.get(ino) for ino, inode in zip(inos, found, strict=True)]
         missing = [ino for ino, inode in zip(inos, found, strict=True) if inode is None]
-        if missing:
-            records = iter(zip(missing, self.store.get_many([inode_key(ino) for ino in missing]), strict=True))
-            for at, inode in enumerate(found):
-                if inode is None:
-                    ino, raw = next(records)
-                    if raw is None:
-                        raise NotFound(f"inode {ino} does not exist (any more)")
-                    found[at] = decode_inode(ino, raw)
-        return [inode for inode in found if inode is not None]
+        records = iter(self._stored(missing))
+        return [next(records) if inode is None else inode for inode in found]
+
+    def _stored(self, inos: Sequence[int]) -> list[InodeRecord]:
+        found = self.store.get_many(numbered(INODE, inos))
+        raws = complete(found)
+        if raws is None:
+            raise NotFound(f"inode {inos[found.index(None)]} does not exist (any more)")
+        return decode_inodes(inos, raws)
 
     def _keep(self, inode: Inode) -> None:
         self._cache[inode.ino] = inode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import trio
 
@@ -42,6 +43,15 @@ class Lifetime:
     def pin_seen(self, ino: int) -> None:
         """As `pin`, of an inode that is known to exist and to have a name, or to be pinned."""
         self._pins[ino] = self._pins.get(ino, 0) + 1
+
+    def pin_listed(self, inos: Sequence[int]) -> None:
+        """As `pin_seen` of each."""
+        fresh = dict.fromkeys(inos, 1)
+        if len(fresh) == len(inos) and self._pins.keys().isdisjoint(inos):
+            self._pins.update(fresh)
+        else:
+            for ino in inos:
+                self.pin_seen(ino)
 
     def unpin(self, ino: int, count: int) -> None:
         """With the last pin of an orphan goes its content. BadArgument: more than were pinned. Fenced: the next open removes it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from storage import interfaces
@@ -256,12 +256,26 @@ class Namespace:
         return self._inodes.version
 
     def listing(self, ino: int, after: int, limit: int) -> list[tuple[int, bytes, Attributes]]:
-        found: list[tuple[int, bytes, Attributes]] = []
-        listed = self._directories.listing(ino, after, limit)
+        names, entries, inodes = self._directories.listing(ino, after, limit)
         # Straight files that are not in memory are most of what there is: their sizes are fetched together.
-        values = [what.value for _, _, _, what in listed if isinstance(what, InodeRecord) and what.value and not what.map]
-        sizes = iter(self._values.sizes_of(values))
-        for cookie, name, number, what in listed:
+        records = [what for what in inodes if isinstance(what, InodeRecord) and what.value and not what.map]
+        sizes = self._values.sizes_of([rec.value for rec in records])
+        if len(records) == len(inodes):
+            found = [
+                (entry.cookie, name, _attributes(entry.ino, rec, size, size))
+                for name, entry, rec, size in zip(names, entries, records, sizes, strict=True)
+                if size is not None
+            ]
+            if len(found) == len(records):
+                return found
+        return self._mixed(names, entries, inodes, iter(sizes))
+
+    def _mixed(
+        self, names: Sequence[bytes], entries: Sequence[Dirent], inodes: Sequence[Inode | InodeRecord], sizes: Iterator[int | None]
+    ) -> list[tuple[int, bytes, Attributes]]:
+        found: list[tuple[int, bytes, Attributes]] = []
+        for name, entry, what in zip(names, entries, inodes, strict=True):
+            number = entry.ino
             if isinstance(what, Inode):
                 attributes = self._attributes(what)
             elif what.map or not what.value:
@@ -271,7 +285,7 @@ class Namespace:
                 if size is None:
                     raise Corrupt(f"inode {number}: its value {what.value} does not exist; check the volume's metadata")
                 attributes = _attributes(number, what, size, size)
-            found.append((cookie, name, attributes))
+            found.append((entry.cookie, name, attributes))
         return found
 
     def names(self, ino: int, prefix: bytes, after: bytes | None, limit: int) -> list[tuple[bytes, Dirent]]:
@@ -292,6 +306,9 @@ class Namespace:
 
     def pin_seen(self, ino: int) -> None:
         self._lifetime.pin_seen(ino)
+
+    def pin_listed(self, inos: Sequence[int]) -> None:
+        self._lifetime.pin_listed(inos)
 
     def unpin(self, ino: int, count: int = 1) -> None:
         self._lifetime.unpin(ino, count)

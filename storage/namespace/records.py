@@ -34,12 +34,14 @@ Worm, `w` + "namespace.worm": b"1" once the volume has a worm directory.
 from __future__ import annotations
 
 import stat
-from typing import Annotated, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, TypeVar, cast
 
 import msgspec
 
 from storage.errors import BadArgument, Corrupt
 from storage.metadata.keys import COOKIE, HANDING_DOWN, INODE, MAP, NAME, ORPHAN, SETTING, XATTR, u64
+from storage.metadata.together import as_array
 from storage.replication import parse_replication
 
 VERSION = 1
@@ -143,6 +145,9 @@ class CountsRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True, 
 _encode = msgspec.msgpack.Encoder().encode
 _inode_decoder = msgspec.msgpack.Decoder(InodeRecord)
 _dirent_decoder = msgspec.msgpack.Decoder(Dirent)
+# The version byte 1 is the number 1 in MessagePack, so that whole records stand in an array side by side.
+_inodes_decoder = msgspec.msgpack.Decoder(list[int | InodeRecord])
+_dirents_decoder = msgspec.msgpack.Decoder(list[int | Dirent])
 _map_decoder = msgspec.msgpack.Decoder(MapRecord)
 _handing_down_decoder = msgspec.msgpack.Decoder(HandingDownRecord)
 _counts_decoder = msgspec.msgpack.Decoder(CountsRecord)
@@ -162,6 +167,18 @@ def _decode(decoder: msgspec.msgpack.Decoder[S], raw: bytes, what: str, *which: 
         raise Corrupt(f"{what.format(*which)}: record does not decode ({error}); check the volume's metadata") from error
 
 
+def _decode_together(decoder: msgspec.msgpack.Decoder[list[int | S]], kind: type[S], raws: Sequence[bytes]) -> list[S] | None:
+    """What `_decode` says of each; None: not all of them are records."""
+    try:
+        found = decoder.decode(as_array(raws, 2))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    records = cast("list[S]", found[1::2])
+    if found[::2].count(VERSION) != len(raws) or not {kind}.issuperset(map(type, records)):
+        return None
+    return records
+
+
 def clone(record: InodeRecord) -> InodeRecord:
     """A copy to change. `copy.copy` takes longer to find out how than this does to copy."""
     return msgspec.structs.replace(record)
@@ -173,7 +190,22 @@ def encode_inode(record: InodeRecord) -> bytes:
 
 def decode_inode(ino: int, raw: bytes) -> InodeRecord:
     """Corrupt if `raw` is not an inode record."""
-    record = _decode(_inode_decoder, raw, "inode {}", ino)
+    return _consistent(ino, _decode(_inode_decoder, raw, "inode {}", ino))
+
+
+def decode_inodes(inos: Sequence[int], raws: Sequence[bytes]) -> list[InodeRecord]:
+    """As `decode_inode` of each."""
+    records = _decode_together(_inodes_decoder, InodeRecord, raws)
+    if records is None:
+        return [decode_inode(ino, raw) for ino, raw in zip(inos, raws, strict=True)]
+    for ino, record in zip(inos, records, strict=True):
+        if not record.value or record.mode & _IFMT != stat.S_IFREG:
+            _consistent(ino, record)
+    return records
+
+
+def _consistent(ino: int, record: InodeRecord) -> InodeRecord:
+    """The record. Corrupt if its fields contradict each other."""
     kind = record.mode & _IFMT
     if kind == stat.S_IFREG:
         if record.value:
@@ -195,6 +227,14 @@ def decode_dirent(parent: int, raw: bytes) -> Dirent:
     if entry.type not in _TYPES:
         raise Corrupt(f"an entry of directory inode {parent}: unknown type {entry.type:o}; check the volume's metadata")
     return entry
+
+
+def decode_dirents(parent: int, raws: Sequence[bytes]) -> list[Dirent]:
+    """As `decode_dirent` of each."""
+    entries = _decode_together(_dirents_decoder, Dirent, raws)
+    if entries is None or not _TYPES.issuperset([entry.type for entry in entries]):
+        return [decode_dirent(parent, raw) for raw in raws]
+    return entries
 
 
 def encode_map(record: MapRecord) -> bytes:

@@ -8,6 +8,7 @@ Extent (key `x` + value id + offset in value), 16 bytes big-endian: sector id u6
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,6 +17,7 @@ import msgspec
 from storage.errors import BadArgument, Corrupt
 from storage.interfaces import MetadataReader
 from storage.metadata.keys import EXTENT, VALUE, read_u64, u64
+from storage.metadata.together import as_array
 from storage.replication import parse_replication
 
 VERSION = 1
@@ -38,6 +40,7 @@ class ValueRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ValueRecord)
+_many_decoder = msgspec.msgpack.Decoder(list[ValueRecord])
 
 
 def decode_value(raw: bytes, value_id: int) -> ValueRecord:
@@ -53,6 +56,19 @@ def decode_value(raw: bytes, value_id: int) -> ValueRecord:
     except BadArgument as error:
         raise Corrupt(f"metadata of value {value_id} is damaged ({error}); run fusefs check") from error
     return record
+
+
+def decode_values(raws: Sequence[bytes], value_ids: Sequence[int]) -> list[ValueRecord]:
+    """As `decode_value` of each."""
+    try:
+        records = _many_decoder.decode(as_array(raws))
+        if [record.version for record in records].count(VERSION) == len(records) == len(raws):
+            for replication in {record.replication for record in records}:
+                parse_replication(replication)
+            return records
+    except (msgspec.DecodeError, UnicodeDecodeError, BadArgument):
+        pass
+    return [decode_value(raw, value_id) for raw, value_id in zip(raws, value_ids, strict=True)]
 
 
 def value_key(value_id: int) -> bytes:

@@ -12,14 +12,15 @@ from storage.errors import Corrupt, Fenced, FusefsError, NotFound, Unavailable
 from storage.history.objects import Tail as LogTail
 from storage.interfaces import Batch, Buffer, FlushProgress, FlushReport, MetadataStore, TailPiece
 from storage.metadata.counters import Counter
-from storage.metadata.keys import GARBAGE, u64
+from storage.metadata.keys import GARBAGE, VALUE, numbered, u64
+from storage.metadata.together import complete
 from storage.replication import parse_replication
 from storage.seams import Seams
 from storage.sectors.manager import SectorManager
 from storage.values.merge import Merger
 from storage.values.places import Places
 from storage.values.reclaim import Reclaimer
-from storage.values.records import VERSION, Extent, ValueRecord, decode_value, extents_between, value_key
+from storage.values.records import VERSION, Extent, ValueRecord, decode_value, decode_values, extents_between, value_key
 from storage.values.rewrite import Rewriter
 from storage.values.shipping import BREATH, Shipper
 from storage.values.tail import Tail
@@ -172,8 +173,13 @@ class Values:
         return self._record(value_id).sealed if tail is None else tail.size
 
     def sizes_of(self, value_ids: Sequence[int]) -> list[int | None]:
-        records = self._store.get_many([value_key(value_id) for value_id in value_ids])
-        sizes = [None if raw is None else decode_value(raw, value_id).sealed for raw, value_id in zip(records, value_ids, strict=True)]
+        found = self._store.get_many(numbered(VALUE, value_ids))
+        raws = complete(found)
+        sizes: list[int | None]
+        if raws is not None:
+            sizes = [record.sealed for record in decode_values(raws, value_ids)]
+        else:
+            sizes = [None if raw is None else decode_value(raw, value_id).sealed for raw, value_id in zip(found, value_ids, strict=True)]
         if self._tails:
             for at, value_id in enumerate(value_ids):
                 tail = self._tails.get(value_id)

@@ -26,7 +26,9 @@ from storage.namespace.records import (
     MapRecord,
     decode_counts,
     decode_dirent,
+    decode_dirents,
     decode_inode,
+    decode_inodes,
     decode_map,
     encode_counts,
     encode_dirent,
@@ -37,7 +39,7 @@ from storage.replication import parse_replication
 from storage.sealing import ShardHeader
 from storage.sectors.partial import PartialIndex
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
-from storage.values.records import Extent, ValueRecord, decode_extent, decode_value
+from storage.values.records import Extent, ValueRecord, decode_extent, decode_value, decode_values
 from tests.fakes import ManualClock, MemoryStore, make_seams
 from tests.fuzz.frames import SALT, VOLUME_ID
 from tests.fuzz.target import Target, golden, same
@@ -72,6 +74,7 @@ def _sector(data: bytes) -> None:
 
 def _value(data: bytes) -> None:
     record = decode_value(data, 5)
+    same(decode_values([data], [5]), [record])
     same(decode_value(record.encode(), 5), record)
     parse_replication(record.replication)
     struct.pack(">QQ", record.owner, record.sealed)
@@ -136,6 +139,7 @@ def _statistics(data: bytes) -> None:
 
 def _inode(data: bytes) -> None:
     record = decode_inode(5, data)
+    same(decode_inodes([5], [data]), [record])
     same(decode_inode(5, encode_inode(record)), record)
     struct.pack(">QQqQ", record.value, record.map, record.mtime, record.parent)
 
@@ -148,6 +152,7 @@ def _inode_seeds() -> list[bytes]:
 
 def _dirent(data: bytes) -> None:
     entry = decode_dirent(5, data)
+    same(decode_dirents(5, [data]), [entry])
     same(decode_dirent(5, encode_dirent(entry)), entry)
 
 
