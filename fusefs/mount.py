@@ -112,17 +112,8 @@ async def _alone() -> AsyncIterator[trio.Nursery]:
         raise inner from group
 
 
-async def _serve(
-    volume_path: Path,
-    mountpoint: Path,
-    passphrase: str,
-    options: MountOptions,
-    ready: Callable[[], None],
-    note: Note,
-    control: trio.Nursery,
-) -> None:
-    mountpoint = await trio.to_thread.run_sync(check_mountpoint, volume_path, mountpoint)
-    await _wait_for_previous(volume_path, note)
+def volume_options(options: MountOptions, purpose: str) -> VolumeOptions:
+    """What of a mount's options the volume is opened with."""
     settings: dict[str, float | None] = {}
     if options.cache_bytes is not None:
         settings["cache"] = options.cache_bytes
@@ -139,9 +130,23 @@ async def _serve(
     if options.scrub_interval is not None:
         settings["scrub_interval"] = options.scrub_interval or None
     # commit_interval None: the commits are ours, after the kernel's dirty pages have come.
-    volume_options = VolumeOptions(commit_interval=None, purpose=f"mounted on {mountpoint}", **settings)  # type: ignore[arg-type]
+    return VolumeOptions(commit_interval=None, purpose=purpose, **settings)  # type: ignore[arg-type]
+
+
+async def _serve(
+    volume_path: Path,
+    mountpoint: Path,
+    passphrase: str,
+    options: MountOptions,
+    ready: Callable[[], None],
+    note: Note,
+    control: trio.Nursery,
+) -> None:
+    mountpoint = await trio.to_thread.run_sync(check_mountpoint, volume_path, mountpoint)
+    await _wait_for_previous(volume_path, note)
+    opened_with = volume_options(options, f"mounted on {mountpoint}")
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        async with open_volume(volume_path, passphrase=passphrase, wait_lock=LOCK_SECONDS, options=volume_options) as volume:
+        async with open_volume(volume_path, passphrase=passphrase, wait_lock=LOCK_SECONDS, options=opened_with) as volume:
             # Whoever mounts is told of what is wrong from the start: hosts that cannot be used, and what cannot be read without them.
             for warning in dict.fromkeys([*volume.standing_warnings(), *volume.renewal.warnings()]):
                 note(f"warning: {warning}")
@@ -160,14 +165,14 @@ async def _serve_read_only(
             pass  # mounted for writing, and stays so: what the hosts have is shown
     # The cache for writes is of no use, and there is nothing to commit.
     options = replace(options, read_only=True, writeback=False)
-    volume_options = VolumeOptions(commit_interval=None, purpose=f"mounted read-only on {mountpoint}")
+    opened_with = VolumeOptions(commit_interval=None, purpose=f"mounted read-only on {mountpoint}")
     if options.cache_bytes is not None:
-        volume_options = replace(volume_options, cache=options.cache_bytes)
+        opened_with = replace(opened_with, cache=options.cache_bytes)
     scratch = await trio.to_thread.run_sync(Scratch.make)
     try:
         # Before signals are taken in hand: reading metadata from hosts can take long, and is simply broken off.
         told = Telling(note, mountpoint)
-        async with open_read_only(source, scratch=scratch.path, options=volume_options, progress=told.progress) as volume:
+        async with open_read_only(source, scratch=scratch.path, options=opened_with, progress=told.progress) as volume:
             note(f"{mountpoint} shows {volume.view}")
             for warning in volume.standing_warnings():
                 note(f"warning: {warning}")

@@ -15,7 +15,9 @@ from trio.testing import MockClock
 from storage.hosts.faults import Faults, shards_only
 from storage.hosts.memory import forget_memory_hosts, memory_content
 from storage.status import HostStatus
-from tests.bad_days import World
+from tests.bad_days import SECTOR, World
+from tests.complete import records
+from tests.rig import noise
 
 BAD = "mem:bad"
 URLS = [BAD, "mem:b", "mem:c"]
@@ -86,6 +88,14 @@ async def test_a_host_with_a_bad_day(tmp_path: Path, autojump_clock: MockClock, 
 
 async def test_a_host_that_comes_back_after_a_week(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with good_in_the_end(tmp_path) as world:
+        # What nobody touches meanwhile: all else is replaced by what programs do.
+        files, data = world.volume.files, noise(10 * SECTOR)
+        fd = await files.open("kept", write=True)
+        await files.append(fd, data)
+        await files.close(fd)
+        await world.volume.flush()
+        number = (await world.host(BAD)).number
+        on_it = [sector for sector, record in records(world.volume).items() if number in record.shards[0].hosts]
         world.faults(BAD).gone = "unplugged"
         # Longer than the grace, with everything that programs do; then the calendar alone.
         await world.work(1200)
@@ -93,7 +103,13 @@ async def test_a_host_that_comes_back_after_a_week(tmp_path: Path, autojump_cloc
         await world.work(60)
         # Long since, everything is on the others.
         assert (await world.status()).degraded_sectors == 0
+        assert set(on_it) & set(records(world.volume))
+        assert {len(set(shard.hosts) - {number}) for record in records(world.volume).values() for shard in record.shards} == {2}
         assert (await world.host(BAD)).state == "unavailable"
+        fd = await files.open("kept", existing=True)
+        assert await files.read_at(fd, 0, len(data)) == data
+        await files.close(fd)
+        await files.delete("kept")
 
 
 async def test_what_a_host_acknowledged_and_forgot_is_made_again(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -184,6 +184,8 @@ async def test_requests_do_what_they_say(tmp_path: Path) -> None:
 
 async def test_drain_waits_for_the_last_flush_and_for_the_end(tmp_path: Path) -> None:
     results: list[FlushReport | None] = []
+    #: What a bar makes a rate and the time left of.
+    seen: list[tuple[int, int]] = []
     server_scope = trio.CancelScope()
 
     async with trio.open_nursery() as nursery:
@@ -203,12 +205,17 @@ async def test_drain_waits_for_the_last_flush_and_for_the_end(tmp_path: Path) ->
         async def drain() -> None:
             def call() -> FlushReport | None:
                 with ControlClient.connect(tmp_path) as client:
-                    return client.drain()
+                    return client.drain(lambda done, total: seen.append((done, total)))
 
             results.append(await trio.to_thread.run_sync(call))
 
         nursery.start_soon(drain)
-        await trio.sleep(0.3)
+        state_box[0].final_progress.bytes_total = 100
+        for done in (10, 60):
+            state_box[0].final_progress.bytes_done = done
+            with trio.fail_after(20):
+                while (done, 100) not in seen:
+                    await trio.sleep(0.02)
         assert not results
         state_box[0].final_report = FlushReport(1, ("x",))
         state_box[0].finished.set()

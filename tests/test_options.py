@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusefs.mount import volume_options
 from fusefs.options import KNOWN, MountOptions, parse_size
 from storage.errors import BadArgument
 
@@ -108,3 +109,12 @@ def test_any_text_is_options_or_bad_argument(texts: list[str]) -> None:
         MountOptions.parse(texts)
     except BadArgument:
         pass
+
+
+def test_what_is_the_volume_s_reaches_it() -> None:
+    text = "cache=1M,staging=2G,flush_interval=3,repair_rate=4M,upload_rate=5M,away_grace=6,scrub_interval=off"
+    opened_with = volume_options(MountOptions.parse([text]), "a test")
+    assert (opened_with.cache, opened_with.staging, opened_with.flush_interval) == (1 << 20, 2 << 30, 3.0)
+    assert (opened_with.repair_rate, opened_with.upload_rate) == (4.0 * (1 << 20), 5.0 * (1 << 20))
+    assert (opened_with.away_grace, opened_with.scrub_interval) == (6.0, None)
+    assert (opened_with.commit_interval, opened_with.purpose) == (None, "a test")

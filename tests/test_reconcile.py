@@ -314,6 +314,8 @@ async def test_a_host_that_is_left_is_empty_in_the_end_and_every_sector_has_its_
 
         async def watched(contract_id: str, shard: object) -> None:
             fewest.append(min(copies(volume, urls).values()))
+            # On record, too: what is not named there any more is deleted before long.
+            fewest.append(min(len(record.shards[0].hosts) for record in records(volume).values()))
             await mend(contract_id, shard)  # type: ignore[arg-type]
 
         volume.host_io.write_sealed = watched  # type: ignore[method-assign, assignment]
@@ -583,6 +585,37 @@ async def test_a_sender_that_is_busy_with_each_piece_has_the_whole_rate(autojump
         await pace.take(5000)
         await trio.sleep(6)
     assert trio.current_time() - started <= 65.0
+
+
+async def test_all_that_mending_sends_has_waited_for_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost copies, and damaged ones."""
+    async with a_volume(tmp_path, 3, "2", repair_rate=1e9) as (volume, urls):
+        await fill(volume)
+        pace, write_sealed = volume.reconciler.pace, volume.host_io.write_sealed
+        assert pace.rate == 1e9
+        take, waited, sent = pace.take, 0, 0
+
+        async def taken(size: int) -> None:
+            nonlocal waited
+            await take(size)
+            waited += size
+
+        async def written(contract_id: str, shard: SealedShard) -> None:
+            nonlocal sent
+            sent += len(memoryview(shard.sealed))
+            assert sent <= waited
+            await write_sealed(contract_id, shard)
+
+        monkeypatch.setattr(pace, "take", taken)
+        monkeypatch.setattr(volume.host_io, "write_sealed", written)
+        await volume.mark_host("1", lost=True)
+        await volume.reconciler.round()
+        made_again = sent
+        assert made_again > SIZE
+        path = next(Path(urls[1].removeprefix("dir:")).glob("volumes/*/sectors/*/*"))
+        path.write_bytes(path.read_bytes()[:-1])
+        await volume.scrub(full=True)
+        assert sent == waited > made_again
 
 
 async def test_without_a_rate_nothing_waits() -> None:

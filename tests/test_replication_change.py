@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -146,6 +147,33 @@ async def test_every_file_below_moves_and_nothing_else_does(tmp_path: Path) -> N
         assert volume.sectors.count < 3 * before
         await compare(volume, content)
     await sound(tmp_path / "v")
+
+
+async def test_what_is_moved_waits_for_the_rate_of_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 3), "2", SECTOR_SIZE)
+    async with open_volume(tmp_path / "v", passphrase=PASSPHRASE, options=replace(OPTIONS, repair_rate=1e9)) as volume:
+        content = await fill(volume)
+        pace, moved = volume.values.rewriter.pace, volume.values.rewriter._merger.move
+        assert pace.rate == 1e9
+        waited: list[int] = []
+        rounds = 0
+
+        async def taken(size: int) -> None:
+            waited.append(size)
+
+        async def move(*arguments: Any) -> Any:
+            nonlocal rounds
+            rounds += 1
+            assert len(waited) == rounds
+            return await moved(*arguments)
+
+        monkeypatch.setattr(pace, "take", taken)
+        monkeypatch.setattr(volume.values.rewriter._merger, "move", move)
+        await volume.set_replication(ino_of(volume, "d"), "3", now=True)
+        await volume.rewrite()
+        assert rounds
+        # What shares a sector with small files comes along with them.
+        assert sum(waited) >= 0.8 * sum(len(data) for name, data in content.items() if name.startswith("d/"))
 
 
 async def test_back_to_what_is_inherited(tmp_path: Path) -> None:

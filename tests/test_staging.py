@@ -246,7 +246,14 @@ async def test_with_all_hosts_gone_writes_go_on_until_staging_is_full_and_all_dr
         assert all([await read(volume, name) == data for name, data in files.items()])
         report_at = (await volume.status()).staging
         assert report_at.sectors >= 8 and "the network is down" in report_at.trouble
-        made.each(gone=None)
+        assert report_at.bytes > 8 * SIZE and not report_at.rate and report_at.seconds_left is None
+        # Each copy takes a second now, so that it can be watched.
+        made.each(gone=None, latency=1.0)
+        await until(lambda: volume.sectors.drain.sent)
+        now = (await volume.status()).staging
+        assert 0 < now.bytes < report_at.bytes and now.rate > 0
+        assert now.seconds_left == pytest.approx(now.bytes / now.rate)
+        made.each(latency=0.0)
         await until(lambda: is_full(volume) and not volume.values.pending_bytes)
         assert volume.values.shipper.trouble is None, "writers go on by themselves"
         await write(volume, b"more", noise(SIZE))

@@ -90,7 +90,8 @@ def test_a_volume_server_is_killed_and_restarted_under_load(seaweedfs: Engine, m
     assert isinstance(cluster, Cluster)
     hosts = [seaweedfs.url(), seaweedfs.url()]
     volume = mounting.volume(hosts=hosts, replication="2", sector_size=256 * 1024)
-    mounted = mounting.mount("commit_interval=1,flush_interval=1", volume=volume)
+    # Of 20 MiB a reader finds little here: the rest it gets from the engine, whole or not.
+    mounted = mounting.mount("commit_interval=1,flush_interval=1,cache=1M,staging=8M", volume=volume)
     expected: dict[str, str] = {}
     wrong: list[str] = []
     stop = threading.Event()
@@ -111,14 +112,19 @@ def test_a_volume_server_is_killed_and_restarted_under_load(seaweedfs: Engine, m
                     wrong.append(name)
             time.sleep(0.01)
 
+    def received() -> int:
+        with mounted.control() as control:
+            return sum(day.received for host in control.status().volume.hosts for day in host.days)
+
     threads = [threading.Thread(target=write, daemon=True), threading.Thread(target=read, daemon=True)]
     for thread in threads:
         thread.start()
     try:
-        wait_until(lambda: len(expected) >= 15, "a load")
+        wait_until(lambda: len(expected) >= 100, "a load", 60)
         cluster.kill("volume1")
-        before = len(expected)
+        before, read_before = len(expected), received()
         wait_until(lambda: len(expected) >= before + 30, "writing goes on", 60)
+        wait_until(lambda: received() >= read_before + 2**20, "reading from the hosts goes on", 60)
         cluster.start("volume1")
         before = len(expected)
         wait_until(lambda: len(expected) >= before + 10, "writing goes on", 60)
