@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from storage.interfaces import SectorManager as SectorManager
     from storage.keyfile import KEY_FILE as KEY_FILE
     from storage.keyfile import change_passphrase as change_passphrase
+    from storage.keys import master_of_phrase as master_of_phrase
     from storage.pruning import DEFAULT_GRACE_DAYS as DEFAULT_GRACE_DAYS
     from storage.pruning import HeldVolume as HeldVolume
     from storage.pruning import Pruner as Pruner
@@ -107,6 +108,7 @@ _HOMES = {
     ),
     "storage.hosts.urls": ("parse_url",),
     "storage.keyfile": ("KEY_FILE", "change_passphrase"),
+    "storage.keys": ("master_of_phrase",),
     "storage.pruning": ("DEFAULT_GRACE_DAYS", "HeldVolume", "Pruner", "open_pruner"),
     "storage.read_only": ("ReadOnlySource", "ReadOnlyVolume", "open_read_only"),
     "storage.recovery": ("RecoveryReport", "recover_volume"),

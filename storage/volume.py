@@ -151,8 +151,10 @@ class Volume:
                 await self.publisher.publish()
             except Unavailable as error:
                 report = replace(report, reasons=(*report.reasons, f"metadata: {error}"))
-        # A host that is away now may have copies of anything: whoever flushes to be safe wants to know.
-        reasons = [self.hosts.reason(number) for number in self.hosts.numbers() if not self.hosts.available(number)]
+        # A host that is away now may have copies of anything: whoever flushes to be safe wants to know. One that was given up has none that
+        # count.
+        given_up = self.standing.lost()
+        reasons = [self.hosts.reason(n) for n in self.hosts.numbers() if not self.hosts.available(n) and n not in given_up]
         away = [reason for reason in reasons if not any(reason in said for said in report.reasons)]
         return replace(report, reasons=(*report.reasons, *away)) if away else report
 

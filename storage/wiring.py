@@ -510,7 +510,7 @@ async def check_servable(volume: Volume) -> None:
         reason = volume.hosts.reason(number)
         message = reason if url in reason else f"host {url} cannot be used: {reason}"
         log.warning("%s", message)
-        volume.passing.append((message, partial(_any_away, volume, [number])))
+        volume.passing.append((message, partial(_missed, volume, number)))
     here = set(volume.hosts.numbers()) - away.keys()
     start, end, lost = SECTOR, prefix_end(SECTOR), 0
     examples: list[int] = []
@@ -532,6 +532,11 @@ async def check_servable(volume: Volume) -> None:
         warning = f"sectors {sectors} are only on {hosts_text}: what is in them cannot be read before that host is back"
         log.warning("%s: %s", volume.path, warning)
         volume.passing.append((warning, partial(_any_away, volume, sorted(needed or away))))
+
+
+def _missed(volume: Volume, number: int) -> bool:
+    """Is the host away, and has nobody given it up since?"""
+    return not volume.hosts.available(number) and number not in volume.standing.lost()
 
 
 def _any_away(volume: Volume, numbers: list[int]) -> bool:

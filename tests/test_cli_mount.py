@@ -191,6 +191,19 @@ def test_umount_of_a_mount_in_use_is_busy_and_it_stays_usable(demo: Demo) -> Non
     fusefs("umount", demo.mountpoint)
 
 
+def test_umount_of_a_volume_that_is_mounted_says_where_and_does_not_wait_for_it(demo: Demo) -> None:
+    demo.mount()
+    line = fusefs("umount", demo.volume, expect=2).error_line
+    assert f"fusefs umount {demo.mountpoint}" in line
+    assert is_mounted(demo.mountpoint)
+    fusefs("umount", demo.mountpoint)
+
+
+def test_status_of_a_mount_point_where_nothing_is_mounted_sends_nobody_to_init(demo: Demo) -> None:
+    line = fusefs("status", demo.mountpoint, expect=2).error_line
+    assert "not a fusefs volume" in line and "none is mounted there" in line and "init" not in line
+
+
 def test_a_mount_whose_process_was_killed(demo: Demo) -> None:
     demo.mount()
     pid = demo.pid()
@@ -304,7 +317,7 @@ def test_with_all_hosts_gone_mount_says_so_and_umount_what_is_kept(demo: Demo) -
     assert "cannot be read before" in said
     (demo.mountpoint / "during").write_bytes(b"2")
     said = fusefs("umount", demo.mountpoint, expect=10).err
-    assert re.search(r"is unmounted; what is not on its hosts yet is kept in .*, \d+ bytes to send", said), said
+    assert re.search(r"is unmounted; what is not on its hosts yet is kept in .* yet: [\d,]+ \([\d,]+ bytes to send\)", said), said
     assert len(said.splitlines()) == 1
     for host in demo.hosts:
         host.with_name(host.name + ".away").rename(host)

@@ -405,7 +405,7 @@ async def test_publishing_waits_for_the_upload_and_says_where_there_is_none(tmp_
         assert sum(len(made.shards(host)) for host in range(3)) >= 2
         made.each(gone="the network is down", only=puts_of_shards)
         await write(volume, b"other", noise(SIZE))
-        with pytest.raises(Unavailable, match=r"1 sector\(s\) are in .* and not on enough hosts yet: .*the network is down"):
+        with pytest.raises(Unavailable, match=r"sectors in .* and not on enough hosts yet: 1: .*the network is down"):
             await publisher.publish()
         with pytest.raises(Unavailable, match="the network is down"):
             await volume.flush()

@@ -207,7 +207,8 @@ def _report(error: BaseException) -> int:
 def _verdict(error: BaseException) -> tuple[int, str]:
     """(exit status, message; "" to say nothing)."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        return error.exit_code, "a command is missing; see fusefs help"
+        names = error.ctx.command_path.split()[1:]
+        return error.exit_code, f"a command is missing; see {' '.join(('fusefs help', *names))}"
     if isinstance(error, click.ClickException):
         return error.exit_code, _usage_message(error)
     leaf = min(leaves(error), key=_rank)

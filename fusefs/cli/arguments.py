@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from fusefs.cli.startup import importing
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SIZE = re.compile(r"([0-9]{1,20})(?:\.([0-9]{1,9}))? ?([a-zA-Z]*)\Z", re.ASCII)
@@ -112,6 +114,18 @@ class Rate(Size):
         if rate < MIN_RATE:
             self.fail(f"{value!r} is too slow: at least 4K a second", param, ctx)
         return rate
+
+
+def known_host(text: str) -> str:
+    """What names a host of a volume: number or id as they are; of a URL the whole path, here, where the working directory is the person's.
+
+    BadArgument, which repeats no secret, if it is no URL.
+    """
+    if ":" not in text:
+        return text
+    with importing():
+        from storage import parse_url
+    return parse_url(text).base
 
 
 def upload_rate_option(command: F) -> F:

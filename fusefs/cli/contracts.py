@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from fusefs.cli import live
-from fusefs.cli.arguments import DAY, DIRECTORY_PATH, Days, passphrase_option
+from fusefs.cli.arguments import DAY, DIRECTORY_PATH, Days, known_host, passphrase_option
 from fusefs.cli.notices import Notices
 from fusefs.cli.output import human_span, write_line, write_table
 from fusefs.cli.passphrase import passphrase
@@ -74,6 +74,8 @@ def contracts(
         return
     if what is None or days is None:
         raise click.UsageError("conclude needs HOST DAYS" if action == "conclude" else "renew needs ID DAYS, or --all")
+    if action == "conclude":
+        what = known_host(what)
     write_line(_change(live.resolve(path), action, what, days * DAY, passphrase_file))
 
 

@@ -22,7 +22,13 @@ from storage.errors import BadArgument, Exists, FusefsError, IOFailure, NotADire
 @click.command(short_help="Make a new volume.")
 @volume_argument
 @click.option("--host", "hosts", multiple=True, metavar="URL", help="Keep sectors on this host, as in dir:/mnt/disk1. Once for each host.")
-@click.option("--replication", default="1", show_default=True, metavar="SPEC", help="Copies of each sector, each on a host of its own.")
+@click.option(
+    "--replication",
+    default="1",
+    show_default=True,
+    metavar="SPEC",
+    help="Copies of each sector (3), each on a host of its own; or data+parity (4+2: six hosts, any two may be lost).",
+)
 @click.option("--sector-size", type=Size(), default="4MiB", show_default=True, metavar="SIZE", help="Bytes of a full sector.")
 @click.option(
     "--contract", "days", type=Days(), default=90, show_default=True, metavar="DAYS", help="Length of the contracts with the hosts."

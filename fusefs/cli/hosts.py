@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from fusefs.cli import live
-from fusefs.cli.arguments import DAY, DIRECTORY_PATH, Days, passphrase_option, upload_rate_option
+from fusefs.cli.arguments import DAY, DIRECTORY_PATH, Days, known_host, passphrase_option, upload_rate_option
 from fusefs.cli.output import human_bytes, progress_bar, say, write_line, write_table
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume, with_bar
@@ -62,7 +62,7 @@ def hosts(path: Path, action: str, host: str | None, days: float | None, long: b
         if action == "add":
             _add(live.resolve(path), host, days, passphrase_file)
         else:
-            _mark(live.resolve(path), host, action, passphrase_file)
+            _mark(live.resolve(path), known_host(host), action, passphrase_file)
         return
     if host is not None:
         raise click.UsageError(f"list takes nothing more, and got {host!r}")

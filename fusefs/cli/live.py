@@ -12,7 +12,10 @@ from fusefs.cli.output import say
 from fusefs.control_client import ControlClient
 from fusefs.dead_mounts import free_dead
 from fusefs.mounts import Mount, find_mount, mount_of_volume
-from storage.errors import Busy, NotFound, Unavailable
+from storage.errors import BadArgument, Busy, NotFound, Unavailable
+
+#: What makes a directory a volume. (`storage.config`, which knows, would be long to import for who only asks a mount.)
+VOLUME_FILE = "volume.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,11 @@ def resolve(path: Path) -> Target:
     """The volume a person means by `path`: its directory, its mount point, or something below that."""
     mount = find_mount(path)
     volume = mount.volume if mount is not None else path
+    if mount is None and path.is_dir() and not (path / VOLUME_FILE).exists():
+        # Right after `umount`, say. That `fusefs init` makes a volume is no help to who has one.
+        raise BadArgument(
+            f"{path} is not a fusefs volume (it has no {VOLUME_FILE}), and none is mounted there; name the volume's directory, or mount it"
+        )
     if is_served(volume):
         return Target(volume, mount.mountpoint if mount is not None else None, True)
     if mount is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +20,9 @@ from fusefs.cli.passphrase import PHRASE_ENVIRONMENT, passphrase, recovery_phras
 from fusefs.cli.session import tell_degraded
 from fusefs.cli.startup import importing
 from fusefs.mountpoint import check_mountpoint, unmount
-from fusefs.mounts import Mount, mount_at
+from fusefs.mounts import Mount, mount_at, mount_of_volume
 from fusefs.options import MountOptions
-from storage.errors import FusefsError, NoSpace, NotFound, Unavailable
+from storage.errors import BadArgument, FusefsError, NoSpace, NotFound, Unavailable
 
 if TYPE_CHECKING:
     from storage import FlushReport
@@ -141,6 +142,7 @@ def umount(mountpoint: Path) -> None:
         # Already unmounted by umount(8), and not done: wait for it all the same, if the volume was named.
         if not live.is_served(mountpoint):
             raise NotFound(f"nothing of fusefs is mounted at {mountpoint}")
+        _refuse_mounted_volume(mountpoint)
         _wait(mountpoint)
         return
     if not live.is_served(mount.volume):
@@ -176,6 +178,18 @@ def umount(mountpoint: Path) -> None:
     if failure is not None:
         say(f"warning: {failure}")
     _tell(report, mount.volume)
+
+
+def _refuse_mounted_volume(volume: Path) -> None:
+    """BadArgument if it is mounted: its process ends when somebody unmounts it, and waiting for that would be waiting for ever."""
+    mount = mount_of_volume(volume)
+    if mount is None:
+        return
+    with live.client(volume) as client:
+        phase = client.status().phase
+    # Else what is mounted is a read-only view beside a process that has unmounted, and is waited for.
+    if phase in ("starting", "mounted"):
+        raise BadArgument(f"{volume} is a volume, mounted at {mount.mountpoint}: fusefs umount {shlex.quote(str(mount.mountpoint))}")
 
 
 def _stop(mount: Mount) -> FlushReport | None:

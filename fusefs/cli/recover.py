@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from fusefs.cli.arguments import DIRECTORY_PATH, passphrase_option
+from fusefs.cli.live import VOLUME_FILE
 from fusefs.cli.output import human_bytes, human_time, printable, progress_bar, say, write_line, write_table
 from fusefs.cli.passphrase import PHRASE_ENVIRONMENT, new_passphrase, passphrase, recovery_phrase
 from fusefs.cli.session import run
@@ -85,6 +86,10 @@ def recover(
         if keyfile is not None:
             raise BadArgument("recover: --keyfile is for a passphrase; the 24 words need none")
         words = recovery_phrase(phrase_file)
+        # Before a new passphrase is asked for.
+        with importing():
+            from storage import master_of_phrase
+        master_of_phrase(words)
     secret = passphrase(passphrase_file) if words is None else None
     if salvage:
         with progress_bar("salvaging") as advance:
@@ -114,7 +119,7 @@ def recover(
 
 def _check(volume: Path, salvage: bool, superblock: str | None, keyfile: Path | None) -> None:
     """What can be seen before anybody is asked for a passphrase."""
-    if (volume / "volume.json").exists():
+    if (volume / VOLUME_FILE).exists():
         raise Exists(f"{volume} is a volume already, and is not overwritten: name a new directory")
     if salvage and superblock is not None:
         raise BadArgument("recover: --salvage is for where there is no superblock; give one of --salvage and --superblock")

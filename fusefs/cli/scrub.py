@@ -85,9 +85,8 @@ def lines(report: ScrubReport) -> list[str]:
     elif report.left and report.trouble:
         told.append(f"{report.left:,} copies are not good yet: {report.trouble}")
     bad = report.missing + report.damaged
-    found = (
-        f"{report.missing:,} missing, {report.damaged:,} damaged, {report.repaired:,} repaired, {report.left:,} left" if bad else "all good"
-    )
+    good = "those looked at are good" if report.unanswered else "all good"
+    found = f"{report.missing:,} missing, {report.damaged:,} damaged, {report.repaired:,} repaired, {report.left:,} left" if bad else good
     how = "read whole" if report.full else "a block of each read"
     looked = f"{report.shards:,} copies of {report.sectors:,} sectors, {how} ({human_bytes(report.bytes)})"
     return [*told, f"{found}: {looked}"]

@@ -40,7 +40,7 @@ def help_command(context: click.Context, names: tuple[str, ...]) -> None:
     for name in names:
         found = command.get_command(shown, name) if isinstance(command, click.Group) else None
         if found is None:
-            raise click.UsageError(f"there is no command {name!r}; see fusefs help")
+            raise click.UsageError(f"there is no command {name!r}; fusefs help lists them")
         command = found
         shown = click.Context(command, info_name=name, parent=shown)
     write_line(command.get_help(shown))

@@ -123,7 +123,13 @@ def _show_remedies(now: VolumeStatus, mount: MountStatus | None) -> None:
 
 
 def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, str]]:
-    copies = "data+parity" if "+" in now.replication else "one copy each" if now.replication == "1" else f"{now.replication} copies each"
+    copies = (
+        f"as {now.replication}, data+parity"
+        if "+" in now.replication
+        else "one copy each"
+        if now.replication == "1"
+        else f"{now.replication} copies each"
+    )
     lookups = now.cache_hits + now.cache_misses
     hits = f", {100 * now.cache_hits // lookups} % of reads found there" if lookups else ""
     nothing = "nothing: what was written is on its hosts" if not now.staging.sectors else "nothing in memory"
@@ -215,7 +221,7 @@ def warnings(now: VolumeStatus, now_ns: int) -> list[str]:
         found.append(f"what is staged does not get to its hosts: {now.staging.trouble}" if now.staging.sectors else now.staging.trouble)
     if now.degraded_sectors:
         why = f": {now.repair.trouble}" if now.repair.trouble else ""
-        found.append(f"{_count(now.degraded_sectors, 'sector')} with fewer copies than {now.replication!r} asks for{why}")
+        found.append(f"{_count(now.degraded_sectors, 'sector')} with fewer copies than they should have{why}")
     if now.missing_places:
         found.append(
             f"hosts have forgotten {_count(now.missing_places, 'shard')}, not made again so far: fusefs check says which files are affected"

@@ -58,7 +58,6 @@ KINDS: Final[dict[str, tuple[str, str]]] = {
     "copies-index": ("status and repair do not know how many copies there are", _REPAIR),
     "fresh-mark": ("a sector in use would be deleted at the next mount, or the mount fail", _REPAIR),
     "sector-count": ("status shows a wrong number", _REPAIR),
-    "freed-in-use": ("a sector in use would be deleted", _REPAIR),
     "holders": ("the shard would be deleted too early", _REPAIR),
     "unknown-holder": ("nothing refers to the shard any more; reclaim takes it away", "nothing needs to be done"),
     "unknown-host": ("the copy cannot be read", "recover the volume from its hosts"),

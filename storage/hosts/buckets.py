@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import Any
 
 from storage.errors import Unavailable
@@ -51,10 +52,30 @@ def features(url: HostURL) -> tuple[bool, bool]:
             return versions, False
         return versions, versions and lock.get("ObjectLockEnabled") == "Enabled"
     except BotoCoreError as error:
-        # Of its text, which repeats the request's address, the kind is what tells: EndpointConnectionError, ReadTimeoutError.
-        raise Unavailable(f"host {url.base} cannot be reached: {type(error).__name__}; check the endpoint, and the network") from error
+        raise Unavailable(f"host {url.base} cannot be reached: {_cause(error)}; check the endpoint, and the network") from error
     finally:
         client.close()
+
+
+def _cause(error: BaseException) -> str:
+    """What the system said, at the end of a chain of libraries whose own texts repeat the request's address; else the error's kind."""
+    at: BaseException | None = error
+    seen: list[BaseException] = []
+    while at is not None and at not in seen:
+        if isinstance(at, ssl.SSLCertVerificationError):
+            return f"its certificate is not trusted ({at.verify_message})"
+        if isinstance(at, ssl.SSLError):
+            return f"it does not speak TLS ({(at.reason or 'SSL').replace('_', ' ').lower()})"
+        if isinstance(at, OSError) and at.strerror:
+            return at.strerror
+        seen.append(at)
+        # botocore keeps what it wraps in its arguments, urllib3 in `reason` or the context.
+        at = _first_error(getattr(at, "kwargs", {}).get("error"), getattr(at, "reason", None), at.__cause__, at.__context__)
+    return type(error).__name__
+
+
+def _first_error(*candidates: object) -> BaseException | None:
+    return next((found for found in candidates if isinstance(found, BaseException)), None)
 
 
 def _must_be_an_answer(url: HostURL, error: Any) -> None:

@@ -197,7 +197,11 @@ class S3Locks:
             return refused
         if code in _FORBIDDEN or status == 403:
             return NotPermitted(f"{host}: {doing} {name}: {code} {message}: a lock, or rights that these credentials lack")
-        return Unavailable(f"{host}: {doing} {name}: {code} {message}")
+        answer = f"{host}: {doing} {name}: {code} {message}"
+        if code == "InvalidRequest" and self._url.parameter("lock") is not None and doing in ("writing", "locking"):
+            # Where the bucket says what it has, a URL without lock= is enough; this one insists.
+            return Unavailable(f"{answer}: has the bucket Object Lock? It is made with it, or else leave lock= out of the URL")
+        return Unavailable(answer)
 
     def __repr__(self) -> str:
         return f"<S3Locks {self._url.base}, {self._mode}>"

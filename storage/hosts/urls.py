@@ -119,7 +119,8 @@ def parse_url(text: str, directory: Path | None = None) -> HostURL:
 
 
 def _known() -> str:
-    return ", ".join(f"{scheme}:" for scheme in SCHEMES)
+    # A mem: host is gone with the process: nobody is to be led to it.
+    return ", ".join(f"{scheme}:" for scheme in SCHEMES if scheme != "mem")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -227,6 +228,11 @@ def _unquote(text: str, quoted: str) -> str:
 def _absolute(text: str, path: str, directory: Path | None) -> str:
     if not path:
         raise BadArgument(f"host URL {text!r} names no directory; write dir:/path")
+    if path.startswith("~"):
+        # What a person means is the home directory, which a shell puts there only at the beginning of a word.
+        raise BadArgument(
+            f"host URL {text!r}: no shell replaces a '~' behind dir: write dir:$HOME/..., or dir:./~... for a directory of that name"
+        )
     if not path.startswith("/"):
         try:
             path = os.path.join(os.getcwd() if directory is None else os.path.abspath(directory), path)

@@ -228,7 +228,7 @@ class SectorManager:
         if not left or not why:
             return ""
         size = sum(entry.to_send for entry in left)
-        return f"{len(left)} sector(s) are in {self.staging.path} and not on enough hosts yet, {size} bytes to send: {why}"
+        return f"sectors in {self.staging.path} and not on enough hosts yet: {len(left):,} ({size:,} bytes to send): {why}"
 
     def uploading(self, sector_id: int) -> bool:
         """Is some shard of its first upload still on its way, or in staging?"""

@@ -56,7 +56,7 @@ class Placement:
                     "there; renew them: fusefs contracts VOLUME renew --all"
                 )
             raise Unavailable(
-                f"replication {replication} needs {replication.write_quorum} hosts for writing, {len(ranked)} can be used now; "
+                f"to write with replication {replication}, hosts are needed: {replication.write_quorum}, can be used now: {len(ranked)}; "
                 f"bring hosts back, add one (fusefs hosts), or conclude contracts (fusefs contracts)"
             )
         return ranked

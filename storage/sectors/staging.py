@@ -509,7 +509,7 @@ class Staging:
         while self._cut.missing:
             why = self.stalled()
             if why:
-                raise Unavailable(f"{len(self._cut.missing)} sector(s) are in {self.path} and not on enough hosts yet: {why}")
+                raise Unavailable(f"sectors in {self.path} and not on enough hosts yet: {len(self._cut.missing):,}: {why}")
             await self.changed()
 
     async def changed(self) -> None:

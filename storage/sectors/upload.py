@@ -87,7 +87,7 @@ class Upload:
         # Each once, without what they all begin with: the sector and its root.
         said = "; ".join(dict.fromkeys(re.sub(r"^sector \d+, root [0-9a-f]{12}: ", "", str(error)) for error in self._errors))
         if any(isinstance(error, NoSpace) for error in self._errors):
-            raise NoSpace(f"sector {self.sector_id}: hosts are full ({said}); free space or add a host")
+            raise NoSpace(f"sector {self.sector_id}: hosts are full ({said})")
         raise Unavailable(f"sector {self.sector_id}: too few hosts took it ({said})")
 
     async def _put(self, shard: int, contract_id: str, host: int) -> None:
