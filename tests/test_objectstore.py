@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -22,6 +23,7 @@ from botocore.exceptions import TokenRetrievalError
 
 from storage.errors import Busy, Corrupt, FusefsError, NoSpace, NotFound, NotPermitted, Unavailable
 from storage.hosts import clients, objectstore
+from storage.hosts.buckets import features
 from storage.hosts.credentials import Credentials
 from storage.hosts.directory import DirectoryHost
 from storage.hosts.objectstore import ObjectStoreHost
@@ -508,3 +510,14 @@ async def test_an_object_may_be_sent_for_longer_than_an_answer_may_be_silent(
     # More than what the sockets' buffers take at once.
     assert await host.put("volumes/x", bytes(16 * 2**20))
     assert [method for method, _, _ in server.asked] == ["PUT"]
+
+
+def test_a_bucket_that_cannot_be_asked_what_it_is_for_says_what_the_system_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the name of a library's class."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        with pytest.raises(Unavailable, match="cannot be reached: Connection refused; check the endpoint"):
+            features(parse_url(f"s3://bucket?endpoint=http://127.0.0.1:{port}"))

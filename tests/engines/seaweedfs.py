@@ -208,10 +208,11 @@ def main() -> int:
     arguments = parser.parse_args()
     directory: Path = arguments.directory.absolute()
     try:
-        if arguments.action == "up":
-            say(Cluster.up(directory))
-            return 0
         cluster = Cluster.load(directory)
+        if arguments.action == "up":
+            # In a second shell, say, which wants the keys of what runs already.
+            say(cluster if cluster is not None and all(cluster.running().values()) else Cluster.up(directory))
+            return 0
         if cluster is None:
             print(f"fusefs: no cluster was started in {directory}", file=sys.stderr)
             return 1
