@@ -358,6 +358,18 @@ async def test_a_new_host_gets_its_share_and_the_others_lose_it(tmp_path: Path) 
         assert await unchanged(volume, content)
 
 
+async def test_a_host_that_is_away_is_warned_of_until_it_is_given_up(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 3)
+    await make(tmp_path / "volume", urls, replication="2")
+    shutil.rmtree(urls[1].removeprefix("dir:"))
+    async with opened(tmp_path / "volume") as volume:
+        assert any(urls[1] in text for text in volume.standing_warnings())
+        assert any(urls[1] in text for text in (await volume.flush()).reasons)
+        await volume.mark_host("2", lost=True)
+        assert volume.standing_warnings() == []
+        assert (await volume.flush()).reasons == ()
+
+
 async def test_a_host_that_is_away_for_long_is_done_without_and_its_copies_go_when_it_is_back(tmp_path: Path) -> None:
     async with a_volume(tmp_path, 3, "2", away_grace=0.0) as (volume, urls):
         content = await fill(volume)
