@@ -27,17 +27,18 @@ from storage.hosts.locked_shards import LockedShards
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, Buffer, Host, MetadataStore, QuickHost, SealedShard
 from storage.keys import Keys
+from storage.lending import Buffers
 from storage.sealing import (
     BLOCK,
     HEADER_SIZE,
     MAX_SEALED,
     TAG_SIZE,
+    Opening,
     ShardHeader,
     block_range,
     check_header,
     open_blocks,
     open_range,
-    open_range_to,
     open_shard,
     root_of,
     seal,
@@ -51,8 +52,12 @@ T = TypeVar("T")
 
 #: Up to this many bytes are verified in the event loop: 20 us of AES-GCM, where a hop into a thread costs 85.
 INLINE = 2 * BLOCK + 1024
-#: From this many bytes on, what is opened gets memory of its own, in huge pages.
+#: From this many bytes on, what is opened gets memory of its own, which is used again.
 LARGE = 1024 * 1024
+#: Bytes of such memory that are kept: of the sectors that are read ahead at a time.
+KEPT = 24 * 1024 * 1024
+#: Bytes that are read and opened at a time: four blocks.
+STEP = 4 * (BLOCK + TAG_SIZE)
 #: Seconds a read of a few blocks is waited for in the event loop. Where that was in vain the next read goes straight to a thread; where
 #: it is again, the next two, and so on up to so many.
 POLLED = 0.0005
@@ -105,6 +110,8 @@ class HostIO:
         #: Per host: puts of shards that are on no record (yet), because they are under way, or their answer never came.
         self._unsettled: Counter[int] = Counter()
         self._stopped = False
+        #: For what is opened.
+        self._buffers = Buffers(KEPT)
         #: Per host, where it did not answer soon: reads for which it is not waited in the event loop now, and were the last time.
         self._polling: dict[int, tuple[int, int]] = {}
         self._quick_hosts: dict[int, tuple[Host, QuickHost | None]] = {}
@@ -160,19 +167,25 @@ class HostIO:
         _, _, at, size = block_range(offset, length, header.plaintext_length)
         if header.plaintext_length == 0:
             at, size = HEADER_SIZE, sealed_length(0) - HEADER_SIZE
+        many_blocks = size > INLINE and offset % BLOCK == 0
+        lend = self._buffers.lend if size >= LARGE else _lend_small
 
         def verify(raw: Buffer) -> Buffer:
             key = self._epochs.key_for(sector_id, self._keys)
             if header.plaintext_length == 0:
                 return open_shard(key, header, header.encode() + bytes(raw))
-            if len(raw) >= LARGE and offset % BLOCK == 0:
-                return open_range_to(key, header, offset, length, raw)
-            return open_range(key, header, offset, length, raw)
+            if not many_blocks:
+                return open_range(key, header, offset, length, raw)
+            opening = Opening(key, header, offset, length, lend)
+            opening.take(memoryview(raw))
+            return opening.plain()
 
         async def blocks(host: Host) -> bytes | _Opened[Buffer]:
-            if size > INLINE and isinstance(host, QuickHost):
-                # Read and opened by one thread, in a buffer that is used over and over.
-                return _Opened(size, await host.get_range_with(name, at, size, verify))
+            if many_blocks and isinstance(host, QuickHost):
+                # Read and opened by one thread, a few blocks at a time, which so stay in the processor's cache. With memory of its own for
+                # each attempt: one that hangs, and that nobody waits for any more, may go on one day.
+                opening = Opening(self._epochs.key_for(sector_id, self._keys), header, offset, length, lend)
+                return _Opened(await host.get_range_in(name, at, size, STEP, opening.take), opening.plain())
             return await host.get_range(name, at, size)
 
         plain = await self._fetch(number, sector_root, sector_id, blocks, (at, size), size, verify)
@@ -218,6 +231,10 @@ class HostIO:
         self._hostdb.requested(number, 0, size)
         self._hostdb.succeeded(number, "read", size, time.perf_counter() - started)
         return plain
+
+    def near(self, number: int) -> bool:
+        """Is the host so near that what is read from it again costs little?"""
+        return self._quick(number) is not None
 
     def _quick(self, number: int) -> QuickHost | None:
         """The host, if it is one of those and can be used now."""
@@ -619,6 +636,11 @@ class _Opened(Generic[T]):
 
     size: int
     result: T
+
+
+def _lend_small(size: int) -> memoryview:
+    """As `Buffers.lend`, for what malloc has at hand."""
+    return memoryview(bytearray(size))
 
 
 def _about(error: Corrupt | NotFound, damaged: str, gone: str) -> Corrupt | NotFound:

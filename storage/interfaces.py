@@ -321,9 +321,9 @@ class QuickHost(Protocol):
         be soon where the host could start fetching them, so it may be worth asking again. Never waits, never raises."""
         ...
 
-    async def get_range_with(self, name: str, offset: int, length: int, work: Callable[[memoryview], T]) -> T:
-        """As `get_range`, and `work` done with the bytes in the same thread; they are good until it returns. Raises what `work` does,
-        too."""
+    async def get_range_in(self, name: str, offset: int, length: int, step: int, take: Callable[[memoryview], object]) -> int:
+        """As `get_range`, in pieces of `step` bytes, of which only the last may be shorter: `take` is called with one after the other, in
+        the thread that reads; they are good until it returns. Returns how many bytes there were. Raises what `take` does, too."""
         ...
 
 

@@ -33,10 +33,8 @@ AES-GCM lets go of the GIL once per block of 64 KiB: all of this belongs into a 
 from __future__ import annotations
 
 import io
-import mmap
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 from blake3 import blake3
@@ -283,23 +281,37 @@ def with_length(header: ShardHeader, plaintext_length: int) -> ShardHeader:
     return replace(header, plaintext_length=plaintext_length)
 
 
-def open_range_to(key: bytes, expected: ShardHeader, offset: int, length: int, sealed_blocks: Buffer) -> memoryview:
-    """As `open_range`, of whole blocks that are many: into memory of its own, in pages as large as the kernel gives."""
-    first, count, _, size = block_range(offset, length, expected.plaintext_length)
-    if offset % BLOCK or not count or len(sealed_blocks) != size:
-        raise Corrupt(f"sector {expected.sector_id}: {len(sealed_blocks)} bytes for {count} blocks from {first} on instead of {size}")
-    plain = memoryview(huge(size - count * TAG_SIZE))
-    _open_into(key, expected, first, memoryview(sealed_blocks), plain)
-    return plain.toreadonly()[:length]
+class Opening:
+    """As `open_range`, of blocks that are many, a few of them at a time, as they come: into memory that `lend` gives for so many bytes."""
 
+    def __init__(self, key: bytes, expected: ShardHeader, offset: int, length: int, lend: Callable[[int], memoryview]) -> None:
+        """`offset` is where a block begins, within the shard."""
+        first, count, _, self._size = block_range(offset, length, expected.plaintext_length)
+        if offset % BLOCK or not count:
+            raise BadArgument(f"sector {expected.sector_id}: no blocks begin at {offset}")
+        self._key, self._expected, self._first, self._length = key, expected, first, length
+        self._plain = lend(self._size - count * TAG_SIZE)
+        #: Blocks that are open; bytes that were taken.
+        self._count = self._taken = 0
 
-def huge(size: int) -> mmap.mmap:
-    """Private memory of at least one byte, in pages as large as the kernel gives: it then takes two faults instead of a thousand."""
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):
-        # A kernel that knows no such pages says so.
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
+    def take(self, blocks: memoryview) -> None:
+        """The next sealed blocks, of which only the shard's last may be short. Corrupt: they are not these."""
+        self._taken += len(blocks)
+        if self._taken > self._size or (self._taken < self._size and self._taken % _SEALED_BLOCK):
+            raise self._incomplete()
+        count, begin = -(-len(blocks) // _SEALED_BLOCK), self._count * BLOCK
+        plain = self._plain[begin : begin + len(blocks) - count * TAG_SIZE]
+        _open_into(self._key, self._expected, self._first + self._count, blocks, plain)
+        self._count += count
+
+    def plain(self) -> memoryview:
+        """Once everything was taken. Corrupt: something is missing."""
+        if self._taken != self._size:
+            raise self._incomplete()
+        return self._plain.toreadonly()[: self._length]
+
+    def _incomplete(self) -> Corrupt:
+        return Corrupt(f"sector {self._expected.sector_id}: {self._taken} bytes from block {self._first} on instead of {self._size}")
 
 
 def _open(key: bytes, expected: ShardHeader, first_block: int, blocks: memoryview) -> bytes:

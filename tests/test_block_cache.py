@@ -36,3 +36,30 @@ def test_a_whole_shard_goes_as_a_whole_least_recently_used_first() -> None:
     cache.put_whole(ROOT, bytes(5 * BLOCK))
     assert (ROOT, WHOLE) not in cache  # larger than the budget
     assert cache.size <= cache.limit
+
+
+def test_what_streams_have_passed_takes_a_part_of_the_budget_and_goes_first_come_first() -> None:
+    cache = BlockCache(20 * BLOCK)
+    cache.put(OTHER, 7, bytes(BLOCK))
+    roots = [bytes(30) + bytes([1, number]) for number in range(30)]
+    for root in roots:
+        cache.put_whole(root, bytes(2 * BLOCK))
+        cache.passed(root)
+    assert [root for root in roots if (root, WHOLE) in cache] == roots[-5:]  # 11 of 20 blocks
+    assert (OTHER, 7) in cache  # it would long be gone otherwise
+    assert cache.size == 11 * BLOCK
+    # Passed once more, or not here at all: counted once.
+    cache.passed(roots[-1])
+    cache.passed(roots[0])
+    assert cache.size == 11 * BLOCK
+    # What nobody has passed may take all of it; what was passed goes like everything else then.
+    for number in range(10):
+        cache.put_whole(bytes(30) + bytes([2, number]), bytes(2 * BLOCK))
+    assert cache.size == 20 * BLOCK
+    assert not any((root, WHOLE) in cache for root in roots)
+    again = roots[:6]
+    for root in again:
+        cache.put_whole(root, bytes(2 * BLOCK))
+        cache.passed(root)
+    assert [root for root in again if (root, WHOLE) in cache] == again[-5:]
+    assert cache.size == 20 * BLOCK - 2 * BLOCK

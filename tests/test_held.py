@@ -14,6 +14,7 @@ import trio
 from storage.errors import NotFound, Unavailable
 from storage.hosts import held
 from storage.hosts.directory import DirectoryHost
+from storage.hosts.tree import STEPS
 from storage.interfaces import QuickHost
 from tests.fakes import make_seams
 
@@ -98,7 +99,7 @@ async def test_what_is_replaced_or_removed_is_not_read_any_more(tmp_path: Path, 
     await other.put(NAME, b"abcdefghij")
     assert host.get_range_now(NAME, 0, 4) is None
     assert await host.get_range(NAME, 0, 4) == b"abcd"
-    assert await host.get_range_with(NAME, 0, 4, bytes) == b"abcd"
+    assert await in_steps(host, 0, 4, 3) == b"abcd"
     await other.delete(NAME)
     assert host.get_range_now(NAME, 0, 4) is None
     with pytest.raises(NotFound):
@@ -115,7 +116,7 @@ async def test_a_symbolic_link_in_the_place_of_a_held_file_is_not_followed(tmp_p
     (tmp_path / "h" / NAME).unlink()
     (tmp_path / "h" / NAME).symlink_to(outside / "aabb")
     assert host.get_range_now(NAME, 0, 4) is None
-    for read in (host.get_range(NAME, 0, 4), host.get_range_with(NAME, 0, 4, bytes)):
+    for read in (host.get_range(NAME, 0, 4), in_steps(host, 0, 4, 3)):
         with pytest.raises(NotFound):
             await read
 
@@ -141,7 +142,8 @@ async def test_ranges_are_the_same_whichever_way(tmp_path: Path) -> None:
         expected = data[offset : offset + length]
         assert await host.get_range(NAME, offset, length) == expected
         assert await host.get_range(NAME, offset, length) == expected
-        assert await host.get_range_with(NAME, offset, length, bytes) == expected
+        for step in (1000, 65_552, 300_000):
+            assert await in_steps(host, offset, length, step) == expected
         # All of it or nothing: in the page cache it is, having been read.
         now = host.get_range_now(NAME, offset, length)
         assert now is None or bytes(now) == expected
@@ -164,7 +166,15 @@ def _has_nowait(path: Path) -> bool:
             return False
 
 
-async def test_what_the_work_raises_comes_out_and_buffers_are_bounded(tmp_path: Path) -> None:
+async def in_steps(host: DirectoryHost, offset: int, length: int, step: int) -> bytes:
+    pieces: list[bytes] = []
+    got = await host.get_range_in(NAME, offset, length, step, lambda view: pieces.append(bytes(view)))
+    assert all(len(piece) == step for piece in pieces[:-1])
+    assert got == sum(map(len, pieces))
+    return b"".join(pieces)
+
+
+async def test_what_is_raised_with_a_piece_comes_out_and_buffers_are_bounded(tmp_path: Path) -> None:
     host = await opened(tmp_path / "h")
     await host.put(NAME, b"0123456789")
 
@@ -173,11 +183,8 @@ async def test_what_the_work_raises_comes_out_and_buffers_are_bounded(tmp_path: 
 
     for _ in range(20):
         with pytest.raises(NotFound, match="234"):
-            await host.get_range_with(NAME, 2, 3, fails)
-    tree = host._tree
-    for _ in range(20):
-        tree._held.put_back(tree._held.buffer(10))
-    buffers = [tree._held.buffer(10) for _ in range(20)]
-    for buffer in buffers:
-        tree._held.put_back(buffer)
-    assert len(tree._held._buffers) == held.BUFFERS
+            await host.get_range_in(NAME, 2, 3, 10, fails)
+    steps = host._tree._steps
+    buffers = [steps.lend(STEPS // 4) for _ in range(20)]
+    del buffers
+    assert steps.kept == STEPS

@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
         "storage.metadata.keys",
         "storage.turn",
     },
-    {"storage.documents", "storage.durable", "storage.lock", "storage.nurseries", "storage.pacing"},
+    {"storage.documents", "storage.durable", "storage.lock", "storage.nurseries", "storage.pacing", "storage.lending"},
     {"storage.sealing", "storage.keys", "storage.keyfile", "storage.config"},
     {"storage.metadata"},
     {"storage.epochs"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import trio
 
 from storage.errors import Corrupt, NotFound
+from storage.lending import huge
 from storage.sealing import BLOCK
 from storage.values import places
 from storage.values.places import Places
@@ -169,6 +171,66 @@ async def test_a_sequential_reader_is_read_ahead_for_where_every_read_is_at_hand
                 await trio.sleep(0.001)
         assert got == data
         assert waited <= 2
+
+
+async def test_a_long_file_goes_through_the_same_memory_and_no_view_of_it_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reply of which the kernel, or anybody, still has a view stays what it was, while the sector behind it leaves the cache."""
+    size, count = 2 << 20, 32
+    made = 0
+
+    def counted(size: int) -> mmap.mmap:
+        nonlocal made
+        made += size > 1 << 20
+        return huge(size)
+
+    await make(tmp_path / "v", host_dirs(tmp_path, 1), sector_size=size)
+    data = noise(count * size)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    monkeypatch.setattr("storage.lending.huge", counted)
+    async with opened(tmp_path / "v", options=replace(QUIET, cache=20 * size)) as volume:
+        held: list[tuple[int, memoryview]] = []
+        at = 0
+        while at < len(data):
+            found = volume.values.read_now(value, at, 4 * BLOCK)
+            if found is None:
+                found = await volume.values.read(value, at, 4 * BLOCK)
+            elif isinstance(found, memoryview) and at % (8 * size) < size:
+                held.append((at, found))
+            assert bytes(found) == data[at : at + 4 * BLOCK]
+            at += len(found)
+            while volume.sectors._reader._fetching:
+                await trio.sleep(0.001)
+        assert len({start // size for start, _ in held}) == count // 8
+        for start, view in held:
+            assert view == data[start : start + len(view)]
+        # What the cache has of what was passed, what is ahead, and what is held here; the rest is memory that was used before.
+        assert 0 < made <= 11 + 6 + count // 8 < count
+
+
+@pytest.mark.parametrize("near", [True, False])
+async def test_what_a_stream_has_passed_stays_where_to_have_it_again_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, near: bool
+) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    data = noise(12 * SECTOR_SIZE)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    if not near:
+        monkeypatch.setattr("storage.host_io.HostIO.near", lambda *_: False)
+    async with opened(tmp_path / "v", options=replace(QUIET, cache=14 * SECTOR_SIZE)) as volume:
+        for at in range(0, len(data), BLOCK):
+            assert await volume.values.read(value, at, BLOCK) == data[at : at + BLOCK]
+            while volume.sectors._reader._fetching:
+                await trio.sleep(0.001)
+        size = volume.sectors.cache.size // SECTOR_SIZE
+        assert size <= 9 if near else size >= 12
 
 
 def test_places_know_what_they_were_told_last() -> None:

@@ -21,13 +21,13 @@ from storage.sealing import (
     MAX_PLAINTEXT,
     MAX_SEALED,
     TAG_SIZE,
+    Opening,
     ShardHeader,
     block_count,
     block_range,
     check_header,
     open_blocks,
     open_range,
-    open_range_to,
     open_shard,
     root_of,
     sealed_length,
@@ -297,14 +297,26 @@ def test_whole_blocks_into_memory_of_their_own_are_the_same_and_verify() -> None
     for first, size in ((0, length), (0, BLOCK), (BLOCK, 2 * BLOCK), (3 * BLOCK, 77), (2 * BLOCK, 10 * BLOCK)):
         _, _, at, taken = block_range(first, size, length)
         raw = sealed[at : at + taken]
-        plain = open_range_to(KEY, header(length), first, size, raw)
-        assert plain.readonly
-        assert bytes(plain) == data[first : first + size]
-        for broken in (raw[:-1], raw + b"\0", raw[:50] + bytes([raw[50] ^ 1]) + raw[51:]):
+        for step in (BLOCK + 16, 2 * (BLOCK + 16), taken):
+            plain = opened_in_steps(length, first, size, raw, step)
+            assert plain.readonly
+            assert bytes(plain) == data[first : first + size]
+            for broken in (raw[:-1], raw + b"\0", raw[:-100], raw[:50] + bytes([raw[50] ^ 1]) + raw[51:], b""):
+                with pytest.raises(Corrupt):
+                    opened_in_steps(length, first, size, broken, step)
+        if taken > BLOCK:
             with pytest.raises(Corrupt):
-                open_range_to(KEY, header(length), first, size, broken)
-    with pytest.raises(Corrupt):
-        open_range_to(KEY, header(length), 5, BLOCK, sealed[64 : 64 + BLOCK + 16])
+                opened_in_steps(length, first, size, raw, BLOCK)  # no whole blocks
+    for nowhere in (5, 4 * BLOCK):
+        with pytest.raises(BadArgument):
+            opened_in_steps(length, nowhere, BLOCK, sealed[64 : 64 + BLOCK + 16], BLOCK + 16)
+
+
+def opened_in_steps(length: int, first: int, size: int, raw: bytes, step: int) -> memoryview:
+    opening = Opening(KEY, header(length), first, size, lambda size: memoryview(bytearray(size)))
+    for at in range(0, len(raw), step):
+        opening.take(memoryview(raw)[at : at + step])
+    return opening.plain()
 
 
 @given(st.integers(0, 3 * BLOCK))

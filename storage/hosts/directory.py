@@ -58,9 +58,9 @@ class DirectoryHost:
             raise BadArgument(f"host {self.url}: {name}: {length} bytes at {offset} is no range")
         return await self._slots.read(self._tree.get_range, name, check_name(name), offset, length)
 
-    async def get_range_with(self, name: str, offset: int, length: int, work: Callable[[memoryview], T]) -> T:
+    async def get_range_in(self, name: str, offset: int, length: int, step: int, take: Callable[[memoryview], object]) -> int:
         """See `interfaces.QuickHost`."""
-        return await self._slots.read(self._tree.get_range_with, check_name(name), offset, length, work)
+        return await self._slots.read(self._tree.get_range_in, check_name(name), offset, length, step, take)
 
     def get_range_now(self, name: str, offset: int, length: int) -> memoryview | None:
         """See `interfaces.QuickHost`."""

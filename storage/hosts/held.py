@@ -1,5 +1,4 @@
-"""Held: files that were read a moment ago and are still open, and buffers to read into, so that one block of a shard costs one system
-call instead of fifteen.
+"""Held: files that were read a moment ago and are still open, so that one block of a shard costs one system call instead of fifteen.
 
 A file is held for `LIFE` seconds from when it was opened, however often it is read, and is then closed by a timer: a disk can be unmounted
 a moment after the last read, what happens to the path is seen a moment later, and what was replaced or removed is not read any more at
@@ -8,18 +7,14 @@ once (its link count is 0).
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 import time
 
-from storage.sealing import huge
-
 #: Seconds.
 LIFE = 1.0
-#: Files held at a time, and buffers.
+#: Files held at a time.
 FILES = 64
-BUFFERS = 4
 
 
 class HeldFile:
@@ -42,7 +37,6 @@ class Held:
         # Guards what follows. Nothing is closed under it: that may take a while.
         self._lock = threading.Lock()
         self._files: dict[str, HeldFile] = {}
-        self._buffers: list[mmap.mmap] = []
         #: Runs while anything is held.
         self._timer: threading.Timer | None = None
 
@@ -66,26 +60,10 @@ class Held:
             file = self._files.pop(name, None)
         del file
 
-    def buffer(self, size: int) -> mmap.mmap:
-        """One of at least that size, for the caller alone until he gives it to `put_back`, or for ever."""
-        with self._lock:
-            for at, buffer in enumerate(self._buffers):
-                if len(buffer) >= size:
-                    return self._buffers.pop(at)
-        return huge(size)
-
-    def put_back(self, buffer: mmap.mmap) -> None:
-        """To be used again."""
-        with self._lock:
-            if len(self._buffers) < BUFFERS:
-                self._buffers.append(buffer)
-            self._run()
-
     def close(self) -> None:
         """Let go of everything now."""
         with self._lock:
             files, self._files = self._files, {}
-            self._buffers = []
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
@@ -100,7 +78,7 @@ class Held:
             self._timer.start()
 
     def _sweep(self) -> None:
-        """In the timer's thread: close what has been held for long enough. Buffers go once nothing is read any more."""
+        """In the timer's thread: close what has been held for long enough."""
         now = time.monotonic()
         with self._lock:
             self._timer = None
@@ -109,8 +87,4 @@ class Held:
                 del self._files[name]
             if self._files:
                 self._run()
-            elif old:
-                self._run()  # once more, for the buffers
-            else:
-                self._buffers = []
         old.clear()

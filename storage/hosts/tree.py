@@ -35,6 +35,7 @@ from storage.hosts.held import Held, HeldFile
 from storage.hosts.layout import is_component
 from storage.hosts.slots import Abandoned
 from storage.interfaces import Buffer, HostSpace
+from storage.lending import Buffers
 from storage.seams import Failpoints
 
 TEMPORARY = "~tmp"
@@ -43,6 +44,8 @@ LOCK = "~lock"
 STALE_SECONDS = 86400.0
 #: Bytes that are read in the event loop at most.
 MAX_NOW = 132 * 1024
+#: Bytes of buffers to read into that are kept.
+STEPS = 2 * 1024 * 1024
 #: Up to this size an object's tag is its BLAKE3; above, its inode, size and time, which cost no reading.
 MAX_HASHED = 1024 * 1024
 
@@ -80,6 +83,8 @@ class Tree:
         #: Directories this process has flushed since it last renamed something into them.
         self._flushed: set[str] = set()
         self._held = Held()
+        #: To read into, for `get_range_in`.
+        self._steps = Buffers(STEPS)
         #: For `read_now`, which only the event loop calls.
         self._now = memoryview(bytearray(MAX_NOW))
 
@@ -123,20 +128,25 @@ class Tree:
             file, size = self._hold(name, parts)
             return _read(file.fd, offset, max(0, min(length, size - offset)))
 
-    def get_range_with(self, parts: list[str], offset: int, length: int, work: Callable[[memoryview], T]) -> T:
-        """`work` done on the range; what it gets is overwritten afterwards."""
+    def get_range_in(self, parts: list[str], offset: int, length: int, step: int, take: Callable[[memoryview], object]) -> int:
+        """`take` is given the range, `step` bytes at a time, which are overwritten afterwards. Returns how many there were."""
         with self._object(parts) as (fd, size):
             # Not a held one: what is read like this is not asked for again soon. And without advice: read as a stream, the kernel reads
             # it ahead in large pieces, which takes half of the time.
-            buffer = self._held.buffer(length)
-            view = memoryview(buffer)
-            got, wanted = 0, max(0, min(length, size - offset))
-            while got < wanted and (more := os.preadv(fd, [view[got:wanted]], offset + got)):
-                got += more
-        # An error of this is none of the host's.
-        result = work(view[:got])
-        self._held.put_back(buffer)
-        return result
+            wanted = max(0, min(length, size - offset))
+            view = self._steps.lend(step)
+            done = 0
+            while done < wanted:
+                piece = view[: min(step, wanted - done)]
+                got = 0
+                while got < len(piece) and (more := os.preadv(fd, [piece[got:]], offset + done + got)):
+                    got += more
+                if got:
+                    take(piece[:got])
+                done += got
+                if got < len(piece):
+                    break  # cut off meanwhile
+            return done
 
     def read_now(self, name: str, offset: int, length: int) -> memoryview | None:
         """For the event loop: the range, if it takes no waiting, since the file was read a moment ago and what is wanted is in the page

@@ -19,6 +19,8 @@ from storage.sealing import BLOCK
 
 #: In place of a block's number.
 WHOLE = -1
+#: The part of the budget that may be taken by what was read as a stream, and passed.
+STREAMED = 0.55
 #: From this many bytes on, a reader gets a view of the entry instead of a copy.
 VIEWED = 16 * 1024
 
@@ -41,6 +43,9 @@ class BlockCache:
         #: Bytes it may hold; bytes it holds.
         self.limit = max(limit, 1)
         self.size = 0
+        #: What readers have passed and is still here: root -> bytes; and their sum. Invariant: at most `limit` * STREAMED.
+        self._passed: OrderedDict[bytes, int] = OrderedDict()
+        self._passed_size = 0
         self.statistics = CacheStatistics()
 
     def _find(self, key: tuple[bytes, int]) -> Buffer | None:
@@ -115,8 +120,25 @@ class BlockCache:
         self._blocks[key] = data
         self.size += len(data)
         while self.size > self.limit:
-            self.size -= len(self._blocks.popitem(last=False)[1])
+            gone, data = self._blocks.popitem(last=False)
+            self.size -= len(data)
+            if gone[1] == WHOLE:
+                self._passed_size -= self._passed.pop(gone[0], 0)
 
     def put_whole(self, root: bytes, plain: Buffer) -> None:
         """Keep a whole shard's plaintext, without copying it; one larger than the whole budget is not kept."""
         self.put(root, WHOLE, plain)
+
+    def passed(self, root: bytes) -> None:
+        """Somebody has read the whole shard, which is here as a whole, to its end, and reads on. A long file that is read from end to end
+        takes a part of the cache only, and goes through the same memory again and again."""
+        plain = self._blocks.get((root, WHOLE))
+        if plain is None:
+            return
+        self._passed_size += len(plain) - self._passed.pop(root, 0)
+        self._passed[root] = len(plain)
+        while self._passed_size > self.limit * STREAMED:
+            oldest, size = self._passed.popitem(last=False)
+            self._passed_size -= size
+            self.size -= size
+            del self._blocks[oldest, WHOLE]

@@ -161,6 +161,20 @@ class SectorReader:
             return bytes(blocks[first][begin : begin + part.length])
         return b"".join([blocks[block] for block in range(first, last + 1)])[begin : begin + part.length]
 
+    def passed(self, sector_id: int) -> None:
+        """A sequential reader has got to the sector's end, and reads on. It need not stay where it is quickly had again: on a disk here."""
+        try:
+            shards = self.record(sector_id).shards
+        except (NotFound, Corrupt):
+            return
+        for shard in shards:
+            if self._near(shard):
+                self._cache.passed(shard.root)
+
+    def _near(self, shard: ShardRecord) -> bool:
+        """Is it on a disk of this machine?"""
+        return any(self._host_io.near(host) for host in shard.hosts)
+
     def prefetch(self, sector_id: int, nursery: trio.Nursery) -> bool:
         """Bring a whole sector into the cache in the background. False: not now, since too many are on their way."""
         if sector_id in self._fetching:

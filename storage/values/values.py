@@ -414,6 +414,8 @@ class Values:
         if ended != at and not (at == 0 and stop >= 64 * 1024):
             asked = 0
         elif asked != extents[0].sector_id:
+            if asked:
+                self._sectors.passed(asked)
             # Once for each sector: many reads fall into one.
             last = extents[-1]
             following = extents_between(self._store, value_id, last.end, last.end + AHEAD * self._sectors.sector_size, AHEAD)
