@@ -365,9 +365,19 @@ async def test_after_the_lock_what_was_deleted_is_purged_and_what_is_needed_neve
         for contract_id in [contract.contract_id for contract in volume.contractor.all_contracts()]:
             await volume.contractor.renew_contract(contract_id, DAYS * DAY)
         await published(volume)
+        # And the metadata, now that nothing is locked that was not renewed.
+        for versions in world.versions():
+            for name in [name for name in versions.content.objects if "/metadata/" in name]:
+                del versions.content.objects[name]
+                versions.add(name, None)
+        world.clock.jump(3 * DAY)
         before = [len(versions.by_name) for versions in world.versions()]
+        needed = [set(keeper._history_names(number)) for number in keeper.hosts()]
+        assert all(needed)
         for number, host in keeper.hosts().items():
             assert await keeper.purge(number, host) > 0
+        for versions, names in zip(world.versions(), needed, strict=True):
+            assert all(any(stored.data is not None for stored in versions.by_name.get(name, ())) for name in names)
         assert all(len(versions.by_name) < count for versions, count in zip(world.versions(), before, strict=True))
         assert await same(volume, content)
 
