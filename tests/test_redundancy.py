@@ -273,17 +273,17 @@ def watch_fetches(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
         monkeypatch.setattr(host, "get_range", ranges)
         monkeypatch.setattr(host, "get", whole)
         if isinstance(host, QuickHost):
-            ranges_now, ranges_with = host.get_range_now, host.get_range_with
+            ranges_now, ranges_in = host.get_range_now, host.get_range_in
 
             def now(name: str, at: int, size: int) -> memoryview | None:
                 raw = ranges_now(name, at, size)
                 return None if raw is None else count(raw)
 
-            async def working(name: str, at: int, size: int, work: Callable[[memoryview], object]) -> object:
-                return await ranges_with(name, at, size, lambda raw: work(count(raw)))
+            async def in_steps(name: str, at: int, size: int, step: int, take: Callable[[memoryview], object]) -> int:
+                return await ranges_in(name, at, size, step, lambda raw: take(count(raw)))
 
             monkeypatch.setattr(host, "get_range_now", now)
-            monkeypatch.setattr(host, "get_range_with", working)
+            monkeypatch.setattr(host, "get_range_in", in_steps)
 
     for number in volume.hosts.numbers():
         watch(volume.hosts.get(number))
