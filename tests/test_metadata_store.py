@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import lmdb
 import pytest
 import trio
 from hypothesis import given, settings
@@ -827,15 +828,23 @@ def test_keys_with_numbers_in_a_row_are_found_as_others_are(data: st.DataObject)
             base.close()
 
 
-def test_a_small_database_is_read_ahead_when_it_is_opened_and_a_large_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, int, int, int]] = []
-    monkeypatch.setattr(
-        os, "posix_fadvise", lambda fd, start, length, advice: asked.append((os.readlink(f"/proc/self/fd/{fd}"), start, length, advice))
-    )
-    for most in (1 << 20, 4096):
-        monkeypatch.setattr("storage.metadata.lmdb_base.READ_AHEAD", most)
-        LmdbBase(tmp_path, 1 << 24).close()
-    assert asked == [(os.fspath(tmp_path / "data.mdb"), 0, 0, os.POSIX_FADV_WILLNEED)]
+def test_the_kernel_reads_ahead_in_a_database_that_fits_the_memory_and_not_in_a_larger_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    real = lmdb.open
+
+    def watched(path: bytes, **options: Any) -> lmdb.Environment:
+        asked.append(options["readahead"])
+        return real(path, **options)
+
+    monkeypatch.setattr(lmdb, "open", watched)
+    # New, there already, larger than the memory allows for.
+    LmdbBase(tmp_path, 1 << 24).close()
+    LmdbBase(tmp_path, 1 << 24).close()
+    monkeypatch.setattr("storage.metadata.lmdb_base.READ_AHEAD", (tmp_path / "data.mdb").stat().st_size - 1)
+    LmdbBase(tmp_path, 1 << 24).close()
+    assert asked == [True, True, False]
 
 
 def test_a_scan_does_not_read_on_far_beyond_its_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

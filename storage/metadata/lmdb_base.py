@@ -32,8 +32,9 @@ FORMAT = 1
 
 #: Processes that read the metadata of one volume at a time, the writer included.
 MAX_READERS = 32
-#: A database up to this size is read ahead whole when it is opened: some 70,000 small files.
-READ_AHEAD = 16 * 1024 * 1024
+#: Bytes: a quarter of the memory. A database up to this size may all come to be in memory, so the kernel reads on around each page that is
+#: asked for: else whoever looks for many keys that stand near each other waits for the disk once for each page of 4 KiB.
+READ_AHEAD = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 #: Operations between two pauses of a takeover: LMDB calls of this many microseconds each hold the GIL.
 _SLICE = 128
 #: Long enough for the event loop's thread to take the GIL.
@@ -65,6 +66,13 @@ _ROW = 8
 _FIRST = 4
 
 
+def _fits_memory(path: Path) -> bool:
+    try:
+        return path.stat().st_size <= READ_AHEAD
+    except FileNotFoundError:
+        return True  # about to be made
+
+
 class LmdbBase:
     """A MetadataReader over what LMDB durably holds. All but `take_over` belong to the event loop's thread."""
 
@@ -81,7 +89,7 @@ class LmdbBase:
                 os.fsencode(path),
                 map_size=map_size,
                 mode=0o600,
-                readahead=False,
+                readahead=_fits_memory(path / "data.mdb"),
                 max_readers=MAX_READERS,
                 max_spare_txns=1,
                 metasync=True,
@@ -89,7 +97,6 @@ class LmdbBase:
                 readonly=read_only,
                 create=not read_only,
             )
-            self._read_ahead(path / "data.mdb")
             if not read_only:
                 # Of read-only processes that were killed: they would keep pages from being reused for ever.
                 self._env.reader_check()
@@ -114,16 +121,6 @@ class LmdbBase:
         except BaseException:
             self.close()
             raise
-
-    def _read_ahead(self, path: Path) -> None:
-        """Have the kernel read the file into its memory, without waiting, unless it is large: else the first look-ups wait for the disk
-        once for each page of 4 KiB. Readahead by LMDB's own flag would read 32 pages for each of a large file."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if os.fstat(fd).st_size <= READ_AHEAD:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(fd)
 
     def _make_durable(self) -> None:
         """A new database too: LMDB flushes its first pages only with its first commit, and the name of its file never."""
