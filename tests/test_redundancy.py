@@ -346,7 +346,7 @@ async def test_the_write_quorum_is_k_plus_one_and_the_rest_follows(tmp_path: Pat
         assert await all_there(volume, content)
         Path(urls[2].removeprefix("dir:")).rename(tmp_path / "away")
         await look(volume)
-        with pytest.raises(FusefsError, match=r"needs 3 hosts"):
+        with pytest.raises(FusefsError, match=r"hosts are needed: 3, can be used now: 2"):
             await volume.sectors.write_sector(await volume.sectors.allocate_sector("2+2"), b"x", "2+2")
         (tmp_path / "away").rename(urls[2].removeprefix("dir:"))
         await look(volume)
