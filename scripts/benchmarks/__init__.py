@@ -2,6 +2,7 @@
 
     systems     what is measured: the disk, a null pyfuse3 filesystem, fusefs in several settings, peers with encryption on
     works       what is done, in groups: one file, appends, small files, a tree, ...; each gives rates (or times)
+    seaweed     a volume on a SeaweedFS cluster, and obstore alone (`objects`) beside it; the group `staging` is theirs
     runner      rounds: every system does a group, then the next group; so a slow minute of the machine hits all alike
     syncing     does a system's fsync reach the disk, and does what was fsync'd survive a kill -9
     ladder      where the time goes: the parts alone, storage without FUSE, the null filesystem

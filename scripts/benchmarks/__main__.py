@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 
 from scripts.benchmarks import report, runner
+from scripts.benchmarks.seaweed import Seaweed
 from scripts.benchmarks.systems import ROOT
 from scripts.benchmarks.works import GROUPS, QUICK, Sizes
 
@@ -52,8 +53,13 @@ def main(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     base = Path(tempfile.mkdtemp(prefix="fusefs-bench-", dir=disk))
     sizes = QUICK if quick else Sizes()
+    works = groups or tuple(GROUPS)
+    seaweed = Seaweed(base)
     try:
-        result = runner.measure(runner.chosen(base, systems), rounds, groups or list(GROUPS), sizes, say)
+        try:
+            result = runner.measure(runner.chosen(base, seaweed, systems, works), rounds, works, sizes, say)
+        finally:
+            seaweed.stop()
         if ladder:
             runner.add_ladder(result, base, sizes)
         if counts:

@@ -31,6 +31,8 @@ FLOORS: list[tuple[str, str, float, str]] = [
     ("random 4 KiB warm", "fusefs", 0.8, "gocryptfs"),
     ("write 128 KiB", 'fusefs "2"', 0.45, "fusefs"),
     ("write 128 KiB", 'fusefs "4+2"', 0.5, "fusefs"),
+    ("write into staging", "fusefs seaweedfs", 0.9, "disk"),
+    ("upload behind", "fusefs seaweedfs", 0.8, "obstore alone"),
 ]
 
 

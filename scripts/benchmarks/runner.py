@@ -10,25 +10,29 @@ from pathlib import Path
 
 from scripts.benchmarks import growth, ladder, syncing
 from scripts.benchmarks.report import Run
-from scripts.benchmarks.systems import PEERS, Disk, Failed, Fusefs, Null, System, run
+from scripts.benchmarks.seaweed import FusefsSeaweed, ObstoreAlone, Seaweed
+from scripts.benchmarks.systems import ON_SEAWEEDFS, PEERS, Disk, Failed, Fusefs, Null, System, run
 from scripts.benchmarks.works import GROUPS, Sizes
 
 Say = Callable[[str], None]
 
 
-def everything(base: Path) -> list[System]:
+def everything(base: Path, seaweed: Seaweed) -> list[System]:
     """All there is to measure."""
     ours = [Fusefs(base), Fusefs(base, 'fusefs "2"', "2", 2), Fusefs(base, 'fusefs "4+2"', "4+2", 6)]
-    return [Disk(base), Null(base), *ours, *(peer(base) for peer in PEERS)]
+    return [Disk(base), Null(base), *ours, *(peer(base) for peer in PEERS), FusefsSeaweed(base, seaweed), ObstoreAlone(base, seaweed)]
 
 
-def chosen(base: Path, names: Sequence[str]) -> list[System]:
-    """Those named; all without names. ValueError for a name that is none."""
-    systems = everything(base)
+def chosen(base: Path, seaweed: Seaweed, names: Sequence[str], groups: Sequence[str]) -> list[System]:
+    """Those named, all without names, for which one of the groups is. ValueError for a name that is none, and where nothing is left."""
+    systems = everything(base, seaweed)
     unknown = set(names) - {system.name for system in systems}
     if unknown:
         raise ValueError(f"no such system: {', '.join(sorted(unknown))}; there are: {', '.join(system.name for system in systems)}")
-    return [system for system in systems if not names or system.name in names]
+    found = [system for system in systems if (not names or system.name in names) and any(map(system.does, groups))]
+    if not found:
+        raise ValueError(f"{', '.join(groups)} is not for {', '.join(names)}")
+    return found
 
 
 def machine() -> dict[str, str]:
@@ -64,10 +68,12 @@ def measure(systems: list[System], rounds: int, groups: Sequence[str], sizes: Si
         say(f"measuring {', '.join(system.name for system in running)}")
         for number in range(rounds):
             for group in groups:
+                if group == ON_SEAWEEDFS and not any(system.groups for system in running):
+                    continue
                 # Nobody is always the first after somebody else.
-                turn = number % len(running)
+                turn = number % max(1, len(running))
                 for system in [*running[turn:], *running[:turn]]:
-                    if system.name in result.left_out:
+                    if system.name in result.left_out or not system.does(group):
                         continue
                     try:
                         result.add(system.name, GROUPS[group](system, sizes))

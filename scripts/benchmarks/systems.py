@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PASSPHRASE = "a passphrase for benchmarks"  # noqa: S105  nothing is protected by it
 #: Seconds anything may take to mount or to unmount.
 SECONDS = 60.0
+#: The group of works for which there has to be a SeaweedFS cluster.
+ON_SEAWEEDFS = "staging"
 
 
 class Failed(Exception):
@@ -70,10 +72,16 @@ class System(ABC):
     encrypted = True
     #: Does it store anything at all? If not, nothing can be read back.
     stores = True
+    #: The groups of works it does; None: all but that of SeaweedFS.
+    groups: frozenset[str] | None = None
 
     def __init__(self, base: Path) -> None:
         self.base = base / self.name.replace(" ", "-").replace('"', "").replace("+", "-")
         self.mountpoint = self.base / "mnt"
+
+    def does(self, group: str) -> bool:
+        """Is the group for it?"""
+        return group != ON_SEAWEEDFS if self.groups is None else group in self.groups
 
     @property
     def path(self) -> Path:
@@ -168,6 +176,9 @@ class Disk(System):
     name = "disk"
     encrypted = False
 
+    def does(self, group: str) -> bool:
+        return group == ON_SEAWEEDFS or super().does(group)
+
     def make(self) -> None:
         return
 
@@ -218,9 +229,11 @@ class Fusefs(System):
         super().__init__(base)
         self._replication, self._hosts, self._options = replication, hosts, options
         self._command = Path(sys.executable).parent / "fusefs"
+        #: What its hosts need in the environment.
+        self._settings: dict[str, str] = {}
 
     def _fusefs(self, *words: str | Path) -> str:
-        return run([self._command, *words], FUSEFS_PASSPHRASE=PASSPHRASE)
+        return run([self._command, *words], FUSEFS_PASSPHRASE=PASSPHRASE, **self._settings)
 
     def make(self) -> None:
         urls = [f"dir:{self.base / f'host{at}'}" for at in range(self._hosts)] if isinstance(self._hosts, int) else list(self._hosts)

@@ -7,6 +7,7 @@
 | small | create, stat, list, read (cold) and unlink of 4 KiB files |
 | tree | cp -r and rm -r of a source tree |
 | latency | from an append to when a reader that looks all the time has seen it |
+| staging | a volume on SeaweedFS: sequential write in 128 KiB with fsync; from then on until it is uploaded, beside obstore alone |
 
 Rates are per second (MiB, operations, files); what is named in seconds is a time.
 """
@@ -24,7 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.benchmarks.systems import ROOT, System, drop_caches
+from scripts.benchmarks.seaweed import FusefsSeaweed, ObstoreAlone
+from scripts.benchmarks.systems import ON_SEAWEEDFS, ROOT, System, drop_caches
 
 MIB = 1 << 20
 Results = dict[str, float]
@@ -40,9 +42,10 @@ class Sizes:
     synced: int = 1500
     files: int = 1500
     latencies: int = 200
+    staged: int = 512 * MIB
 
 
-QUICK = Sizes(32 * MIB, 200, 50_000, 200, 200, 40)
+QUICK = Sizes(32 * MIB, 200, 50_000, 200, 200, 40, 128 * MIB)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -253,12 +256,31 @@ def latency_group(system: System, sizes: Sizes) -> Results:
     return {"append to seen, us": statistics.median((b - a) * 1e6 for a, b in zip(written, seen, strict=True))}
 
 
+def staging_group(system: System, sizes: Sizes) -> Results:
+    """See the module."""
+    if isinstance(system, ObstoreAlone):
+        return {"upload behind": system.upload(sizes.staged)}
+    path = system.path / "staged"
+    block = memoryview(os.urandom(MIB))
+    pieces = [block[at : at + (128 << 10)] for at in range(0, MIB, 128 << 10)]
+    try:
+        results = {"write into staging": sizes.staged / MIB / timed(lambda: _write(path, pieces, sizes.staged // MIB))}
+        if isinstance(system, FusefsSeaweed):
+            results["upload behind"] = system.upload_behind()
+    finally:
+        path.unlink(missing_ok=True)
+    if isinstance(system, FusefsSeaweed):
+        system.settle()
+    return results
+
+
 GROUPS: dict[str, Callable[[System, Sizes], Results]] = {
     "file": file_group,
     "appends": append_group,
     "small": small_group,
     "tree": tree_group,
     "latency": latency_group,
+    ON_SEAWEEDFS: staging_group,
 }
 #: Of these less is better.
 TIMES = {"append to seen, us"}
