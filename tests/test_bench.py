@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from scripts.benchmarks.report import Run
+from scripts.benchmarks.runner import chosen, measure
+from scripts.benchmarks.seaweed import Seaweed
+from scripts.benchmarks.works import QUICK
 from tests.cli_runner import ROOT
 
 
@@ -33,6 +37,61 @@ def test_a_quick_run_measures_the_disk_and_fusefs_alike_and_leaves_nothing(tmp_p
     assert found["survives"] == {"fusefs": True}
     assert found["syncs"]["fusefs"] in (True, None)
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_volume_on_seaweedfs_is_measured_beside_obstore_alone_and_the_cluster_is_gone_afterwards(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scripts.benchmarks", "--quick", "--rounds", "1", "--no-ladder", "--on", tmp_path]
+    done = subprocess.run(
+        [*command, "--group", "staging", "--output", tmp_path / "out"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert found["left_out"] == {}
+    measured = {name: set(rates) for name, rates in found["rates"].items()}
+    both = {"write into staging", "upload behind"}
+    assert measured == {"disk": {"write into staging"}, "fusefs seaweedfs": both, "obstore alone": {"upload behind"}}
+    assert {(floor["work"], floor["of"]) for floor in found["floors"]} == {
+        ("write into staging", "disk"),
+        ("upload behind", "obstore alone"),
+    }
+    assert all(floor["reached"] > 0 for floor in found["floors"])
+    assert found["survives"] == {"fusefs seaweedfs": True}
+    assert os.listdir(tmp_path) == ["out"]
+    assert [words for words in command_lines() if f"={tmp_path}/".encode() in words] == []
+
+
+def command_lines() -> list[bytes]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        # Others end meanwhile.
+        with suppress(OSError):
+            found.append(path.read_bytes())
+    return found
+
+
+def test_without_seaweedfs_its_group_is_left_out_and_the_rest_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise FileNotFoundError(f"there is no {name}")
+
+    monkeypatch.setattr("tests.engines.seaweedfs.program", missing)
+    seaweed = Seaweed(tmp_path)
+    groups = ["staging", "latency"]
+    systems = chosen(tmp_path, seaweed, ["disk", "fusefs seaweedfs", "obstore alone"], groups)
+    result = measure(systems, 1, groups, QUICK, lambda _: None)
+    seaweed.stop()
+    assert {name: "there is no weed" in why for name, why in result.left_out.items()} == {"fusefs seaweedfs": True, "obstore alone": True}
+    assert set(result.rates["disk"]) == {"append to seen, us"}
+    assert os.listdir(tmp_path) == []
+
+
+def test_groups_that_are_for_none_of_the_systems_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="staging is not for gocryptfs"):
+        chosen(tmp_path, Seaweed(tmp_path), ["gocryptfs"], ["staging"])
 
 
 def test_floors_are_ratios_of_medians_to_the_best_peer_or_the_disk() -> None:

@@ -415,6 +415,49 @@ async def test_publishing_waits_for_the_upload_and_says_where_there_is_none(tmp_
         await until(lambda: not made.staged(), limit=60)
 
 
+@pytest.mark.parametrize("urged", ["by a flush", "by a cut", "by want of room", "by the time"])
+async def test_a_burst_of_writing_is_not_disturbed_by_sending_unless_something_waits_for_it(
+    tmp_path: Path, autojump_clock: object, monkeypatch: pytest.MonkeyPatch, urged: str
+) -> None:
+    monkeypatch.setattr("storage.sectors.drain.QUIET", 1000.0)
+    monkeypatch.setattr("storage.sectors.drain.HELD_MOST", 3000.0)
+    made = await remote(tmp_path, 1, "1")
+    async with made.opened(staging=1 << 30 if urged == "by the time" else 8 * SIZE) as volume:
+        for _ in range(3):
+            await ship(volume, noise(SIZE))
+            await trio.sleep(600)
+        assert len(made.staged()) == 3 and not made.shards(0)
+        if urged == "by a flush":
+            with trio.fail_after(100):
+                await volume.sectors.wait_uploads()
+        elif urged == "by a cut":
+            volume.staging.begin()
+            with trio.fail_after(100):
+                await volume.staging.reached_all()
+        elif urged == "by want of room":
+            for _ in range(2):
+                await ship(volume, noise(SIZE))
+            await trio.sleep(100)
+        else:
+            # Whoever goes on writing does not keep it from hosts; the last one begins a burst of its own, since all before it is there.
+            for _ in range(4):
+                await ship(volume, noise(SIZE))
+                await trio.sleep(500)
+            assert len(made.shards(0)) == 6
+            await trio.sleep(1000)
+        assert made.shards(0) == made.staged()
+
+
+@pytest.mark.parametrize("pause", [1100, 3100])
+async def test_what_was_held_goes_by_itself(tmp_path: Path, autojump_clock: object, monkeypatch: pytest.MonkeyPatch, pause: int) -> None:
+    monkeypatch.setattr("storage.sectors.drain.QUIET", 1000.0)
+    made = await remote(tmp_path, 1, "1")
+    async with made.opened() as volume:
+        await ship(volume, noise(SIZE))
+        await trio.sleep(pause)
+        assert made.shards(0) == made.staged()
+
+
 async def test_what_is_freed_leaves_staging_and_no_host_gets_it(tmp_path: Path, autojump_clock: object) -> None:
     made = await remote(tmp_path, 2, "2")
     made.each(gone="the network is down", only=puts_of_shards)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 #: Of the volume; what a full one takes on a host is `sealed_length` of it.
 SECTOR_SIZE = 4 << 20
 #: Seconds between two looks at what is staged.
-LOOK = 0.01
+LOOK = 0.05
 
 
 class Seaweed:

@@ -42,7 +42,7 @@ class Sizes:
     synced: int = 1500
     files: int = 1500
     latencies: int = 200
-    staged: int = 512 * MIB
+    staged: int = 256 * MIB
 
 
 QUICK = Sizes(32 * MIB, 200, 50_000, 200, 200, 40, 128 * MIB)

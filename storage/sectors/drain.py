@@ -9,6 +9,10 @@ less and less often; when they are back it goes on by itself. A volume that is f
 
 Sectors that share a slow line all end late, and a held cut, a flush, and what waits to be deleted wait with them; of many, none would end
 within the time that HostIO gives each, and all that was sent would be in vain. So what is on its way follows from the measured throughput.
+
+A burst of writing has the machine to itself: where nothing was to be sent before, sending begins when nothing was staged for a moment, two
+seconds after the first sector at the latest, and at once when somebody waits for it. Sending takes cores and disk from who writes, the more
+where hosts are near. A line on which something is to be sent is never kept idle by who goes on writing.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import exp
+from math import exp, inf
 
 import trio
 
@@ -49,6 +53,8 @@ RETRY_FIRST, RETRY_LAST = 1.0, 60.0
 LOOK_SECONDS = 2.0
 #: Seconds until a sector is looked for again whose shards are neither here nor on a host.
 LOST_SECONDS = 60.0
+#: Where nothing was to be sent before, sending begins so many seconds after the last sector was staged, or after the first.
+QUIET, HELD_MOST = 0.25, 2.0
 #: Seconds over which the rate is taken.
 RATE_WINDOW = 30.0
 
@@ -118,19 +124,30 @@ class Drain:
         self.full = False
         self._retry = RETRY_FIRST
         self._due = 0.0
+        #: Monotonic times: of the first sector staged where nothing was to be sent before, and of the last one of all.
+        self._begun = self._newest = -inf
         #: (monotonic time, bytes) of what got there lately; and all of it since the volume was opened.
         self._lately: deque[tuple[float, int]] = deque()
         self.sent = 0
-        staging.on_staged = self.wake
+        staging.on_staged = self._staged
+        staging.on_cut = self.wake
         staging.stalled = self.stalled
 
     def wake(self) -> None:
-        """There is something new to send."""
+        """There is something to send."""
+        self._wake.set()
+
+    def _staged(self) -> None:
+        """A sector more."""
+        self._newest = self._seams.clock.monotonic()
+        if len(self._staging.below) == 1:
+            self._begun = self._newest
         self._wake.set()
 
     def kick(self) -> None:
-        """Try everything now, whatever failed lately."""
+        """Try everything now, whatever failed lately, and whoever writes."""
         self._due, self._trouble, self._unreachable = 0.0, "", ""
+        self._begun = -inf
         for entry in self._staging.entries():
             entry.due = 0.0
         self._wake.set()
@@ -179,6 +196,8 @@ class Drain:
         now = self._seams.clock.monotonic()
         if now < self._due:
             return self._due - now
+        if (held := self._held(now)) > 0:
+            return held
         unreachable: dict[str, str] = {}
         while self._uploads < int(self._width):
             entry = self._staging.following(now, unreachable)
@@ -199,6 +218,14 @@ class Drain:
         if unreachable:
             self._staging.attempted()
         return LOOK_SECONDS if self._staging.below else RATE_WINDOW
+
+    def _held(self, now: float) -> float:
+        """Seconds for which a burst of writing still has the machine to itself. No cut waits for that, and staging does not fill up."""
+        below = self._staging.below
+        if not below or self._staging.waiting() or 2 * len(below) * below.peekitem(-1)[1].bytes > self._staging.limit:
+            # Once sending has begun, it goes on.
+            self._begun = -inf
+        return min(self._newest + QUIET, self._begun + HELD_MOST) - now
 
     def _ahead(self) -> float:
         """Bytes that may be on their way."""

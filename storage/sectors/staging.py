@@ -150,8 +150,9 @@ class Staging:
         #: What the disk said last; "" since it took something.
         self.trouble = ""
         self._reached = trio.Event()
-        #: Told when there is something new to send, and when the last sector of a cut has got to its hosts.
+        #: Told when there is something new to send, when a cut waits for some of it, and when the last of a cut has got to its hosts.
         self.on_staged: Callable[[], None] = lambda: None
+        self.on_cut: Callable[[], None] = lambda: None
         self.on_reached: Callable[[], None] = lambda: None
         #: Why nothing gets to the hosts now; "" while it does, or nothing is to.
         self.stalled: Callable[[], str] = lambda: ""
@@ -499,6 +500,8 @@ class Staging:
                 continue
             self._cut.missing.add(entry.sector_id)
             self._cut.order[rank] = entry
+        if self._cut.missing:
+            self.on_cut()
 
     def waiting(self) -> int:
         """Sectors of the cut that are on too few hosts yet."""
