@@ -25,12 +25,12 @@ def check_mountpoint(volume: Path | None, mountpoint: Path, *, beside: bool = Fa
     """
     volume = Path(os.path.realpath(volume)) if volume is not None else None
     mountpoint = Path(os.path.abspath(mountpoint))
-    if volume is not None:
-        free_dead(volume)
+    freed_volume = volume is not None and free_dead(volume)
     existing = mount_at(mountpoint)
     if existing is not None:
-        # Before anything is asked of the mount: a killed process that cannot end never answers.
-        freed = free_dead(existing.volume)
+        # Before anything is asked of the mount: a killed process that cannot end never answers. What was freed by aborting its connection
+        # stays in the table, and the kernel goes on giving the attributes it has of its root.
+        freed = free_dead(existing.volume) or (freed_volume and existing.volume == volume)
         if not freed and not _is_dead(existing.mountpoint):
             raise Busy(f"{mountpoint} is in use: {existing.volume} is mounted there")
         if mount_at(mountpoint) is not None:

@@ -82,6 +82,10 @@ class Tapped:
             raise Unavailable("no host answers, on purpose")
         return bytes(await self._inner.read(*args))
 
+    def read_now(self, *_: Any) -> None:
+        """Nothing is at hand, so that every read is seen here."""
+        return
+
     async def write(self, ino: int, offset: int, data: bytes) -> None:
         delay = self._fault("slow-write")
         if delay is not None:
@@ -162,9 +166,11 @@ def take_out(rule: str) -> None:
         case "overlap":
             # What is written already is refused, the same or not.
             Content._same = _refuse  # type: ignore[method-assign, assignment]
+            Content._repeats = lambda _self, _value, offset, stored, _data: offset == stored  # type: ignore[method-assign]
         case "compare":
             # What is written already is taken for the same.
             Content._same = _yes  # type: ignore[method-assign, assignment]
+            Content._repeats = lambda _self, *_: True  # type: ignore[method-assign]
         case "gaps":
             # Every WRITE is stored as it is, whatever of it is there already.
             Content._try_write = _append_all  # type: ignore[method-assign]

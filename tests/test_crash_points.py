@@ -100,5 +100,7 @@ def test_it_notices(base: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> N
 
         monkeypatch.setattr(Journal, "_flush", forgetful)
     # Corrupt: the journal's own reader may be the first to notice.
-    with pytest.raises((AssertionError, Corrupt), match="on hosts and unknown" if what == "no sweep" else "crash at|stands behind"):
+    with pytest.raises(
+        (AssertionError, Corrupt), match="on hosts and unknown" if what == "no sweep" else "crash at|stands behind|the journal is gone"
+    ):
         crash_points.every_point(base, crash_points.crash)
