@@ -312,6 +312,8 @@ class Script:
     async def hosts(self) -> None:
         """A host more, and its contract renewed."""
         if len(self.volume.hosts.numbers()) < 3:
+            # It is filled behind our back.
+            self.model.moved = True
             await self.volume.add_host(f"dir:{self.base / 'host2'}")
         contract = self.volume.contractor.contracts()[0]
         await self.volume.contractor.renew_contract(contract, 86400.0)

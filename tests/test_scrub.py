@@ -348,6 +348,10 @@ async def test_a_host_without_room_for_a_copy_loses_it_to_another_one_only_when_
         assert records(volume)[sector].shards[0].hosts == record.shards[0].hosts
         opener.faults[urls[third - 1]].gone = None
         await volume.hosts.retry_once()
+        # A round that began before the host was back starts over; who asked for it may be told of what was pending then.
+        for _ in range(5):
+            if (await volume.repair()).pending == 0:
+                break
         assert (await volume.repair()).pending == 0
         assert records(volume)[sector].shards[0].hosts == sorted({other, third})
         await delete_freed(volume)
