@@ -236,7 +236,7 @@ def test_headers_come_back_and_damaged_ones_differ(volume: bytes, salt: bytes, e
 
 
 @pytest.mark.parametrize(
-    ("offset", "field"), [(0, b"XXXX"), (4, b"\0\2"), (6, b"\0\1"), (44, b"\4\0\0\1"), (48, bytes(8)), (56, b"\0\0\0\0\0\0\0\1")]
+    ("offset", "field"), [(0, b"NONE"), (4, b"\0\2"), (6, b"\0\1"), (44, b"\4\0\0\1"), (48, bytes(8)), (56, b"\0\0\0\0\0\0\0\1")]
 )
 def test_a_header_with_anything_off_is_refused(offset: int, field: bytes) -> None:
     raw = bytearray(header(5).encode())
