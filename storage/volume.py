@@ -192,6 +192,8 @@ class Volume:
         await self.sectors.wait_uploads()
         await self.reconciler.make_good()
         await self.damages.mend_listed(now=True)
+        # A copy that went to another host leaves one too many, and one that was put right may be what a sector has waited for.
+        await self.reconciler.make_good(again=False)
         await self.store.commit()
         return repair_status_of(self)
 

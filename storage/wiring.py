@@ -420,6 +420,7 @@ def make_layers(
     )
     reader.on_damage = volume.damages.suspect
     volume.reconciler.bad = volume.damages.hosts
+    volume.damages.watchers.append(lambda copy, outcome: volume.reconciler.retry(copy.sector_id) if outcome.mended else None)
     volume.scrubber = Scrubber(
         store=store,
         damages=volume.damages,

@@ -124,6 +124,8 @@ class Reconciler:
         self._lock = trio.Lock()
         #: Sectors being mended now.
         self._busy: set[int] = set()
+        #: Who waits for one of them.
+        self._waiting = trio.lowlevel.ParkingLot()
         #: Sectors that could not be mended in this round.
         self._unmended = 0
         #: Sector -> (monotonic time of the next attempt, seconds waited last).
@@ -140,9 +142,16 @@ class Reconciler:
         self._later.clear()
         self._wake.set()
 
-    async def make_good(self) -> None:
-        """Everything that can be made good now is when it returns; `status` says what could not, and why."""
-        await self.round(again=True)
+    def retry(self, sector_id: int) -> None:
+        """A bad copy of the sector was put right, or has left its record: what could not be mended for that can be now."""
+        self._later.pop(sector_id, None)
+        if self._store.get(UNDERREPLICATED + u64(sector_id)) is not None:
+            self._wake.set()
+
+    async def make_good(self, *, again: bool = True) -> None:
+        """Everything that can be made good now is when it returns; `status` says what could not, and why. Not `again`: apart from what
+        could not a moment ago."""
+        await self.round(again=again)
         await self._count(self._standing.keeping())
 
     def unsettled(self) -> bool:
@@ -167,7 +176,6 @@ class Reconciler:
             except FusefsError as error:
                 log.warning("reconcile is postponed: %s", error)
                 self.status.trouble = str(error)
-            self.status.stage = ""
             with trio.move_on_after(INTERVAL):
                 await self._wake.wait()
 
@@ -177,18 +185,24 @@ class Reconciler:
         `again`: also what could not be mended a moment ago.
         """
         async with self._lock:
-            if self._standing.look() or again:
-                # What could not be mended for want of a host, or from it, can be now.
+            try:
+                await self._round(again=again)
+            finally:
+                self.status.stage = ""
+
+    async def _round(self, *, again: bool) -> None:
+        if self._standing.look() or again:
+            # What could not be mended for want of a host, or from it, can be now.
+            self._later.clear()
+        while True:
+            if self._doubts.forgetful():
+                # What has waited for the walk need not any more.
                 self._later.clear()
-            while True:
-                if self._doubts.forgetful():
-                    # What has waited for the walk need not any more.
-                    self._later.clear()
-                await self._doubts.walk()
-                keeping = self._standing.keeping()
-                await self._look(keeping)
-                if await self._mend_all(keeping) and (self._store.get(_FILL) is None or await self._fill_up(keeping)):
-                    return
+            await self._doubts.walk()
+            keeping = self._standing.keeping()
+            await self._look(keeping)
+            if await self._mend_all(keeping) and (self._store.get(_FILL) is None or await self._fill_up(keeping)):
+                return
 
     def _outdated(self, keeping: frozenset[int]) -> bool:
         """Do other hosts keep what they have, since `keeping` was asked, or has one forgotten things? A round over many sectors takes
@@ -317,8 +331,13 @@ class Reconciler:
                 wait = min(2 * waited, RETRY_LAST)
                 self._later[sector_id] = (self._seams.clock.monotonic() + wait, wait)
         finally:
-            self._busy.discard(sector_id)
+            self._done(sector_id)
             limit.release_on_behalf_of(mark)
+
+    def _done(self, sector_id: int) -> None:
+        """Nobody is at the sector any more."""
+        self._busy.discard(sector_id)
+        self._waiting.unpark_all()
 
     async def mend(self, sector_id: int, keeping: frozenset[int]) -> None:
         """The sector is as it should be when it returns, or gone. Unavailable, Corrupt, NoSpace: it is as good as before, or better."""
@@ -378,9 +397,16 @@ class Reconciler:
     async def _add(self, sector_id: int, record: SectorRecord, index: int, hosts: Collection[int], keeping: Collection[int]) -> None:
         """One shard to one more host, and onto the record."""
         # A doubted host may get what it is said to have, and nothing else: the place of another shard there would seem to be filled.
-        empty = self._doubts.of(sector_id) | self.bad(sector_id)
-        elsewhere = {host for host in empty if host not in record.shards[index].hosts}
-        targets = self._placement.others({*hosts, *elsewhere}, keeping)
+        elsewhere = {host for host in self._doubts.of(sector_id) if host not in record.shards[index].hosts}
+        # One whose copy is bad gets nothing from here: until it is put right, and read back, it would count for nothing after as before,
+        # and be put again and again.
+        bad = self.bad(sector_id)
+        targets = self._placement.others({*hosts, *elsewhere, *bad}, keeping)
+        if not targets and bad:
+            raise Unavailable(
+                f"sector {sector_id} is to have {record.replication} on distinct hosts; no other host can take a shard, and what is bad on "
+                f"host {', '.join(map(str, sorted(bad)))} has to be put right first"
+            )
         if not targets:
             raise Unavailable(
                 f"sector {sector_id} is to have {record.replication} on distinct hosts, and no other host can take a shard; add a host"
@@ -455,22 +481,26 @@ class Reconciler:
     async def replace(self, sector_id: int, root: bytes, bad: int) -> None:
         """A copy that cannot be put right where it is: another host gets one, and then the record forgets the one on host `bad`.
 
-        Busy: the sector is being mended. Unavailable: no other host takes it. Corrupt: it cannot be made again. The record still names it
-        then: it never has fewer copies than before.
+        Whether the sector has too many then is for the next round to see. Busy: it is on its way to its hosts for the first time.
+        Unavailable: no other host takes it. Corrupt: it cannot be made again. The record still names it then: it never has fewer copies
+        than before.
         """
+        while sector_id in self._busy:
+            await self._waiting.park()
+        # No await from here to the mark: one at a time.
         record = self._record(sector_id)
         index = next((at for at, shard in enumerate(record.shards) if shard.root == root), None) if record is not None else None
         if record is None or index is None or bad not in record.shards[index].hosts:
             return
-        if sector_id in self._busy or self.uploading(sector_id):
-            raise Busy(f"sector {sector_id} is being mended already")
+        if self.uploading(sector_id):
+            raise Busy(f"sector {sector_id} is on its way to its hosts")
         self._busy.add(sector_id)
         try:
             taken = {host for shard in record.shards for host in shard.hosts}
             await self._add(sector_id, record, index, taken, self._standing.keeping() - {bad})
             self._forget(sector_id, root, bad)
         finally:
-            self._busy.discard(sector_id)
+            self._done(sector_id)
         self._wake.set()
 
     def _forget(self, sector_id: int, root: bytes, host: int) -> None:
@@ -548,4 +578,4 @@ class Reconciler:
         except FusefsError as error:
             log.info("sector %d is not moved: %s", sector_id, error)
         finally:
-            self._busy.discard(sector_id)
+            self._done(sector_id)
