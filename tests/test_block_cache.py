@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from storage.sealing import BLOCK
 from storage.sectors.cache import WHOLE, BlockCache
 
@@ -38,28 +40,77 @@ def test_a_whole_shard_goes_as_a_whole_least_recently_used_first() -> None:
     assert cache.size <= cache.limit
 
 
-def test_what_streams_have_passed_takes_a_part_of_the_budget_and_goes_first_come_first() -> None:
-    cache = BlockCache(20 * BLOCK)
-    cache.put(OTHER, 7, bytes(BLOCK))
-    roots = [bytes(30) + bytes([1, number]) for number in range(30)]
+def stream(cache: BlockCache, roots: list[bytes], blocks: int) -> list[bytes]:
+    """Reads shards of so many blocks from end to end; those that are here then."""
     for root in roots:
-        cache.put_whole(root, bytes(2 * BLOCK))
+        if (root, WHOLE) not in cache:
+            cache.put_whole(root, bytes(blocks * BLOCK))
         cache.passed(root)
-    assert [root for root in roots if (root, WHOLE) in cache] == roots[-5:]  # 11 of 20 blocks
-    assert (OTHER, 7) in cache  # it would long be gone otherwise
-    assert cache.size == 11 * BLOCK
-    # Passed once more, or not here at all: counted once.
-    cache.passed(roots[-1])
-    cache.passed(roots[0])
-    assert cache.size == 11 * BLOCK
-    # What nobody has passed may take all of it; what was passed goes like everything else then.
-    for number in range(10):
-        cache.put_whole(bytes(30) + bytes([2, number]), bytes(2 * BLOCK))
-    assert cache.size == 20 * BLOCK
+    return [root for root in roots if (root, WHOLE) in cache]
+
+
+def roots_of(number: int, count: int) -> list[bytes]:
+    return [bytes(30) + bytes([number, each]) for each in range(count)]
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch) -> BlockCache:
+    """Of 40 blocks: 22 for what was passed, 4 of them for what was passed once; and a block that nobody has passed is in it."""
+    monkeypatch.setattr("storage.sectors.cache.JUST_PASSED", 4 * BLOCK)
+    cache = BlockCache(40 * BLOCK)
+    cache.put(OTHER, 7, bytes(BLOCK))
+    return cache
+
+
+def test_what_a_stream_has_passed_once_makes_room_for_what_comes(cache: BlockCache) -> None:
+    roots = roots_of(1, 30)
+    assert stream(cache, roots, 2) == roots[-2:]
+    assert cache.size == 5 * BLOCK
+    # Passed again while it is here, by a second reader of the same stream.
+    cache.passed(roots[-2])
+    cache.passed(roots[-2])
+    cache.passed(roots[0])  # gone
+    assert cache.size == 5 * BLOCK
+    assert (OTHER, 7) in cache
+    # One is left at least, however large.
+    large = roots_of(2, 3)
+    assert stream(cache, large, 6) == large[-1:]
+
+
+def test_what_is_streamed_again_is_kept_and_so_is_what_was_read_in_parts(cache: BlockCache) -> None:
+    roots = roots_of(1, 8)
+    assert stream(cache, roots, 2) == roots[-2:]
+    assert stream(cache, roots, 2) == roots
+    parts = roots_of(2, 9)
+    for root in parts:
+        cache.put(root, 1, bytes(BLOCK))
+    assert stream(cache, parts, 1) == parts
+    # Up to a part of the budget, first come first; what others have in it stays.
+    assert stream(cache, roots, 2) == roots
+    roots = roots_of(3, 40)
+    stream(cache, roots, 2)
+    assert stream(cache, roots, 2) == roots[-11:]
+    assert (OTHER, 7) in cache
+    assert cache.size == 32 * BLOCK
+
+
+def test_what_is_remembered_of_it_is_bounded(cache: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.sectors.cache.REMEMBERED", 3)
+    roots = roots_of(1, 6)
+    for _ in range(3):
+        assert stream(cache, roots, 2) == roots[-2:]
+    assert len(cache._wanted) == 3
+
+
+def test_what_was_passed_goes_like_everything_else_where_others_want_the_room(cache: BlockCache) -> None:
+    roots = roots_of(1, 9)
+    stream(cache, roots, 2)
+    stream(cache, roots, 2)
+    for root in roots_of(2, 20):
+        cache.put_whole(root, bytes(2 * BLOCK))
+    assert cache.size == 40 * BLOCK
     assert not any((root, WHOLE) in cache for root in roots)
-    again = roots[:6]
-    for root in again:
-        cache.put_whole(root, bytes(2 * BLOCK))
-        cache.passed(root)
-    assert [root for root in again if (root, WHOLE) in cache] == again[-5:]
-    assert cache.size == 20 * BLOCK - 2 * BLOCK
+    other = roots_of(3, 5)
+    assert stream(cache, other, 2) == other[-2:]
+    assert stream(cache, roots, 2) == roots
+    assert cache.size == 40 * BLOCK

@@ -3,6 +3,8 @@ whether the disk is there before anything is written."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import time
 from collections.abc import Callable
@@ -12,9 +14,9 @@ import pytest
 import trio
 
 from storage.errors import NotFound, Unavailable
-from storage.hosts import held
+from storage.hosts import held, tree
 from storage.hosts.directory import DirectoryHost
-from storage.hosts.tree import STEPS
+from storage.hosts.tree import MIN_DIRECT, MOST_DIRECT, STEPS
 from storage.interfaces import QuickHost
 from tests.fakes import make_seams
 
@@ -188,3 +190,82 @@ async def test_what_is_raised_with_a_piece_comes_out_and_buffers_are_bounded(tmp
     buffers = [steps.lend(STEPS // 4) for _ in range(20)]
     del buffers
     assert steps.kept == STEPS
+
+
+@pytest.mark.parametrize("most", [MIN_DIRECT, MOST_DIRECT])
+@pytest.mark.parametrize("short", [False, True])
+async def test_large_ranges_go_past_the_page_cache_and_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, short: bool
+) -> None:
+    direct = 0
+    preadv = os.preadv
+
+    def watched(fd: int, views: list[memoryview], at: int, flags: int = 0) -> int:
+        nonlocal direct
+        got = preadv(fd, views, at, flags)
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            # Reads may stop short, anywhere.
+            got = max(0, got - 100_000) if short and direct else got
+            direct += got
+        return got
+
+    monkeypatch.setattr(os, "preadv", watched)
+    monkeypatch.setattr(tree, "MOST_DIRECT", most)
+    host = await opened(tmp_path / "h")
+    data = os.urandom(5 * MIN_DIRECT + 12345)
+    await host.put(NAME, data)
+    for offset in (0, 64, 4095, 4096, 300_000):
+        for length in (MIN_DIRECT, MIN_DIRECT + 1, 5 * MIN_DIRECT, 10 * MIN_DIRECT):
+            for step in (1000, 65_552, 4 * MIN_DIRECT):
+                direct = 0
+                assert await in_steps(host, offset, length, step) == data[offset : offset + length]
+                assert direct
+    direct = 0
+    assert await in_steps(host, 10, MIN_DIRECT - 1, 1000) == data[10 : MIN_DIRECT + 9]
+    assert await in_steps(host, len(data), MIN_DIRECT, 1000) == b""
+    assert direct == 0
+
+
+@pytest.mark.parametrize("setting", [False, True])
+async def test_where_direct_reads_are_refused_they_are_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: bool
+) -> None:
+    """By fcntl(2), or only by the read itself."""
+    refused = 0
+    preadv, control = os.preadv, fcntl.fcntl
+
+    def refusing(fd: int, views: list[memoryview], at: int, flags: int = 0) -> int:
+        if control(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            refuse()
+        return preadv(fd, views, at, flags)
+
+    def refusing_control(fd: int, command: int, argument: int = 0) -> int:
+        if setting and command == fcntl.F_SETFL and argument & os.O_DIRECT:
+            refuse()
+        return control(fd, command, argument)
+
+    def refuse() -> None:
+        nonlocal refused
+        refused += 1
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    data = os.urandom(2 * MIN_DIRECT)
+    host = await opened(tmp_path / "h")
+    await host.put(NAME, data)
+    monkeypatch.setattr(os, "preadv", refusing)
+    monkeypatch.setattr(fcntl, "fcntl", refusing_control)
+    for _ in range(3):
+        assert await in_steps(host, 64, len(data), 65_552) == data[64:]
+    assert refused == 1
+
+
+async def test_a_disk_that_fails_a_direct_read_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(fd: int, views: list[memoryview], at: int, flags: int = 0) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    host = await opened(tmp_path / "h")
+    await host.put(NAME, bytes(2 * MIN_DIRECT))
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(Unavailable, match="error"):
+        await in_steps(host, 64, 2 * MIN_DIRECT, 65_552)
+    assert open_below(tmp_path / "h") == []

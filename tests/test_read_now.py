@@ -13,6 +13,8 @@ import trio
 from storage.errors import Corrupt, NotFound
 from storage.lending import huge
 from storage.sealing import BLOCK
+from storage.sectors.cache import JUST_PASSED
+from storage.sectors.reader import PREFETCHES
 from storage.values import places
 from storage.values.places import Places
 from storage.values.records import Extent
@@ -208,8 +210,8 @@ async def test_a_long_file_goes_through_the_same_memory_and_no_view_of_it_is_ove
         assert len({start // size for start, _ in held}) == count // 8
         for start, view in held:
             assert view == data[start : start + len(view)]
-        # What the cache has of what was passed, what is ahead, and what is held here; the rest is memory that was used before.
-        assert 0 < made <= 11 + 6 + count // 8 < count
+        # What was just passed, what is ahead (and sealed bytes of it), what is read, and what is held here; else it was used before.
+        assert 0 < made <= JUST_PASSED // size + 2 * PREFETCHES + 1 + count // 8 < count
 
 
 @pytest.mark.parametrize("near", [True, False])

@@ -7,6 +7,11 @@ is one entry, since cutting it into blocks and joining them again for each reade
 |---|---|
 | (root, number) | a block |
 | (root, `WHOLE`) | the whole shard's plaintext: it comes and goes as one, so what is counted is what is held |
+
+What a stream has passed is kept only where that has been of use before: where its blocks were read singly, or it is streamed once more. A
+long file that is read from end to end once goes through the same few buffers again and again (memory touched for the first time is what
+costs most in it), and what others have here stays. Whoever reads a part of it once more a moment later finds it in the page cache of the
+mount, as a rule.
 """
 
 from __future__ import annotations
@@ -21,6 +26,10 @@ from storage.sealing import BLOCK
 WHOLE = -1
 #: The part of the budget that may be taken by what was read as a stream, and passed.
 STREAMED = 0.55
+#: Bytes of it that are kept in any case: what is asked for again at once, as requests of one stream may come out of order.
+JUST_PASSED = 8 * 1024 * 1024
+#: Shards remembered that were wanted before.
+REMEMBERED = 8192
 #: From this many bytes on, a reader gets a view of the entry instead of a copy.
 VIEWED = 16 * 1024
 
@@ -43,9 +52,13 @@ class BlockCache:
         #: Bytes it may hold; bytes it holds.
         self.limit = max(limit, 1)
         self.size = 0
-        #: What readers have passed and is still here: root -> bytes; and their sum. Invariant: at most `limit` * STREAMED.
-        self._passed: OrderedDict[bytes, int] = OrderedDict()
-        self._passed_size = 0
+        #: What readers have passed and is still here.
+        once = min(JUST_PASSED, self.limit * STREAMED / 2)
+        self._passed = _Passed(self.limit * STREAMED - once)
+        #: The same of what had not been wanted before, so that it is not kept for long.
+        self._once = _Passed(once)
+        #: Roots, oldest first, of what was passed, and of what was read block by block.
+        self._wanted: OrderedDict[bytes, None] = OrderedDict()
         self.statistics = CacheStatistics()
 
     def _find(self, key: tuple[bytes, int]) -> Buffer | None:
@@ -114,6 +127,8 @@ class BlockCache:
         if len(data) > self.limit:
             return
         key = (root, block)
+        if block != WHOLE:
+            self._remember(root)
         old = self._blocks.pop(key, None)
         if old is not None:
             self.size -= len(old)
@@ -123,22 +138,55 @@ class BlockCache:
             gone, data = self._blocks.popitem(last=False)
             self.size -= len(data)
             if gone[1] == WHOLE:
-                self._passed_size -= self._passed.pop(gone[0], 0)
+                self._passed.remove(gone[0])
+                self._once.remove(gone[0])
 
     def put_whole(self, root: bytes, plain: Buffer) -> None:
         """Keep a whole shard's plaintext, without copying it; one larger than the whole budget is not kept."""
         self.put(root, WHOLE, plain)
 
     def passed(self, root: bytes) -> None:
-        """Somebody has read the whole shard, which is here as a whole, to its end, and reads on. A long file that is read from end to end
-        takes a part of the cache only, and goes through the same memory again and again."""
+        """Somebody has read the whole shard, which is here as a whole, to its end, and reads on."""
         plain = self._blocks.get((root, WHOLE))
         if plain is None:
             return
-        self._passed_size += len(plain) - self._passed.pop(root, 0)
-        self._passed[root] = len(plain)
-        while self._passed_size > self.limit * STREAMED:
-            oldest, size = self._passed.popitem(last=False)
-            self._passed_size -= size
+        passed = self._passed if root in self._wanted and root not in self._once else self._once
+        for gone, size in passed.add(root, len(plain)):
             self.size -= size
-            del self._blocks[oldest, WHOLE]
+            del self._blocks[gone, WHOLE]
+        self._remember(root)
+
+    def _remember(self, root: bytes) -> None:
+        if root in self._wanted:
+            self._wanted.move_to_end(root)
+        else:
+            self._wanted[root] = None
+            if len(self._wanted) > REMEMBERED:
+                self._wanted.popitem(last=False)
+
+
+class _Passed:
+    """Shards that were passed, up to `limit` bytes together (or a single one), the first ones first out."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._sizes: OrderedDict[bytes, int] = OrderedDict()
+        self._size = 0
+
+    def __contains__(self, root: bytes) -> bool:
+        return root in self._sizes
+
+    def remove(self, root: bytes) -> None:
+        """It is not here any more, if it was."""
+        self._size -= self._sizes.pop(root, 0)
+
+    def add(self, root: bytes, size: int) -> list[tuple[bytes, int]]:
+        """It is the last one. Returns those for which there is no room now."""
+        self.remove(root)
+        self._sizes[root] = size
+        self._size += size
+        gone = []
+        while self._size > self._limit and len(self._sizes) > 1:
+            gone.append(self._sizes.popitem(last=False))
+            self._size -= gone[-1][1]
+        return gone
