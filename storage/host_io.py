@@ -51,13 +51,15 @@ log = logging.getLogger("fusefs.hosts")
 T = TypeVar("T")
 
 #: Up to this many bytes are verified in the event loop: 20 us of AES-GCM, where a hop into a thread costs 85.
-INLINE = 2 * BLOCK + 1024
+INLINE = 8 * (BLOCK + TAG_SIZE) + 1024
 #: From this many bytes on, what is opened gets memory of its own, which is used again.
 LARGE = 1024 * 1024
 #: Bytes of such memory that are kept: of the sectors that are read ahead at a time.
 KEPT = 24 * 1024 * 1024
-#: Bytes that are read and opened at a time: four blocks.
-STEP = 4 * (BLOCK + TAG_SIZE)
+#: Blocks that a look at a shard checks: 64 KiB, since most of what a look costs is the same for one.
+LOOKED = 4
+#: Bytes that are read and opened at a time: whole blocks.
+STEP = 16 * (BLOCK + TAG_SIZE)
 #: Seconds a read of a few blocks is waited for in the event loop. Where that was in vain the next read goes straight to a thread; where
 #: it is again, the next two, and so on up to so many.
 POLLED = 0.0005
@@ -249,10 +251,11 @@ class HostIO:
         return quick
 
     async def probe(self, contract_id: str, sector_root: str, sector_id: int, plaintext_length: int, block: int) -> int:
-        """The shard is there, ends where it should, and its block `block` verifies (with block 0 the header, too). Returns the bytes that
-        were asked for. NotFound, Corrupt: it is not so.
+        """The shard is there, ends where it should, and `LOOKED` blocks from `block` on verify (with block 0 the header, too). Returns the
+        bytes that were asked for. NotFound, Corrupt: it is not so.
 
-        Two requests, or one where the block is the last: what was cut off, lengthened or swapped for another is noticed whichever block.
+        Two requests, or one where the last block is among them: what was cut off, lengthened or swapped for another is noticed whichever
+        they are.
         What counts is what the name shows: a locked version behind it is protected, and what nobody finds by its name is to be mended.
         """
         number = self._contractor.contract(contract_id).host_number
@@ -260,7 +263,7 @@ class HostIO:
         name, end = shard_name(self._volume_id, sector_root), sealed_length(plaintext_length)
         header = self._epochs.header_for(self._volume_id, sector_id, plaintext_length)
         key = self._epochs.key_for(sector_id, self._keys)
-        _, _, at, size = block_range(block * BLOCK, BLOCK, plaintext_length)
+        _, _, at, size = block_range(block * BLOCK, LOOKED * BLOCK, plaintext_length)
         start = at if block else 0
         stop = at + size if plaintext_length else end
         asked = 0

@@ -33,7 +33,7 @@ from storage.keys import Keys, master_of_phrase
 from storage.salvage_index import INDEX_DIRECTORY, LOST_AND_FOUND, Group, Index, SalvageReport, Sector, Shard
 from storage.sealing import HEADER_SIZE, MAX_SEALED, ShardHeader, open_shard, root_of
 from storage.seams import Seams, Worker
-from storage.sectors.preamble import PREAMBLE_SIZE, parse_preamble
+from storage.sectors.label import LABEL_SIZE, parse_label
 from storage.sectors.redundancy import Layout, layout_of
 from storage.values.packing import parse_table
 from storage.wiring import absolute, only
@@ -186,11 +186,11 @@ class _Salvage:
                 shard = await self._shard(root, holders)
                 if shard is None:
                     self.damaged += 1
-                elif shard.preamble.m:
+                elif shard.label.m:
                     # One of several that make a sector: when all are known.
                     await self._worker.run(self._index.add_coded, shard, root)
                 else:
-                    await self._take(shard.epoch, memoryview(shard.plain)[PREAMBLE_SIZE:], f"shard {root[:16]}")
+                    await self._take(shard.epoch, memoryview(shard.plain)[:-LABEL_SIZE], f"shard {root[:16]}")
                 self._done += size
                 if self._progress is not None:
                     self._progress(self._done, self._total)
@@ -262,12 +262,12 @@ def _open(keys: Keys, volume_id: bytes, root: str, data: bytes, where: str) -> S
         if header.volume_id != volume_id:
             raise Corrupt(f"it is of volume {header.volume_id.hex()}")
         plain = open_shard(keys.sector_key(header.salt), header, data)
-        preamble = parse_preamble(plain)
-        spec = f"{preamble.k}+{preamble.m}" if preamble.m else "1"
-        if preamble.sector_id + preamble.number != header.sector_id:
-            raise Corrupt(f"it says that it is of sector {preamble.sector_id}")
-        layout_of(spec, preamble.length).check(preamble.sector_id, preamble.number, plain)
-        return Shard(header.epoch, preamble, plain)
+        label = parse_label(plain)
+        spec = f"{label.k}+{label.m}" if label.m else "1"
+        if label.sector_id + label.number != header.sector_id:
+            raise Corrupt(f"it says that it is of sector {label.sector_id}")
+        layout_of(spec, label.length).check(label.sector_id, label.number, plain)
+        return Shard(header.epoch, label, plain)
     except Corrupt as error:
         raise Corrupt(f"{where}: {error}") from None
 

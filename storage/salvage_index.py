@@ -22,7 +22,7 @@ from pathlib import Path
 
 from storage.durable import from_os_error
 from storage.errors import FusefsError, IOFailure, NoSpace
-from storage.sectors.preamble import Preamble
+from storage.sectors.label import Label
 from storage.values.packing import TableEntry
 
 #: Files with holes that are listed; all are counted.
@@ -56,7 +56,7 @@ class Shard:
     """One that verified: its plaintext, and what it says of itself."""
 
     epoch: int
-    preamble: Preamble
+    label: Label
     plain: bytes
 
 
@@ -123,7 +123,7 @@ class Index:
 
     def add_coded(self, shard: Shard, root: str) -> None:
         """One of several shards of a sector."""
-        said = shard.preamble
+        said = shard.label
         row = (shard.epoch, str(said.sector_id), f"{said.k}+{said.m}", said.length, said.number, root)
         with self._errors():
             self._db.execute("INSERT OR IGNORE INTO coded VALUES (?, ?, ?, ?, ?, ?)", row)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import Corrupt
-from storage.sectors.preamble import PREAMBLE_SIZE, check_preamble, encode_preamble
+from storage.sectors.label import LABEL_SIZE, check_label, encode_label
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
 from storage.values.packing import ENTRY_BYTES, TABLE_BYTES, TRAILER_SIZE, TableEntry, encode_table, parse_table
 from storage.values.records import Extent, ValueRecord, decode_extent, decode_value, decode_values
@@ -75,9 +75,9 @@ def test_formats_are_the_golden_ones() -> None:
     sector = SectorRecord(1, "2", 4096, 4000, 3000, [ShardRecord(9, 4128, bytes(range(32)), [1, 3])])
     value = ValueRecord(1, 77, "2", 123456)
     extent = Extent(7, 4096, 9, 32, 4000)
-    preamble = encode_preamble(9, 4096, k=4, m=2, number=5)
+    label = encode_label(9, 4096, k=4, m=2, number=5)
     lines = {
-        "preamble": preamble.hex(),
+        "label": label.hex(),
         "sector": sector.encode().hex(),
         "value": value.encode().hex(),
         "extent": (extent.key + extent.encode()).hex(),
@@ -100,13 +100,13 @@ def test_parsers_of_records_raise_corrupt_and_nothing_else(raw: bytes) -> None:
             pass
 
 
-def test_a_preamble_of_another_sector_is_refused() -> None:
-    raw = encode_preamble(9, 4096)
-    assert len(raw) == PREAMBLE_SIZE
-    check_preamble(raw + b"data", 9, 4096)
+def test_a_label_of_another_sector_is_refused() -> None:
+    raw = encode_label(9, 4096)
+    assert len(raw) == LABEL_SIZE
+    check_label(b"data" + raw, 9, 4096)
     for sector_id, length, number in ((8, 4096, 0), (9, 4095, 0), (9, 4096, 1)):
         with pytest.raises(Corrupt):
-            check_preamble(raw, sector_id, length, number=number)
+            check_label(raw, sector_id, length, number=number)
 
 
 @given(st.integers(0, 4), st.integers(0, 20), st.integers(0, 255), st.integers(0, 20))

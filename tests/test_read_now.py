@@ -12,14 +12,15 @@ import trio
 
 from storage.errors import Corrupt, NotFound
 from storage.lending import huge
-from storage.sealing import BLOCK
+from storage.sealing import BLOCK, TAG_SIZE
 from storage.sectors.cache import JUST_PASSED
-from storage.sectors.reader import PREFETCHES
+from storage.sectors.reader import PREFETCHES, TOGETHER
 from storage.values import places
 from storage.values.places import Places
 from storage.values.records import Extent
 from tests.rig import QUIET, append, free, host_dirs, make, new_value, noise, opened
 from tests.rig import SECTOR as SECTOR_SIZE
+from tests.test_redundancy import watch_fetches
 from tests.test_values import settled, shards_on
 
 
@@ -115,6 +116,60 @@ async def test_a_damaged_block_is_never_served_from_the_page_cache(tmp_path: Pat
             with pytest.raises(Corrupt):
                 await volume.values.read(value, 2 * BLOCK, 10)
         assert volume.hostdb.stats(1).failed > 0
+
+
+async def test_no_page_of_a_file_takes_more_than_one_block_of_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor any of those beyond a sector's end: what is read at random costs what a block costs."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    data = noise(3 * SECTOR_SIZE)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    async with opened(tmp_path / "v", options=replace(QUIET, cache=1)) as volume:
+        fetched = watch_fetches(volume, monkeypatch)
+        places = list(range(0, len(data), 4096))
+        # At random, or it would be read ahead.
+        random.Random(3).shuffle(places)
+        for at in places:
+            fetched.clear()
+            assert await volume.values.read(value, at, 4096) == data[at : at + 4096]
+            assert sum(fetched.values()) <= BLOCK + TAG_SIZE
+
+
+async def test_where_requests_take_long_a_miss_brings_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    data = noise(SECTOR_SIZE - 4096)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    monkeypatch.setattr("storage.host_io.HostIO.near", lambda *_: False)
+    (shard,) = shards_on(tmp_path / "host0")
+    bad = TOGETHER + 2
+    with open(shard, "r+b") as file:
+        file.seek(64 + bad * (BLOCK + TAG_SIZE) + 100)
+        file.write(b"rotten")
+    async with opened(tmp_path / "v") as volume:
+        fetched = watch_fetches(volume, monkeypatch)
+        for block in (2, 0, 1, 3):
+            assert await volume.values.read(value, block * BLOCK + 5, 10) == data[block * BLOCK + 5 :][:10]
+            assert sum(fetched.values()) == TOGETHER * (BLOCK + TAG_SIZE)
+        # What is wrong with a neighbour is told to who asks for that.
+        for block in (bad - 1, bad + 1, bad - 2):
+            assert await volume.values.read(value, block * BLOCK, 10) == data[block * BLOCK :][:10]
+        with pytest.raises(Corrupt):
+            await volume.values.read(value, bad * BLOCK, 10)
+
+
+async def test_nothing_behind_a_sector_is_taken_for_its_bytes(tmp_path: Path) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    async with opened(tmp_path / "v") as volume:
+        sector, data = await volume.sectors.allocate_sector("1"), noise(10_000)
+        await volume.sectors.write_sector(sector, data, "1")
+        assert volume.sectors.read_now(sector, 9_000, 1_000) == data[9_000:]
+        assert volume.sectors.read_now(sector, 9_000, 1_001) is None
+        assert await volume.sectors.insecure_read_sector_at(sector, 9_000, 1_001) == data[9_000:]
 
 
 async def test_reads_from_the_page_cache_are_counted(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from storage.interfaces import Buffer, Host, QuickHost
 from storage.recovery import recover_volume
 from storage.salvage import salvage_volume
 from storage.sealing import BLOCK
-from storage.sectors.preamble import parse_preamble
+from storage.sectors.label import parse_label
 from storage.sectors.redundancy import ALIGNMENT, Layout, layout_of
 from storage.volume import Volume
 from tests.rig import PASSPHRASE, QUIET, append, contents, host_dirs, make, new_value, noise, opened, published
@@ -50,7 +50,7 @@ def test_any_k_shards_make_every_other_and_every_range_is_found(spec: str, lengt
     assert len(plains) == layout.shards and {len(plain) for plain in plains} == {layout.shard_length}
     for number, plain in enumerate(plains):
         layout.check(77, number, plain)
-        assert parse_preamble(plain).number == number
+        assert parse_label(plain).number == number
     # Every range is where it is said to be, and nowhere but in data shards.
     offset = data.draw(st.integers(0, length))
     wanted = data.draw(st.integers(0, length - offset))
@@ -76,7 +76,7 @@ def test_every_choice_of_k_shards_of_a_small_code() -> None:
         assert [found.get(number) or layout.rebuild(1, number, 0, found) for number in range(6)] == plains
 
 
-def test_lengths_and_preambles_are_checked_before_the_codec_sees_anything() -> None:
+def test_lengths_and_labels_are_checked_before_the_codec_sees_anything() -> None:
     layout = layout_of("2+2", 1000)
     plains = joined(layout.plaintexts(5, [bytes(1000)]))  # type: ignore[arg-type]
     bad: list[dict[int, bytes]] = [

@@ -14,7 +14,7 @@ from storage.metadata.keys import EXTENT, FREED, HOLDERS, SECTOR, read_u32, read
 from storage.namespace.records import InodeRecord
 from storage.replication import MAX_SHARDS
 from storage.sealing import HEADER_SIZE, ShardHeader
-from storage.sectors.preamble import PREAMBLE_SIZE, Preamble, parse_preamble
+from storage.sectors.label import LABEL_SIZE, Label, parse_label
 from storage.sectors.records import VERSION, SectorRecord, ShardRecord, decode_sector, layout_for
 from storage.sectors.redundancy import Layout, layout_of
 from storage.values.packing import TableEntry, parse_table
@@ -32,7 +32,7 @@ def holder_number(root: bytes, host: int) -> int:
 
 
 #: Sector -> what its shards say of it, and those found by their numbers.
-_Unknown = dict[int, tuple[Preamble, dict[int, ShardRecord]]]
+_Unknown = dict[int, tuple[Label, dict[int, ShardRecord]]]
 
 
 class Rescue:
@@ -64,13 +64,13 @@ class Rescue:
                         missing[extent.sector_id] = (live + extent.length, spec)
         if not missing or patient.host_io is None:
             return
-        for sector_id, (preamble, shards) in (await self._unknown_shards(missing)).items():
+        for sector_id, (label, shards) in (await self._unknown_shards(missing)).items():
             live, spec = missing[sector_id]
-            if preamble.m:
-                spec = f"{preamble.k}+{preamble.m}"
-            if len(shards) < layout_of(spec, preamble.length).shards:
+            if label.m:
+                spec = f"{label.k}+{label.m}"
+            if len(shards) < layout_of(spec, label.length).shards:
                 continue  # the roots of those that are not there are not known
-            sector = SectorRecord(VERSION, spec, preamble.length, live, live, [shards[number] for number in sorted(shards)])
+            sector = SectorRecord(VERSION, spec, label.length, live, live, [shards[number] for number in sorted(shards)])
             batch = Batch()
             batch.put(SECTOR + u64(sector_id), sector.encode())
             hosts = sorted({host for shard in sector.shards for host in shard.hosts})
@@ -107,20 +107,21 @@ class Rescue:
             # A sector's shards have the ids that follow its own.
             if contract is None or not any(header.sector_id - number in missing for number in range(MAX_SHARDS)):
                 return
-            # The header is not authenticated; the preamble's block is.
+            # The header is not authenticated; the label's blocks are.
+            at = max(0, header.plaintext_length - LABEL_SIZE)
             plain = await patient.host_io.insecure_read(
-                contract.contract_id, root.hex(), header.sector_id, 0, PREAMBLE_SIZE, header.plaintext_length
+                contract.contract_id, root.hex(), header.sector_id, at, LABEL_SIZE, header.plaintext_length
             )
-            preamble = parse_preamble(plain)
+            label = parse_label(plain)
         except FusefsError:
             return
-        sector_id = header.sector_id - preamble.number
-        if sector_id not in missing or preamble.sector_id != sector_id:
+        sector_id = header.sector_id - label.number
+        if sector_id not in missing or label.sector_id != sector_id:
             return
-        known, shards = found.setdefault(sector_id, (preamble, {}))
-        if (known.k, known.m, known.length) != (preamble.k, preamble.m, preamble.length):
+        known, shards = found.setdefault(sector_id, (label, {}))
+        if (known.k, known.m, known.length) != (label.k, label.m, label.length):
             return
-        shard = shards.setdefault(preamble.number, ShardRecord(header.sector_id, header.plaintext_length, root, []))
+        shard = shards.setdefault(label.number, ShardRecord(header.sector_id, header.plaintext_length, root, []))
         if shard.root == root:
             shard.hosts = sorted({*shard.hosts, host})
 

@@ -39,7 +39,7 @@ import trio
 
 from storage.contractor import Contractor
 from storage.errors import Corrupt, Expired, Fenced, FusefsError, NoSpace, NotFound, Unavailable
-from storage.host_io import HostIO
+from storage.host_io import LOOKED, HostIO
 from storage.hosts.hostdb import HostDB
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, MetadataStore, SealedShard
@@ -241,7 +241,8 @@ class Damages:
     # Looking
 
     async def examine(self, copy: Copy, record: SectorRecord, *, whole: bool) -> Outcome:
-        """Look at a copy that `record` names: a random block of it and its end, or the whole of it; what is bad is mended if it can be now.
+        """Look at a copy that `record` names: some blocks of it, at random, and its end, or the whole of it; what is bad is mended if that
+        can be done now.
 
         Never raises for what a host does; Fenced.
         """
@@ -263,11 +264,12 @@ class Damages:
         if contract is None:
             raise Unavailable(f"there is no contract with host {self._registry.url(copy.host)}")
         root = shard.root.hex()
-        # Where no range can be asked for, a block costs as much as all of it.
+        # Where no range can be asked for, some blocks cost as much as all of it.
         if whole or not self._registry.get(copy.host).capabilities.ranges:
             await self._host_io.read_sealed(contract.contract_id, root, shard.shard_id, shard.length, named=True)
             return sealed_length(shard.length)
-        block = int.from_bytes(self._seams.random.token_bytes(4), "big") % block_count(shard.length)
+        places = -(-block_count(shard.length) // LOOKED)
+        block = int.from_bytes(self._seams.random.token_bytes(4), "big") % places * LOOKED
         return await self._host_io.probe(contract.contract_id, root, shard.shard_id, shard.length, block)
 
     async def _confirm(self, copy: Copy, shard: ShardRecord) -> Outcome:

@@ -22,7 +22,6 @@ from storage.sealing import BLOCK, TAG_SIZE, block_count
 from storage.seams import Seams
 from storage.sectors.cache import WHOLE, BlockCache
 from storage.sectors.hedging import Attempt, Hedging
-from storage.sectors.preamble import PREAMBLE_SIZE
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector, layout_for
 from storage.sectors.redundancy import Layout, Part
 from storage.sectors.staging import Staging
@@ -35,7 +34,9 @@ B = TypeVar("B", bound=Buffer)
 #: Sectors being prefetched at once: less than the slots of a directory, so that who wants a block does not wait for all of them.
 PREFETCHES = 5
 #: Blocks that are read in the event loop at most, where they are at hand.
-SOON = 2
+SOON = 8
+#: Blocks that are asked for together where a request takes far longer than they do: of a host that is not a disk of this machine.
+TOGETHER = 4
 #: Sectors whose roots are remembered; about 10 MB.
 ROOTS = 65536
 
@@ -53,8 +54,8 @@ class SectorReader:
         self._cache = cache
         self._seams = seams
         self.hedging = Hedging(hostdb, seams)
-        #: Sector -> the root of its one shard, b"" where it has several. Neither ever changes.
-        self._roots: dict[int, bytes] = {}
+        #: Sector -> the root of its one shard, b"" where it has several, and its length. None of it ever changes.
+        self._roots: dict[int, tuple[bytes, int]] = {}
         #: Whole sectors on their way into the cache: others who want a block of one wait for it instead of asking again.
         self._fetching: dict[int, trio.Event] = {}
         #: The sealed bytes of a shard (sector id, number) that is still on its way to a host, for as long as they are in memory anyhow. At
@@ -92,17 +93,19 @@ class SectorReader:
 
     def read_now(self, sector_id: int, offset: int, length: int) -> Buffer | None:
         """A range that lies within a sector that is one shard, out of the cache; None: not so, or not there."""
-        root = self._roots.get(sector_id)
-        if root is None:
+        known = self._roots.get(sector_id)
+        if known is None:
             raw = self._store.get(SECTOR + u64(sector_id))
             if raw is None:
                 return None
-            shards = decode_sector(raw, sector_id).shards
-            root = shards[0].root if len(shards) == 1 else b""
+            record = decode_sector(raw, sector_id)
+            known = (record.shards[0].root if len(record.shards) == 1 else b"", record.length)
             if len(self._roots) >= ROOTS:
                 self._roots.clear()
-            self._roots[sector_id] = root
-        return self._cache.read(root, PREAMBLE_SIZE + offset, length) if root else None
+            self._roots[sector_id] = known
+        root, end = known
+        # Behind the sector stands its label.
+        return self._cache.read(root, offset, length) if root and offset + length <= end else None
 
     async def read_sector(self, sector_id: int) -> bytes:
         """The whole sector, each shard from the first host whose copy verifies, or else made of others."""
@@ -111,7 +114,7 @@ class SectorReader:
         parts = layout.whole()
         if len(parts) == 1:
             plain = await self.read_shard(sector_id, record, 0)
-            return memoryview(plain)[PREAMBLE_SIZE : PREAMBLE_SIZE + record.length].tobytes()
+            return memoryview(plain)[: record.length].tobytes()
         plains = await _together([partial(self.read_shard, sector_id, record, part.shard) for part in parts])
         views = [memoryview(plain)[part.offset : part.offset + part.length] for plain, part in zip(plains, parts, strict=True)]
         return b"".join(views)
@@ -152,14 +155,31 @@ class SectorReader:
             else:
                 blocks[block] = found
         for start, count in _runs(missing):
-            plain = await self._fetch(sector_id, record, layout, part.shard, start, count)
-            for i in range(count):
-                blocks[start + i] = piece = plain[i * BLOCK : (i + 1) * BLOCK]
-                self._cache.put(root, start + i, piece)
+            start, plain = await self._fetch_about(sector_id, record, layout, part.shard, start, count)
+            for at in range(0, len(plain), BLOCK):
+                block = start + at // BLOCK
+                blocks[block] = piece = plain[at : at + BLOCK]
+                self._cache.put(root, block, piece)
         begin = part.offset - first * BLOCK
         if first == last:
             return bytes(blocks[first][begin : begin + part.length])
         return b"".join([blocks[block] for block in range(first, last + 1)])[begin : begin + part.length]
+
+    async def _fetch_about(
+        self, sector_id: int, record: SectorRecord, layout: Layout, number: int, first: int, count: int
+    ) -> tuple[int, Buffer]:
+        """As `_fetch`; with blocks beside them where these come along for little. The first is told."""
+        shard = record.shards[number]
+        if not self._at_hand(shard):
+            start = first // TOGETHER * TOGETHER
+            end = min(-(-(first + count) // TOGETHER) * TOGETHER, block_count(shard.length))
+            if end - start > count:
+                try:
+                    return start, await self._fetch(sector_id, record, layout, number, start, end - start)
+                except Corrupt:
+                    # Maybe only of what nobody has asked for.
+                    pass
+        return first, await self._fetch(sector_id, record, layout, number, first, count)
 
     def passed(self, sector_id: int) -> None:
         """A sequential reader has got to the sector's end, and reads on. It need not stay where it is quickly had again: on a disk here."""
@@ -174,6 +194,10 @@ class SectorReader:
     def _near(self, shard: ShardRecord) -> bool:
         """Is it on a disk of this machine?"""
         return any(self._host_io.near(host) for host in shard.hosts)
+
+    def _at_hand(self, shard: ShardRecord) -> bool:
+        """Is it on a disk of this machine, or in memory?"""
+        return self._near(shard) or not shard.hosts or (self.staging is not None and self.staging.has(shard.root))
 
     def prefetch(self, sector_id: int, nursery: trio.Nursery) -> bool:
         """Bring a whole sector into the cache in the background. False: not now, since too many are on their way."""
@@ -226,8 +250,15 @@ class SectorReader:
         """As `read_shard`, each block from whichever host's verifies, or made of the same block of others: for where no copy is good as a
         whole. The root is not verified. Corrupt, Unavailable."""
         layout = layout_for(record, sector_id)
-        count = -(-record.shards[number].length // BLOCK)
-        return b"".join([await self._fetch(sector_id, record, layout, number, block, 1) for block in range(count)])
+        count = block_count(record.shards[number].length)
+        pieces: list[Buffer] = []
+        for first in range(0, count, TOGETHER):
+            together = min(TOGETHER, count - first)
+            try:
+                pieces.append(await self._fetch(sector_id, record, layout, number, first, together))
+            except (Corrupt, Unavailable):
+                pieces += [await self._fetch(sector_id, record, layout, number, first + at, 1) for at in range(together)]
+        return b"".join(pieces)
 
     async def _fetch(self, sector_id: int, record: SectorRecord, layout: Layout, number: int, first: int, count: int) -> Buffer:
         """Blocks of a shard's plaintext, from a host that has it, or the same blocks of others made into them."""

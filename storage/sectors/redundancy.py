@@ -4,7 +4,7 @@
     coded "k+m":  the sector, with zeros up to k pieces of one length, cut into k contiguous pieces (data shards 0 to k-1), and m parity
                   pieces of the same length (shards k to k+m-1), each on a host of its own
 
-A shard's plaintext is its preamble and its piece. So a small read touches one data shard; and since byte i of a parity piece is made of
+A shard's plaintext is its piece and its label. So a small read touches one data shard; and since byte i of a parity piece is made of
 the bytes i of the data pieces alone, any range of columns of any k shards makes the same columns of every other. The code is Reed-Solomon
 with a Cauchy matrix over GF(2^8), as ISA-L has it, through pyeclib; its own 80-byte headers are not stored: what it needs of them follows
 from k, m and the length, and lengths are checked here before C code sees them.
@@ -22,7 +22,7 @@ from typing import Protocol
 from storage.errors import Corrupt
 from storage.interfaces import Buffer
 from storage.replication import Replication, parse_replication
-from storage.sectors.preamble import PREAMBLE_SIZE, Preamble
+from storage.sectors.label import LABEL_SIZE, Label
 
 #: Pieces are padded to a multiple of so many bytes: the width ISA-L's vector code works in.
 ALIGNMENT = 32
@@ -130,7 +130,7 @@ class Layout:
 
     @property
     def piece(self) -> int:
-        """Bytes of a shard without its preamble."""
+        """Bytes of a shard without its label: where that begins."""
         if not self.spec.coded:
             return self.length
         exact = -(-self.length // self.spec.k)
@@ -139,20 +139,20 @@ class Layout:
     @property
     def shard_length(self) -> int:
         """Bytes of a shard's plaintext."""
-        return PREAMBLE_SIZE + self.piece
+        return self.piece + LABEL_SIZE
 
     @property
     def _codec(self) -> Codec:
         return _coded(self.spec.k, self.spec.m) if self.spec.coded else _COPIES
 
-    def preamble(self, sector_id: int, number: int) -> bytes:
-        """What shard `number` begins with."""
-        return Preamble(sector_id, self.length, self.spec.k, self.spec.m, number).encode()
+    def label(self, sector_id: int, number: int) -> bytes:
+        """What shard `number` ends with."""
+        return Label(sector_id, self.length, self.spec.k, self.spec.m, number).encode()
 
     def plaintexts(self, sector_id: int, parts: Sequence[Buffer]) -> list[list[Buffer]]:
         """Per distinct shard, the buffers of its plaintext. `parts`: `length` bytes, the sector. Blocking."""
         pieces = self._codec.pieces(parts, self.piece)
-        return [[self.preamble(sector_id, number), *piece] for number, piece in enumerate(pieces)]
+        return [[*piece, self.label(sector_id, number)] for number, piece in enumerate(pieces)]
 
     def locate(self, offset: int, length: int) -> list[Part]:
         """Where bytes [offset, offset + length) of the sector are, in order. The range lies within the sector."""
@@ -161,7 +161,7 @@ class Layout:
         while length:
             shard, at = divmod(offset, piece)
             here = min(length, piece - at)
-            parts.append(Part(shard, PREAMBLE_SIZE + at, here))
+            parts.append(Part(shard, at, here))
             offset, length = offset + here, length - here
         return parts
 
@@ -170,9 +170,9 @@ class Layout:
         return self.locate(0, self.length)
 
     def check(self, sector_id: int, number: int, plain: Buffer) -> None:
-        """Corrupt unless it is the whole plaintext of that shard, as far as preamble and length tell."""
+        """Corrupt unless it is the whole plaintext of that shard, as far as label and length tell."""
         view = memoryview(plain)
-        if view.nbytes != self.shard_length or bytes(view[:PREAMBLE_SIZE]) != self.preamble(sector_id, number):
+        if view.nbytes != self.shard_length or bytes(view[-LABEL_SIZE:]) != self.label(sector_id, number):
             raise Corrupt(f"sector {sector_id}: shard {number} is not the one expected")
 
     def rebuild(self, sector_id: int, number: int, first: int, ranges: Mapping[int, bytes]) -> bytes:
@@ -184,14 +184,16 @@ class Layout:
         (size,) = sizes
         if first + size > self.shard_length:
             raise Corrupt(f"sector {sector_id}: bytes beyond the end of its shards")
-        skip = max(0, min(PREAMBLE_SIZE - first, size))
+        coded = max(0, min(self.piece - first, size))
+        begin = max(0, first - self.piece)
+        end = begin + size - coded
         for other, columns in ranges.items():
-            if columns[:skip] != self.preamble(sector_id, other)[first : first + skip]:
+            if columns[coded:] != self.label(sector_id, other)[begin:end]:
                 raise Corrupt(f"sector {sector_id}: shard {other} is not the one expected")
-        head = self.preamble(sector_id, number)[first : first + skip]
-        if size == skip:
-            return head
-        return head + self._codec.rebuild(number, {other: columns[skip:] for other, columns in ranges.items()})
+        tail = self.label(sector_id, number)[begin:end]
+        if not coded:
+            return tail
+        return self._codec.rebuild(number, {other: columns[:coded] for other, columns in ranges.items()}) + tail
 
 
 @lru_cache(maxsize=4096)

@@ -1,16 +1,16 @@
 """Scrub: every copy of every sector is looked at within `interval`, whether or not anybody reads it; and all of them at once, when asked.
 
-Sectors are gone through in the order of their ids. A *look* at a copy asks its host for one random block and for where the shard ends
+Sectors are gone through in the order of their ids. A *look* at a copy asks its host for 64 KiB at random and for where the shard ends
 (`HostIO.probe`), or for the whole of it. What that tells:
 
-| what is wrong with a copy | a look at a block | a look at the whole |
+| what is wrong with a copy | a look at 64 KiB | a look at the whole |
 |---|---|---|
 | missing, cut off, lengthened, another shard, or of another volume | found | found |
-| damaged within one block of n | found with chance 1/n, after p passes 1 - (1 - 1/n)^p | found |
+| damaged within one stretch of n | found with chance 1/n, after p passes 1 - (1 - 1/n)^p | found |
 | its host is away, or does not answer | not looked at, and counted | the same |
 
 A *pass* is a walk over all sectors. The one in the background takes 0.9 of the interval, so that no copy waits longer than the interval
-for its next look; what a pass costs is a block per copy, whatever its size. How many sectors go by in a while follows from how many are
+for its next look; what a pass costs is 64 KiB per copy, whatever its size. How many sectors go by in a while follows from how many are
 left and the time left, both taken anew as it goes: a pass that a machine was off for catches up, but takes no less than a tenth of the
 interval for what is left. Hosts that do not answer are left alone for a while. What is found is mended as it is found (sectors.damage).
 

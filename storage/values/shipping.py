@@ -19,7 +19,7 @@ from storage.values.tail import Cargo, Flight, FlightState, Tail
 
 log = logging.getLogger("fusefs.values")
 
-#: Room kept in a full sector for preamble, table and trailer of one entry: one page, so that a file's pages do not straddle sectors.
+#: Room kept in a full sector for label, table and trailer of one entry: one page, so that a file's pages do not straddle sectors.
 RESERVE = 4096
 #: Share of the budget at which small tails are gathered without waiting for `flush_interval`.
 PRESSURE = 0.5

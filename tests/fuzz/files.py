@@ -31,7 +31,7 @@ from storage.metadata.replay import RecoveredTails, replay
 from storage.replication import parse_replication
 from storage.sealing import HEADER_SIZE as SHARD_HEADER
 from storage.sealing import TAG_SIZE, ShardHeader, check_header, open_blocks, open_range, open_shard, seal
-from storage.sectors.preamble import PREAMBLE_SIZE, check_preamble, encode_preamble
+from storage.sectors.label import LABEL_SIZE, check_label, encode_label
 from storage.values.packing import MAX_TABLE, TableEntry, encode_table, parse_table
 from tests.fuzz.frames import KEYFILE, KEYS, MASTER, PASSPHRASE, SALT, VOLUME_ID, mended_document, mended_segment
 from tests.fuzz.target import Target, check_message, golden, same
@@ -101,9 +101,9 @@ def _table_bombs() -> list[bytes]:
     ]
 
 
-def _preamble(data: bytes) -> None:
-    check_preamble(data, 9, 4096, k=4, m=1, number=5)
-    same(len(data) >= PREAMBLE_SIZE, True)
+def _label(data: bytes) -> None:
+    check_label(data, 9, 4096, k=4, m=1, number=5)
+    same(len(data) >= LABEL_SIZE, True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -238,11 +238,11 @@ TARGETS = (
     Target("shard_header", _shard_header, lambda: [_HEADER.encode(), golden("sealed_shard.bin")[:SHARD_HEADER]]),
     Target("shard", _shard, _shard_seeds),
     Target(
-        "preamble",
-        _preamble,
+        "label",
+        _label,
         lambda: [
-            encode_preamble(9, 4096, k=4, m=1, number=5),
-            bytes.fromhex(golden("sectors.txt").decode().split()[0].removeprefix("preamble=")),
+            encode_label(9, 4096, k=4, m=1, number=5),
+            bytes.fromhex(golden("sectors.txt").decode().split()[0].removeprefix("label=")),
         ],
     ),
     Target("table", _table, lambda: [bytes(32) + encode_table(_ENTRIES), bytes.fromhex(golden("table.hex").decode()), *_table_bombs()]),
