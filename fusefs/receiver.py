@@ -8,7 +8,9 @@ back), and hands the turn to another task. Here, while requests keep coming:
                     (`guard`, which sees the first step of each handler), and so does a task that ends.
     readiness       is looked at with one poll(2). After an answer the next request of the same program is some microseconds away, so it is
                     looked for during SPIN seconds before the task goes to sleep: to be woken costs both sides more than that.
-    the scheduler   gets its pass after BURST seconds at the latest, so that timers, threads' results and other tasks are not kept waiting.
+    the scheduler   gets its pass after BURST seconds at the latest, so that timers, threads' results and other tasks are not kept
+                    waiting; but not where nobody else has anything to do: then the task sleeps right here, in one poll(2) for the next
+                    request and for all that trio waits for.
 
 pyfuse3 takes these from its module's attribute `trio`, which exists to be replaced (pyfuse3.asyncio does). `Receiver` stands in for
 the part of trio it uses.
@@ -34,6 +36,21 @@ import trio
 BURST = 0.0003
 #: Seconds in which the next request is looked for before the task sleeps. A program's next system call comes 5 to 15 us after its answer.
 SPIN = 0.00002
+#: Seconds after which the task that sleeps for the next request lets the scheduler have its pass, whatever there is.
+REST = 0.02
+
+
+def events_of_trio() -> int | None:
+    """The descriptor that is readable when something has come that trio waits for, threads' results included. None where it is not found.
+
+    trio keeps it to itself, so that another version may have none; then every request that has to be waited for takes a pass.
+    """
+    try:
+        from trio._core._run import GLOBAL_RUN_CONTEXT
+    except ImportError:
+        return None
+    events = getattr(getattr(GLOBAL_RUN_CONTEXT.runner, "io_manager", None), "_epoll", None)
+    return events.fileno() if isinstance(events, select.epoll) else None
 
 
 class _Ready:
@@ -117,12 +134,16 @@ class Receiver:
 
     #: The handler begun last: for fusefs/slow_steps.py, as pyfuse3's tasks show no frames. A process has one mount.
     last_handler: ClassVar[str] = ""
+    #: To be told where a pass of the scheduler was left out, because nobody else had anything to do: for fusefs/slow_steps.py, too.
+    listeners: ClassVar[list[Callable[[], object]]] = []
 
     def __init__(self) -> None:
         self._turn = Turn()
         #: Call it when a handler is about to wait.
         self.pass_on = self._turn.pass_on
         self._poll: Callable[[float], list[tuple[int, int]]] | None = None
+        #: As `_poll`, also of what trio waits for.
+        self._either: Callable[[float], list[tuple[int, int]]] | None = None
         self._until = 0.0
         # With one core, whoever is to send the next request cannot run while it is looked for.
         self._spin = SPIN if len(os.sched_getaffinity(0)) > 1 else 0.0
@@ -159,17 +180,38 @@ class Receiver:
             yield _Nursery(nursery, self._turn)
 
     def wait_readable(self, fd: int) -> Awaitable[None]:
-        now = perf_counter()
-        if now < self._until and self._poll is not None:
-            poll = self._poll
-            # Also where the connection has ended, which receiving then tells.
-            if poll(0):
-                return _READY
-            end = now + self._spin
-            while perf_counter() < end:
+        poll = self._poll
+        if poll is not None:
+            now = perf_counter()
+            if now < self._until:
+                # Also where the connection has ended, which receiving then tells.
                 if poll(0):
                     return _READY
+                end = now + self._spin
+                while perf_counter() < end:
+                    if poll(0):
+                        return _READY
+            if self._rest(fd):
+                return _READY
         return self._sleep(fd)
+
+    def _rest(self, fd: int) -> bool:
+        """Sleep right here for as long as nobody else has anything to do: a pass of the scheduler takes as long as a request.
+
+        True: the next request has come, and nothing else; a burst begins."""
+        if self._either is None:
+            return False
+        statistics = trio.lowlevel.current_statistics()
+        limit = min(REST, statistics.seconds_to_next_deadline)
+        if statistics.tasks_runnable or limit < 0.001:
+            return False
+        came = self._either(limit * 1000)
+        if len(came) != 1 or came[0][0] != fd:
+            return False
+        self._until = perf_counter() + BURST
+        for listener in self.listeners:
+            listener()
+        return True
 
     async def _sleep(self, fd: int) -> None:
         """A pass of the scheduler, at least."""
@@ -177,5 +219,11 @@ class Receiver:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
             self._poll = poll.poll
+            events = events_of_trio()
+            if events is not None:
+                either = select.poll()
+                either.register(fd, select.POLLIN)
+                either.register(events, select.POLLIN)
+                self._either = either.poll
         await trio.lowlevel.wait_readable(fd)
         self._until = perf_counter() + BURST

@@ -33,9 +33,17 @@ class SlowSteps(trio.abc.Instrument):
 
     def before_run(self) -> None:
         gc.callbacks.append(self._collected)
+        Receiver.listeners.append(self._rested)
 
     def after_run(self) -> None:
         gc.callbacks.remove(self._collected)
+        Receiver.listeners.remove(self._rested)
+
+    def _rested(self) -> None:
+        """Nobody had to wait for the rest of the step: another begins."""
+        task = trio.lowlevel.current_task()
+        self.after_task_step(task)
+        self.before_task_step(task)
 
     def _collected(self, phase: str, _info: object) -> None:
         self._collecting += thread_time() * (1 if phase == "stop" else -1)

@@ -20,5 +20,5 @@ def aligned(size: int) -> memoryview:
 
 
 def is_aligned(data: object) -> bool:
-    """Whether `data` is what `aligned` gave, or a view of it, which may begin anywhere."""
-    return isinstance(data, memoryview) and type(data.obj) is Aligned
+    """Whether `data` is what `aligned` gave, or `lending.Buffers`, or a view of it, which may begin anywhere."""
+    return isinstance(data, memoryview) and isinstance(data.obj, (Aligned, ctypes.Array))

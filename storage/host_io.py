@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 
 import trio
 
+from storage.buffers import aligned
 from storage.contractor import Contractor
 from storage.epochs import Epochs
 from storage.errors import BadArgument, Corrupt, Expired, NoSpace, NotFound, NotPermitted, Unavailable
@@ -54,7 +55,9 @@ T = TypeVar("T")
 INLINE = 8 * (BLOCK + TAG_SIZE) + 1024
 #: From this many bytes on, what is opened gets memory of its own, which is used again.
 LARGE = 1024 * 1024
-#: Bytes of such memory that are kept: of the sectors that are read ahead at a time.
+#: The same of what is sealed.
+LENT = 256 * 1024
+#: Bytes of such memory that are kept, of each: of the sectors that are read ahead, or are on their way to hosts, at a time.
 KEPT = 24 * 1024 * 1024
 #: Blocks that a look at a shard checks: 64 KiB, since most of what a look costs is the same for one.
 LOOKED = 4
@@ -112,8 +115,9 @@ class HostIO:
         #: Per host: puts of shards that are on no record (yet), because they are under way, or their answer never came.
         self._unsettled: Counter[int] = Counter()
         self._stopped = False
-        #: For what is opened.
+        #: For what is opened, and for what is sealed.
         self._buffers = Buffers(KEPT)
+        self._sealing = Buffers(KEPT)
         #: Per host, where it did not answer soon: reads for which it is not waited in the event loop now, and were the last time.
         self._polling: dict[int, tuple[int, int]] = {}
         self._quick_hosts: dict[int, tuple[Host, QuickHost | None]] = {}
@@ -449,7 +453,8 @@ class HostIO:
         header = self._epochs.header_for(self._volume_id, sector_id, length)
         if header.epoch != self._epochs.current.number:
             raise BadArgument(f"sector {sector_id}: its id was reserved in epoch {header.epoch}, nothing new is sealed under it (I1)")
-        sealed = seal(self._epochs.key_for(sector_id, self._keys), header, data)
+        lend = self._sealing.lend if length >= LENT else aligned
+        sealed = seal(self._epochs.key_for(sector_id, self._keys), header, data, lend)
         root = root_of(sealed)
         # Before anybody but this function has the sealed bytes.
         self._sealed.spend(sector_id, bytes.fromhex(root))

@@ -154,9 +154,9 @@ def block_range(offset: int, length: int, plaintext_length: int | None = None) -
 # Sealing
 
 
-def seal(key: bytes, header: ShardHeader, data: Sequence[Buffer]) -> Buffer:
-    """The sealed shard of `data` (pieces, in order; `header.plaintext_length` bytes together), in an aligned buffer nobody else writes to.
-    Blocking: call it in a thread.
+def seal(key: bytes, header: ShardHeader, data: Sequence[Buffer], lend: Callable[[int], memoryview] = aligned) -> Buffer:
+    """The sealed shard of `data` (pieces, in order; `header.plaintext_length` bytes together), in a buffer for direct I/O that `lend` gives
+    for so many bytes and nobody else writes to. Blocking: call it in a thread.
 
     Pieces (items of one byte each) must not change meanwhile. Plaintext is copied only where a block spans pieces. I1 is the
     caller's: never twice with one key and one sector id unless everything is the same. BadArgument if the length is not the header's.
@@ -166,7 +166,7 @@ def seal(key: bytes, header: ShardHeader, data: Sequence[Buffer]) -> Buffer:
         raise BadArgument(f"sector {header.sector_id}: {total} bytes to seal, its header says {header.plaintext_length}")
     associated = header.encode()
     cipher = _cipher(key)
-    sealed = aligned(sealed_length(total))
+    sealed = lend(sealed_length(total))
     sealed[:HEADER_SIZE] = associated
     at = HEADER_SIZE
     for number, plain in enumerate(_blocks(data, total)):

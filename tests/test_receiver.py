@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import stat
+import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +18,7 @@ import trio.testing
 
 from fusefs.guard import guarded
 from fusefs.mountpoint import unmount_while_serving
-from fusefs.receiver import Receiver, Turn
+from fusefs.receiver import Receiver, Turn, events_of_trio
 
 LIMIT = 20
 #: Inodes from here on are slow.
@@ -137,6 +140,56 @@ async def test_other_tasks_have_their_turn_while_requests_keep_coming(tmp_path: 
             await trio.to_thread.run_sync(ask)
             done.set()
         assert turns > 50
+
+
+async def test_what_trio_waits_for_is_seen(tmp_path: Path) -> None:
+    """Else no pass of the scheduler could be left out: a new version of trio has to be looked at."""
+    events = events_of_trio()
+    assert events is not None
+    assert not select.select([events], [], [], 0)[0]
+    go = threading.Event()
+    token = trio.lowlevel.current_trio_token()
+    thread = threading.Thread(target=lambda: (go.wait(), token.run_sync_soon(lambda: None)))
+    thread.start()
+    go.set()
+    assert select.select([events], [], [], LIMIT)[0] == [events]
+    thread.join()
+
+
+async def test_whoever_has_something_to_do_has_his_turn_while_the_loop_sleeps_for_the_next_request(tmp_path: Path) -> None:
+    """Timers, threads' results, and what is cancelled: none of them waits for a request."""
+    async with served(tmp_path):
+        for number in range(20):
+            # A request, so that the task sleeps in its own way.
+            assert await exists(tmp_path / str(number))
+            with trio.fail_after(LIMIT):
+                await trio.to_thread.run_sync(time.sleep, 0.003)
+            with trio.fail_after(LIMIT):
+                await trio.sleep(0.004)
+            with trio.move_on_after(0.002) as scope:
+                await trio.sleep(LIMIT)
+            assert scope.cancelled_caught
+
+
+async def test_passes_are_left_out_only_where_nobody_else_has_anything_to_do(tmp_path: Path) -> None:
+    rested: list[int] = []
+
+    def seen() -> None:
+        rested.append(trio.lowlevel.current_statistics().tasks_runnable)
+
+    def ask() -> None:
+        for number in range(300):
+            time.sleep(0.0001)
+            os.stat(tmp_path / str(number))
+
+    Receiver.listeners.append(seen)
+    try:
+        async with served(tmp_path):
+            await trio.to_thread.run_sync(ask)
+    finally:
+        Receiver.listeners.remove(seen)
+    assert len(rested) > 20
+    assert not any(rested)
 
 
 async def test_the_loop_ends_when_tasks_wait_for_their_turn(tmp_path: Path) -> None:

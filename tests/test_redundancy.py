@@ -22,6 +22,7 @@ from storage.interfaces import Buffer, Host, QuickHost
 from storage.recovery import recover_volume
 from storage.salvage import salvage_volume
 from storage.sealing import BLOCK
+from storage.sectors import isal, redundancy
 from storage.sectors.label import parse_label
 from storage.sectors.redundancy import ALIGNMENT, Layout, layout_of
 from storage.volume import Volume
@@ -65,6 +66,29 @@ def test_any_k_shards_make_every_other_and_every_range_is_found(spec: str, lengt
         size = data.draw(st.integers(1, layout.shard_length - first))
         columns = {other: plains[other][first : first + size] for other in others}
         assert layout.rebuild(77, number, first, columns) == plains[number][first : first + size]
+
+
+@given(
+    k=st.integers(1, 20),
+    m=st.integers(1, 10),
+    pieces=st.integers(1, 400),
+)
+def test_parity_is_what_pyeclib_makes_whether_it_or_isal_is_asked(k: int, m: int, pieces: int) -> None:
+    """A volume is written with one and repaired with the other."""
+    content = os.urandom(k * pieces * ALIGNMENT)
+    coded = redundancy._Coded(k, m)
+    found = [b"".join(map(bytes, piece)) for piece in coded.pieces([content], pieces * ALIGNMENT)]
+    # Where this fails ISA-L was not found, and encoding is several times slower.
+    assert coded._encoder is not None
+    assert b"".join(found) == content + b"".join(coded._parity(content))
+    coded._encoder = None
+    assert [b"".join(map(bytes, piece)) for piece in coded.pieces([content], pieces * ALIGNMENT)] == found
+
+
+def test_isal_that_does_something_else_than_pyeclib_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    assert isal.encoder(3, 2, lambda sample: [sample, sample]) is None
+    assert '"3+2"; pyeclib encodes' in caplog.text
+    caplog.clear()
 
 
 def test_every_choice_of_k_shards_of_a_small_code() -> None:

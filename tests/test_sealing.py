@@ -15,6 +15,7 @@ from storage import sealing
 from storage.buffers import ALIGNMENT, aligned, is_aligned
 from storage.errors import BadArgument, Corrupt
 from storage.interfaces import Buffer
+from storage.lending import Buffers
 from storage.sealing import (
     BLOCK,
     HEADER_SIZE,
@@ -325,6 +326,17 @@ def test_what_is_sealed_lies_where_a_disk_can_take_it_and_nobody_writes_to_it(le
     assert is_aligned(sealed)
     assert isinstance(sealed, memoryview)
     assert sealed.readonly
+
+
+def test_what_is_sealed_into_lent_memory_is_the_same_for_a_disk_and_stays_while_anybody_has_a_view_of_it() -> None:
+    lent, data = Buffers(1 << 20), content(300_000)
+    first = sealing.seal(KEY, header(len(data)), [data], lent.lend)
+    assert is_aligned(first) and first == sealing.seal(KEY, header(len(data)), [data])
+    view, copy = memoryview(first)[1000:], bytes(first)
+    del first
+    # Not the same memory, for as long as there is the view.
+    second = sealing.seal(KEY, header(len(data), 8), [data], lent.lend)
+    assert view == copy[1000:] and second != copy
 
 
 def test_aligned_buffers_are_aligned_and_their_own() -> None:

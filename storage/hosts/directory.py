@@ -34,6 +34,9 @@ class DirectoryHost:
     def __init__(self, tree: Tree, seams: Seams) -> None:
         self._tree = tree
         self._seams = seams
+        #: What its temporary files' names begin with, and how many there were.
+        self._own = seams.random.token_bytes(8).hex()
+        self._temporaries = 0
         self._slots = Slots(tree.url, SLOTS, seams.threads.run_abandonable, "see whether its disk answers")
 
     @classmethod
@@ -119,7 +122,9 @@ class DirectoryHost:
         await trio.lowlevel.checkpoint()
 
     def _temporary(self) -> str:
-        return self._seams.random.token_bytes(8).hex()
+        """A name nobody else uses (who does all the same is noticed when it is made)."""
+        self._temporaries += 1
+        return f"{self._own}-{self._temporaries:x}"
 
     def __repr__(self) -> str:
         return f"<DirectoryHost {self.url}, {self._slots.at_work} at work>"

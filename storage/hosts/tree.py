@@ -46,8 +46,9 @@ STALE_SECONDS = 86400.0
 MAX_NOW = 132 * 1024
 #: Bytes of buffers to read into that are kept.
 STEPS = 2 * 1024 * 1024
-#: Up to this size an object's tag is its BLAKE3; above, its inode, size and time, which cost no reading.
-MAX_HASHED = 1024 * 1024
+#: Up to this size an object's tag is its BLAKE3: superblocks, which are put conditionally, have less. Above, its inode, size and time,
+#: which cost neither reading nor hashing.
+MAX_HASHED = 128 * 1024
 
 T = TypeVar("T")
 
@@ -504,9 +505,12 @@ class Tree:
                     child = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
                 try:
                     if path not in self._durable:
+                        # One flush is for all that is there by now, which is more than one where an earlier process made them.
+                        above = path[: -len(part) - 1]
+                        there = os.listdir(fd)
                         self._hit("host.put.before_parent_sync")
                         _sync_directory(fd)
-                        self._durable.add(path)
+                        self._durable.update(f"{above}{name}/" for name in there)
                 except BaseException:
                     os.close(child)
                     raise

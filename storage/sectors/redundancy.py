@@ -21,13 +21,17 @@ from typing import Protocol
 
 from storage.errors import Corrupt
 from storage.interfaces import Buffer
+from storage.lending import Buffers
 from storage.replication import Replication, parse_replication
+from storage.sectors.isal import encoder
 from storage.sectors.label import LABEL_SIZE, Label
 
 #: Pieces are padded to a multiple of so many bytes: the width ISA-L's vector code works in.
 ALIGNMENT = 32
 #: Bytes before each of pyeclib's fragments.
 _HEADER = 80
+#: Bytes of buffers that are kept: of the sectors that are sealed or on their way at a time.
+KEPT = 24 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +71,37 @@ class _Coded:
         self._k, self._m = k, m
         self._driver = ECDriver(k=k, m=m, ec_type="isa_l_rs_cauchy")
         self._headers = lru_cache(maxsize=64)(self._make_headers)
+        self._encoder = encoder(k, m, self._parity)
+        #: For pieces: a sector's go back when its last shard is sealed and nobody reads it any more.
+        self._buffers = Buffers(KEPT)
 
     def _make_headers(self, piece: int) -> list[bytes]:
         """pyeclib's headers of fragments of so many bytes: they say nothing of the contents."""
         return [fragment[:_HEADER] for fragment in self._driver.encode(bytes(self._k * piece))]
 
-    def pieces(self, parts: Sequence[Buffer], piece: int) -> list[list[Buffer]]:
-        padding = self._k * piece - sum(memoryview(part).nbytes for part in parts)
-        whole = b"".join([*parts, bytes(padding)])
-        view = memoryview(whole)
+    def _parity(self, whole: bytes) -> list[bytes]:
+        """By pyeclib."""
         fragments = self._driver.encode(whole)
+        piece = len(whole) // self._k
         if len(fragments) != self._k + self._m or any(len(fragment) != _HEADER + piece for fragment in fragments):
             raise RuntimeError(f"pyeclib cut {len(whole)} bytes into pieces of another length than {piece}")
-        pieces: list[list[Buffer]] = [[view[number * piece : (number + 1) * piece]] for number in range(self._k)]
-        pieces += [[memoryview(fragment)[_HEADER:]] for fragment in fragments[self._k :]]
-        return pieces
+        return [fragment[_HEADER:] for fragment in fragments[self._k :]]
+
+    def pieces(self, parts: Sequence[Buffer], piece: int) -> list[list[Buffer]]:
+        whole, at = self._buffers.lend(self._k * piece), 0
+        for part in parts:
+            view = memoryview(part).cast("B")
+            whole[at : at + len(view)] = view
+            at += len(view)
+        whole[at:] = bytes(len(whole) - at)
+        if self._encoder is not None:
+            coded = self._buffers.lend(self._m * piece)
+            self._encoder.encode(whole, coded)
+            parity = [coded[number * piece : (number + 1) * piece].toreadonly() for number in range(self._m)]
+        else:
+            parity = [memoryview(made) for made in self._parity(bytes(whole))]
+        data = [whole[number * piece : (number + 1) * piece].toreadonly() for number in range(self._k)]
+        return [[each] for each in (*data, *parity)]
 
     def rebuild(self, number: int, columns: Mapping[int, bytes]) -> bytes:
         if number in columns:
