@@ -103,3 +103,14 @@ def test_floors_are_ratios_of_medians_to_the_best_peer_or_the_disk() -> None:
     assert reached["fusefs", "disk"] == pytest.approx(380 / 400, abs=0.01)
     # Not encfs, which is quicker and does not sync.
     assert reached["fusefs", "best syncing"] == pytest.approx(380 / 300, abs=0.01)
+    (compared,) = run.comparisons()
+    assert (compared["best peer"], compared["to best peer"]) == ("encfs", pytest.approx(380 / 600, abs=0.01))
+    assert (compared["best that syncs"], compared["to best that syncs"]) == ("gocryptfs", pytest.approx(380 / 300, abs=0.01))
+
+
+def test_of_times_less_is_better() -> None:
+    run = Run({}, encrypted={"disk": False, "fusefs": True, "gocryptfs": True}, syncs={"gocryptfs": True})
+    for system, micros in {"disk": 10.0, "fusefs": 20.0, "gocryptfs": 80.0}.items():
+        run.add(system, {"append to seen, us": micros})
+    (compared,) = run.comparisons()
+    assert (compared["to disk"], compared["to best peer"]) == (0.5, 4.0)

@@ -89,6 +89,32 @@ class Run:
             return best[1] if best is not None else None
         return self.median(what, measure)
 
+    def comparisons(self) -> list[dict[str, Any]]:
+        """Each work with what fusefs did, as a ratio to the bare disk and to the best peer; of times, how many times quicker."""
+        rows: list[dict[str, Any]] = []
+        for measure in measures_of(self):
+            value, best, syncing = self.median("fusefs", measure), self.best(measure), self.best(measure, syncing=True)
+            if value is None:
+                continue
+
+            def ratio(other: float | None, value: float = value, measure: str = measure) -> float | None:
+                if not other:
+                    return None
+                return round(other / value if measure in TIMES else value / other, 2)
+
+            rows.append(
+                {
+                    "work": measure,
+                    "fusefs": value,
+                    "to disk": ratio(self.median("disk", measure)),
+                    "best peer": best and best[0],
+                    "to best peer": ratio(best and best[1]),
+                    "best that syncs": syncing and syncing[0],
+                    "to best that syncs": ratio(syncing and syncing[1]),
+                }
+            )
+        return rows
+
     def floors(self) -> list[dict[str, Any]]:
         """Each floor with what was reached."""
         rows = []
@@ -104,7 +130,7 @@ class Run:
             name: {measure: {"median": self.median(name, measure), "spread": round(self.spread(name, measure), 3)} for measure in measures}
             for name, measures in self.rates.items()
         }
-        return json.dumps({**asdict(self), "medians": medians, "floors": self.floors()}, indent=1)
+        return json.dumps({**asdict(self), "medians": medians, "comparisons": self.comparisons(), "floors": self.floors()}, indent=1)
 
 
 def measures_of(run: Run) -> list[str]:
@@ -130,6 +156,14 @@ def show(run: Run, console: Console) -> None:
     for name, survived in run.survives.items():
         if not survived:
             console.print(f"{name}: what was fsync'd did not survive a kill -9")
+    if run.peers() and "fusefs" in run.rates:
+        ratios = Table(title="fusefs: ratios to the bare disk, to the best peer, and to the best whose fsync reaches the disk")
+        for column in ("work", "to disk", "to best peer", "", "to best that syncs", ""):
+            ratios.add_column(column, justify="right" if column.startswith("to") else "left")
+        shown = ("to disk", "to best peer", "best peer", "to best that syncs", "best that syncs")
+        for compared in run.comparisons():
+            ratios.add_row(compared["work"], *("" if compared[column] is None else str(compared[column]) for column in shown))
+        console.print(ratios)
     floors = Table(title="floors")
     for column in ("work", "system", "of", "floor", "reached", ""):
         floors.add_column(column)

@@ -137,7 +137,8 @@ class System(ABC):
             if entry.name.isdecimal() and int(entry.name) != os.getpid():
                 try:
                     with open(f"/proc/{entry.name}/cmdline", "rb") as file:
-                        words = file.read().split(b"\0")
+                        # Some write their own title over it, in one piece.
+                        words = file.read().replace(b"\0", b" ").split()
                 except OSError:
                     continue
                 if os.fsencode(self.mountpoint) in words:
