@@ -124,6 +124,19 @@ class _Nursery:
         self._nursery.start_soon(whole, name=name)
 
 
+class _Runnable(trio.abc.Instrument):
+    """The tasks that could run now. trio's own count leaves out those of the round that is under way."""
+
+    def __init__(self) -> None:
+        self.tasks: set[trio.lowlevel.Task] = set()
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        self.tasks.add(task)
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.tasks.discard(task)
+
+
 class Receiver:
     """One for each mount. `received` around `pyfuse3.main`."""
 
@@ -144,6 +157,7 @@ class Receiver:
         self._poll: Callable[[float], list[tuple[int, int]]] | None = None
         #: As `_poll`, also of what trio waits for.
         self._either: Callable[[float], list[tuple[int, int]]] | None = None
+        self._runnable = _Runnable()
         self._until = 0.0
         # With one core, whoever is to send the next request cannot run while it is looked for.
         self._spin = SPIN if len(os.sched_getaffinity(0)) > 1 else 0.0
@@ -153,9 +167,11 @@ class Receiver:
         """pyfuse3's main loop waits as the module says."""
         module: Any = pyfuse3
         module.trio = self
+        trio.lowlevel.add_instrument(self._runnable)
         try:
             yield
         finally:
+            trio.lowlevel.remove_instrument(self._runnable)
             module.trio = trio
 
     def waiting(self) -> bool:
@@ -199,11 +215,10 @@ class Receiver:
         """Sleep right here for as long as nobody else has anything to do: a pass of the scheduler takes as long as a request.
 
         True: the next request has come, and nothing else; a burst begins."""
-        if self._either is None:
+        if self._either is None or self._runnable.tasks:
             return False
-        statistics = trio.lowlevel.current_statistics()
-        limit = min(REST, statistics.seconds_to_next_deadline)
-        if statistics.tasks_runnable or limit < 0.001:
+        limit = min(REST, trio.lowlevel.current_statistics().seconds_to_next_deadline)
+        if limit < 0.001:
             return False
         came = self._either(limit * 1000)
         if len(came) != 1 or came[0][0] != fd:
