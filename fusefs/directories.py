@@ -8,6 +8,8 @@ import errno
 import logging
 import stat
 from collections.abc import Sequence
+from itertools import repeat
+from operator import length_hint
 
 import pyfuse3
 
@@ -144,19 +146,22 @@ class DirectoryHandlers(HandlerBase):
             if not pyfuse3.readdir_reply(token, b"..", parent, DOT_COOKIES):
                 return
         after = max(0, start_id - DOT_COOKIES)
-        reply, took = pyfuse3.readdir_reply, sent.append
-        entries = self.listings.first(ino, after)
-        while entries:
-            for cookie, name, shown in entries:
-                if not reply(token, name, shown, cookie + DOT_COOKIES):
-                    self.listings.full(ino, after, len(sent))
-                    return
-                took(shown.st_ino)
-                after = cookie
+        page = self.listings.first(ino, after)
+        while page.names:
+            cookies = iter([cookie + DOT_COOKIES for cookie in page.cookies])
+            # Until one does not fit. Without a loop of Python's: with one, this takes twice as long.
+            fitted = all(map(pyfuse3.readdir_reply, repeat(token), page.names, page.shown, cookies))
+            count = len(page.names) - length_hint(cookies) - (not fitted)
+            sent += page.inos[:count]
+            if count:
+                after = page.cookies[count - 1]
+            if not fitted:
+                self.listings.full(ino, after, len(sent))
+                return
             if self.listings.ended:
                 self.listings.done(ino, after)
                 return
-            entries = self.listings.more(ino, after)
+            page = self.listings.more(ino, after)
 
     @guarded
     async def releasedir(self, fh: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pyfuse3
 
 from storage import Attributes
@@ -11,19 +12,26 @@ CACHE_SECONDS = 86_400.0
 
 
 def entry_of(attributes: Attributes) -> pyfuse3.EntryAttributes:
-    """Attributes in pyfuse3's form. The size of a block is 4096 there from the beginning."""
+    """Attributes in pyfuse3's form."""
+    return shown(*msgspec.structs.astuple(attributes))
+
+
+def shown(
+    ino: int, mode: int, nlink: int, uid: int, gid: int, rdev: int, size: int, stored: int, atime_ns: int, mtime_ns: int, ctime_ns: int
+) -> pyfuse3.EntryAttributes:
+    """As `entry_of` what `Attributes` holds. The size of a block is 4096 in pyfuse3 from the beginning."""
     entry = pyfuse3.EntryAttributes()
     entry.entry_timeout = CACHE_SECONDS
     entry.attr_timeout = CACHE_SECONDS
-    entry.st_ino = attributes.ino
-    entry.st_mode = attributes.mode
-    entry.st_nlink = attributes.nlink
-    entry.st_uid = attributes.uid
-    entry.st_gid = attributes.gid
-    entry.st_rdev = attributes.rdev
-    entry.st_size = attributes.size
-    entry.st_blocks = (attributes.stored + 511) // 512
-    entry.st_atime_ns = attributes.atime_ns
-    entry.st_mtime_ns = attributes.mtime_ns
-    entry.st_ctime_ns = attributes.ctime_ns
+    entry.st_ino = ino
+    entry.st_mode = mode
+    entry.st_nlink = nlink
+    entry.st_uid = uid
+    entry.st_gid = gid
+    entry.st_rdev = rdev
+    entry.st_size = size
+    entry.st_blocks = (stored + 511) // 512
+    entry.st_atime_ns = atime_ns
+    entry.st_mtime_ns = mtime_ns
+    entry.st_ctime_ns = ctime_ns
     return entry

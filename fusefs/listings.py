@@ -11,8 +11,8 @@ import logging
 import pyfuse3
 import trio
 
-from fusefs.entries import entry_of
-from storage import Namespace
+from fusefs.entries import shown
+from storage import Listed, Namespace
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 #: 1 MiB would take. What is fetched and does not fit is fetched again for the next reply, so it is learnt from each how many fit.
 FETCH_FIRST, FETCH_LEAST, FETCH_MOST = 204, 30, 1024
 
-#: (cookie, name, attributes) of each entry.
-Page = list[tuple[int, bytes, pyfuse3.EntryAttributes]]
+Page = Listed[pyfuse3.EntryAttributes]
+NOTHING: Page = Listed((), (), (), ())
 
 
 class Listings:
@@ -54,15 +54,15 @@ class Listings:
 
     def _fetch(self, ino: int, after: int, count: int) -> Page:
         page = self._page(ino, after, count)
-        self.ended = len(page) < count
+        self.ended = len(page.names) < count
         return page
 
     def _page(self, ino: int, after: int, count: int) -> Page:
-        return [(cookie, name, entry_of(attributes)) for cookie, name, attributes in self._namespace.listing(ino, after, count)]
+        return self._namespace.listing(ino, after, count, shown)
 
     def done(self, ino: int, after: int) -> None:
         """A reply took the last entry, which is at cookie `after`: the kernel asks once more, and is told so."""
-        self._ahead = ((ino, after), self._namespace.version, [], True)
+        self._ahead = ((ino, after), self._namespace.version, NOTHING, True)
 
     def full(self, ino: int, after: int, sent: int) -> None:
         """A reply took `sent` entries, up to cookie `after`: the next will take about as many, and be asked for."""
@@ -81,6 +81,6 @@ class Listings:
             place, self._wanted = self._wanted, None
             try:
                 version, page = self._namespace.version, self._page(*place, self._count)
-                self._ahead = (place, version, page, len(page) < self._count)
+                self._ahead = (place, version, page, len(page.names) < self._count)
             except Exception as error:  # noqa: BLE001  whatever it is, the handler that needs the page meets it, and answers
                 log.debug("inode %d could not be listed ahead of need: %s", place[0], error)

@@ -17,7 +17,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -287,6 +287,10 @@ async def _announce(state: MountState, ready: Callable[[], None]) -> None:
 
     def look() -> str:
         os.statvfs(state.mountpoint)
+        # Whoever comes first begins at the root, and most begin with looking for names: what is done for the first time takes several times
+        # as long, so it is done here. No more than one reply, however many entries there are. What is damaged is for others to meet.
+        with suppress(OSError), os.scandir(state.mountpoint) as entries:
+            next(entries, None)
         mount = mount_at(state.mountpoint)
         return mount.device if mount is not None else ""
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from storage.interfaces import FlushProgress as FlushProgress
     from storage.interfaces import FlushReport as FlushReport
     from storage.interfaces import HostIO as HostIO
+    from storage.interfaces import Listed as Listed
     from storage.interfaces import Namespace as Namespace
     from storage.interfaces import Refusal as Refusal
     from storage.interfaces import SectorManager as SectorManager
@@ -102,6 +103,7 @@ _HOMES = {
         "FlushProgress",
         "FlushReport",
         "HostIO",
+        "Listed",
         "Namespace",
         "Refusal",
         "SectorManager",

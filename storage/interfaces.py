@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -665,6 +665,19 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     mode: int
 
 
+#: Makes something of what `Attributes` holds, in its order.
+Show = Callable[[int, int, int, int, int, int, int, int, int, int, int], T]
+
+
+class Listed(NamedTuple, Generic[T]):
+    """Directory entries with attributes, in cookie order; columns, because there are thousands of them."""
+
+    names: Sequence[bytes]
+    inos: Sequence[int]
+    cookies: Sequence[int]
+    shown: Sequence[T]
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """An operation the append-only rules refused, for the log and `status`."""
@@ -736,8 +749,8 @@ class Namespace(Protocol):
         """Grows with everything that could change what `find`, `attributes` or `listing` say."""
         ...
 
-    def listing(self, ino: int, after: int, limit: int) -> list[tuple[int, bytes, Attributes]]:
-        """As `entries`, with what `attributes` says of each: (cookie, name, attributes)."""
+    def listing(self, ino: int, after: int, limit: int, show: Show[T]) -> Listed[T]:
+        """As `entries`, with what `show` makes of the attributes of each: `Attributes`, or at once what the caller wants of them."""
         ...
 
     def parent_of(self, ino: int) -> int:

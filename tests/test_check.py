@@ -39,7 +39,19 @@ from storage.metadata.keys import (
     u64,
 )
 from storage.metadata.lmdb_base import LmdbBase
-from storage.namespace.records import COUNTS_KEY, ROOT, decode_dirent, decode_inode, encode_dirent, encode_inode, inode_key, name_key
+from storage.namespace.records import (
+    COUNTS_KEY,
+    ROOT,
+    cookie_key,
+    decode_dirent,
+    decode_inode,
+    decode_place,
+    encode_dirent,
+    encode_inode,
+    encode_place,
+    inode_key,
+    name_key,
+)
 from storage.seams import Seams
 from storage.sectors.records import decode_sector
 from storage.values.records import Extent, decode_extent, decode_value, value_key
@@ -349,8 +361,17 @@ def _sector_of(path: str) -> Callable[[Store], bytes]:
 
 def _rename_in_place(store: Store) -> None:
     ino = store.ino("logs")
-    key, _ = store.all(COOKIE + u64(ino))[0]
-    store[key] = b"another"
+    key, raw = store.all(COOKIE + u64(ino))[0]
+    _, entry = decode_place(key, raw)
+    store[key] = encode_place(b"another", entry.ino, entry.type)
+
+
+def _wrong_inode_in_place(store: Store) -> None:
+    """Of a file that has its name: the directory shows another inode for it."""
+    places = store.all(COOKIE + u64(store.ino("logs")))
+    (key, raw), (other, _) = places[-2:]
+    name, entry = decode_place(key, raw)
+    store[key] = encode_place(name, decode_place(other, store.get(other))[1].ino, entry.type)
 
 
 def _wrong_extent(store: Store) -> None:
@@ -394,6 +415,16 @@ def _wrong_type(store: Store) -> None:
     store[key] = encode_dirent(type(entry)(entry.ino, stat.S_IFIFO, entry.cookie))
 
 
+def _wrong_type_in_place(store: Store) -> None:
+    entry = decode_dirent(ROOT, store.get(name_key(ROOT, b"holey")))
+    store[cookie_key(ROOT, entry.cookie)] = encode_place(b"holey", entry.ino, stat.S_IFIFO)
+
+
+def _wrong_type_in_both(store: Store) -> None:
+    _wrong_type(store)
+    _wrong_type_in_place(store)
+
+
 def _put(make_key: Callable[[Store], bytes], value: bytes = b"") -> Damage:
     def damage(store: Store) -> None:
         store[make_key(store)] = value
@@ -434,7 +465,11 @@ MENDED: dict[str, tuple[Damage, str]] = {
     "type wrong": (_wrong_type, "entry-type"),
     "place lost": (lose(lambda s: s.all(COOKIE + u64(s.ino("logs")))[0][0]), "place"),
     "place wrong": (_rename_in_place, "place"),
-    "place too many": (_put(lambda s: COOKIE + u64(s.ino("logs")) + u64(5), b"nobody"), "place"),
+    "place garbled": (garble(lambda s: s.all(COOKIE + u64(s.ino("logs")))[0][0]), "undecodable"),
+    "place of another inode": (_wrong_inode_in_place, "place"),
+    "place of another type": (_wrong_type_in_place, "place"),
+    "type wrong in both": (_wrong_type_in_both, "entry-type"),
+    "place too many": (_put(lambda s: COOKIE + u64(s.ino("logs")) + u64(5), encode_place(b"nobody", 5, stat.S_IFREG)), "place"),
     "links wrong": (lambda s: edit_inode(s, "logs/deep/large", nlink=7), "links"),
     "directory's links wrong": (lambda s: edit_inode(s, "logs", nlink=9), "links"),
     "hint wrong": (lambda s: edit_inode(s, "logs/small3", name=b"small4"), "hint"),
@@ -636,7 +671,7 @@ async def test_a_circle_of_directories_is_opened(everything: tuple[Path, Content
         store[name_key(ROOT, b"logs")] = None
         store[COOKIE + u64(ROOT) + u64(entry.cookie)] = None
         store[name_key(deep, b"logs")] = encode_dirent(entry)
-        store[COOKIE + u64(deep) + u64(entry.cookie)] = b"logs"
+        store[COOKIE + u64(deep) + u64(entry.cookie)] = encode_place(b"logs", entry.ino, entry.type)
         edit_inode(store, "logs", parent=deep)
         store.close()
         told = await check(path)

@@ -13,9 +13,10 @@ import trio
 import trio.testing
 
 from fusefs.entries import entry_of
-from fusefs.listings import FETCH_FIRST, FETCH_LEAST, FETCH_MOST, Listings, Page
+from fusefs.listings import FETCH_FIRST, FETCH_LEAST, FETCH_MOST, NOTHING, Listings, Page
 from fusefs.operations import Operations
 from fusefs.receiver import Receiver
+from storage import Attributes
 from storage.errors import Corrupt, FusefsError, NotFound
 from tests.namespace_rig import ROOT, Rig, make_rig
 
@@ -30,9 +31,9 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def listing(self, ino: int, after: int, limit: int) -> Any:
+    def listing(self, ino: int, after: int, limit: int, show: Any) -> Any:
         self.asked.append((ino, after, limit))
-        return self._inner.listing(ino, after, limit)
+        return self._inner.listing(ino, after, limit, show)
 
 
 def shown(page: Page) -> list[tuple[object, ...]]:
@@ -52,15 +53,19 @@ def shown(page: Page) -> list[tuple[object, ...]]:
             e.st_mtime_ns,
             e.st_ctime_ns,
         )
-        for cookie, name, e in page
+        for name, _, cookie, e in zip(*page, strict=True)
     ]
 
 
 def listed(rig: Rig, ino: int, after: int, count: int) -> list[tuple[object, ...]]:
     """What a page should say."""
-    return shown(
-        [(cookie, name, entry_of(rig.ns.attributes(attributes.ino))) for cookie, name, attributes in rig.ns.listing(ino, after, count)]
-    )
+    found = rig.ns.listing(ino, after, count, Attributes)
+    return shown(found._replace(shown=[entry_of(rig.ns.attributes(number)) for number in found.inos]))
+
+
+def part(page: Page, start: int, stop: int | None = None) -> Page:
+    """Some of its entries."""
+    return Page(*(column[start:stop] for column in page))
 
 
 @asynccontextmanager
@@ -85,15 +90,15 @@ async def test_where_a_reply_was_full_the_next_page_is_there_when_it_is_asked_fo
     rig = filled(100)
     async with ahead(rig) as (listings, watched):
         page = listings.first(ROOT, 0)
-        assert [name for _, name, _ in page] == [b"%03d" % number for number in range(100)]
-        listings.full(ROOT, page[39][0], 40)
+        assert list(page.names) == [b"%03d" % number for number in range(100)]
+        listings.full(ROOT, page.cookies[39], 40)
         await trio.testing.wait_all_tasks_blocked()
         # As many as fitted, the dots of a first reply, and the one that shows that it is full.
-        assert watched.asked == [(ROOT, 0, FETCH_FIRST), (ROOT, page[39][0], 43)]
-        assert shown(listings.first(ROOT, page[39][0])) == shown(page[40:83])
+        assert watched.asked == [(ROOT, 0, FETCH_FIRST), (ROOT, page.cookies[39], 43)]
+        assert shown(listings.first(ROOT, page.cookies[39])) == shown(part(page, 40, 83))
         assert len(watched.asked) == 2
         # It is sent once.
-        assert shown(listings.first(ROOT, page[39][0])) == shown(page[40:83])
+        assert shown(listings.first(ROOT, page.cookies[39])) == shown(part(page, 40, 83))
         assert len(watched.asked) == 3
 
 
@@ -104,7 +109,7 @@ async def test_what_was_fetched_ahead_is_not_sent_once_anything_has_changed(chan
     await rig.ns.write(rig.ns.lookup(ROOT, b"051"), 0, b"full")
     async with ahead(rig) as (listings, _):
         page = listings.first(ROOT, 0)
-        at = page[39][0]
+        at = page.cookies[39]
         listings.full(ROOT, at, 40)
         await trio.testing.wait_all_tasks_blocked()
         if change == "write":
@@ -121,7 +126,7 @@ async def test_what_was_fetched_ahead_is_not_sent_once_anything_has_changed(chan
             rig.ns.truncate(rig.ns.lookup(ROOT, b"051"), 0)
         else:
             rig.ns.link(ino, ROOT, b"another")
-        assert shown(listings.first(ROOT, at)) == listed(rig, ROOT, at, 43) != shown(page[40:83])
+        assert shown(listings.first(ROOT, at)) == listed(rig, ROOT, at, 43) != shown(part(page, 40, 83))
 
 
 async def test_another_place_is_fetched_when_it_is_asked_for() -> None:
@@ -130,10 +135,10 @@ async def test_another_place_is_fetched_when_it_is_asked_for() -> None:
     rig.file(b"x", below)
     async with ahead(rig) as (listings, _):
         page = listings.first(ROOT, 0)
-        listings.full(ROOT, page[39][0], 40)
+        listings.full(ROOT, page.cookies[39], 40)
         await trio.testing.wait_all_tasks_blocked()
-        assert [name for _, name, _ in listings.first(below, 0)] == [b"x"]
-        assert shown(listings.first(ROOT, page[9][0])) == listed(rig, ROOT, page[9][0], 43)
+        assert list(listings.first(below, 0).names) == [b"x"]
+        assert shown(listings.first(ROOT, page.cookies[9])) == listed(rig, ROOT, page.cookies[9], 43)
 
 
 async def test_how_much_is_fetched_follows_how_much_fits_within_bounds() -> None:
@@ -151,15 +156,15 @@ async def test_what_cannot_be_listed_is_said_when_it_is_asked_for_and_ends_nothi
         page = listings.first(ROOT, 0)
         with monkeypatch.context() as context:
 
-            def broken(ino: int, after: int, limit: int) -> Any:
+            def broken(ino: int, after: int, limit: int, show: Any) -> Any:
                 raise ZeroDivisionError("a bug, on purpose")
 
             context.setattr(watched, "listing", broken)
-            listings.full(ROOT, page[39][0], 40)
+            listings.full(ROOT, page.cookies[39], 40)
             await trio.testing.wait_all_tasks_blocked()
             with pytest.raises(ZeroDivisionError):
-                listings.first(ROOT, page[39][0])
-        assert shown(listings.first(ROOT, page[39][0])) == shown(page[40:])
+                listings.first(ROOT, page.cookies[39])
+        assert shown(listings.first(ROOT, page.cookies[39])) == shown(part(page, 40))
 
 
 async def test_the_end_is_known_when_it_is_reached_and_what_comes_after_it_is_seen() -> None:
@@ -167,20 +172,20 @@ async def test_the_end_is_known_when_it_is_reached_and_what_comes_after_it_is_se
     async with ahead(rig) as (listings, watched):
         page = listings.first(ROOT, 0)
         assert listings.ended
-        listings.done(ROOT, page[-1][0])
-        assert listings.first(ROOT, page[-1][0]) == []
+        listings.done(ROOT, page.cookies[-1])
+        assert listings.first(ROOT, page.cookies[-1]) == NOTHING
         assert len(watched.asked) == 1
-        listings.done(ROOT, page[-1][0])
+        listings.done(ROOT, page.cookies[-1])
         rig.file(b"later")
-        assert [name for _, name, _ in listings.first(ROOT, page[-1][0])] == [b"later"]
+        assert list(listings.first(ROOT, page.cookies[-1]).names) == [b"later"]
         # A page as long as was asked for may be followed by others.
         listings.full(ROOT, 0, 27)
         await trio.testing.wait_all_tasks_blocked()
-        assert len(listings.first(ROOT, 0)) == FETCH_LEAST
+        assert len(listings.first(ROOT, 0).names) == FETCH_LEAST
         assert not listings.ended
-        assert len(listings.more(ROOT, page[29][0])) == FETCH_LEAST
+        assert len(listings.more(ROOT, page.cookies[29]).names) == FETCH_LEAST
         assert not listings.ended
-        assert listings.more(ROOT, page[59][0])[0][1] == b"later"
+        assert listings.more(ROOT, page.cookies[59]).names[0] == b"later"
         assert listings.ended
 
 
@@ -188,11 +193,11 @@ async def test_a_page_fetched_ahead_is_not_the_end_because_another_reply_took_mo
     rig = filled(100)
     async with ahead(rig) as (listings, _):
         page = listings.first(ROOT, 0)
-        listings.full(ROOT, page[9][0], 30)
+        listings.full(ROOT, page.cookies[9], 30)
         await trio.testing.wait_all_tasks_blocked()
         # Of another directory, by somebody with larger replies; its page is not fetched yet.
         listings.full(ROOT, 0, 1000)
-        assert shown(listings.first(ROOT, page[9][0])) == shown(page[10:43])
+        assert shown(listings.first(ROOT, page.cookies[9])) == shown(part(page, 10, 43))
         assert not listings.ended
 
 

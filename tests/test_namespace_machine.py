@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from storage import Attributes
 from storage.errors import BadArgument, Exists, FusefsError, IsADirectory, NotADirectory, NotEmpty, NotFound, NotPermitted
 from storage.metadata.keys import COOKIE, INODE, MAP, NAME, ORPHAN
 from tests.namespace_rig import ROOT, Rig, make_rig
@@ -270,9 +271,10 @@ class Machine(RuleBasedStateMachine):
         ns = self.rig.ns
         for parent in self.world.dirs():
             # First of all, while what is not in memory has not been looked at: it is listed from the store's records.
-            listed = ns.listing(parent.ino, 0, 1000)
+            listed = list(zip(*ns.listing(parent.ino, 0, 1000, Attributes), strict=True))
             entries = ns.entries(parent.ino, 0, 1000)
-            assert listed == [(entry.cookie, entry.name, ns.attributes(entry.ino)) for entry in entries]
+            assert listed == [(entry.name, entry.ino, entry.cookie, ns.attributes(entry.ino)) for entry in entries]
+            assert all(entry.mode == stat.S_IFMT(ns.attributes(entry.ino).mode) for entry in entries)
             found = {entry.name: entry for entry in entries}
             assert {name: entry.ino for name, entry in found.items()} == {name: node.ino for name, node in parent.children.items()}
             for name, node in parent.children.items():

@@ -19,19 +19,22 @@ from storage.namespace.records import (
     HandingDownRecord,
     InodeRecord,
     MapRecord,
+    Places,
     cookie_key,
     decode_counts,
     decode_dirent,
-    decode_dirents,
     decode_handing_down,
     decode_inode,
     decode_inodes,
     decode_map,
+    decode_place,
+    decode_places,
     encode_counts,
     encode_dirent,
     encode_handing_down,
     encode_inode,
     encode_map,
+    encode_place,
     handing_down_key,
     inode_key,
     map_key,
@@ -77,6 +80,7 @@ def samples() -> dict[str, bytes]:
             inode(mode=stat.S_IFLNK | 0o777, value=0, map=0, size=0, map_bound=0, counted=0, flags=0, target=b"to/where")
         ),
         "directory entry": encode_dirent(Dirent(ino=70000, type=stat.S_IFREG, cookie=3)),
+        "place": encode_place(b"name \xff", 70000, stat.S_IFREG),
         "map entry": encode_map(MapRecord(length=1 << 33, value_offset=9)),
         "counts": encode_counts(CountsRecord(inodes=3, files=1, bytes=4999)),
         "handing down": encode_handing_down(HandingDownRecord(replication="4+2", after=77)),
@@ -96,6 +100,7 @@ def test_formats_are_as_in_the_golden_file() -> None:
     assert {name: raw.hex() for name, raw in samples().items()} == golden
     assert decode_inode(1, bytes.fromhex(golden["inode: mapped file"])) == inode()
     assert decode_dirent(1, bytes.fromhex(golden["directory entry"])) == Dirent(ino=70000, type=stat.S_IFREG, cookie=3)
+    assert decode_place(cookie_key(1, 3), bytes.fromhex(golden["place"])) == (b"name \xff", Dirent(ino=70000, type=stat.S_IFREG, cookie=3))
     assert decode_map(1, 0, bytes.fromhex(golden["map entry"])) == MapRecord(length=1 << 33, value_offset=9)
     assert decode_handing_down(1, bytes.fromhex(golden["handing down"])) == HandingDownRecord(replication="4+2", after=77)
     assert decode_counts(bytes.fromhex(golden["counts"])) == CountsRecord(inodes=3, files=1, bytes=4999)
@@ -108,6 +113,8 @@ def test_an_ordinary_inode_record_is_small() -> None:
 decoders: list[Callable[[bytes], object]] = [
     lambda raw: decode_inode(1, raw),
     lambda raw: decode_dirent(1, raw),
+    lambda raw: decode_place(cookie_key(1, 3), raw),
+    lambda raw: decode_place(raw, encode_place(b"name", 5, stat.S_IFREG)),
     lambda raw: decode_map(1, 5, raw),
     decode_counts,
     lambda raw: decode_handing_down(1, raw),
@@ -155,12 +162,22 @@ def test_records_that_contradict_themselves_are_corrupt(changes: dict[str, objec
         decode_inode(5, encode_inode(inode(**changes)))
 
 
+def rows(places: Places) -> list[tuple[bytes, int, int]]:
+    """What `decode_places` says, one by one."""
+    return list(zip(*places, strict=True))
+
+
 TOGETHER: list[tuple[bytes, Callable[[list[bytes]], object], Callable[[int, bytes], object]]] = [
     (encode_inode(inode()), lambda raws: decode_inodes(range(5, 5 + len(raws)), raws), decode_inode),
     (
-        encode_dirent(Dirent(ino=70000, type=stat.S_IFREG, cookie=3)),
-        lambda raws: decode_dirents(9, raws),
-        lambda _, raw: decode_dirent(9, raw),
+        encode_place(b"name", 70000, stat.S_IFREG),
+        lambda raws: rows(decode_places([(cookie_key(9, 5 + number), raw) for number, raw in enumerate(raws)])),
+        lambda number, raw: decode_place(cookie_key(9, number), raw),
+    ),
+    (
+        cookie_key(9, 3),
+        lambda keys: rows(decode_places([(key, encode_place(b"name", 7, stat.S_IFDIR)) for key in keys])),
+        lambda _, key: decode_place(key, encode_place(b"name", 7, stat.S_IFDIR)),
     ),
 ]
 
@@ -181,7 +198,7 @@ def test_records_decoded_together_are_as_decoded_one_by_one(
     damaged[at % len(good)] ^= flip
     for odd in (raws, [bytes(damaged)], [bytes(damaged[:at])], [encode_inode(inode(value=0))], []):
         some = [good] * which + odd + [good] * 2
-        expected = _outcome(lambda some=some: [single(5 + number, raw) for number, raw in enumerate(some)])
+        expected = _outcome(lambda some=some: [row(single(5 + number, raw)) for number, raw in enumerate(some)])
         assert _outcome(lambda some=some: together(some)) == expected
 
 
@@ -192,11 +209,18 @@ def _outcome(decode: Callable[[], object]) -> object:
         return str(error)
 
 
+def row(decoded: object) -> object:
+    """What `decode_places` has of what `decode_place` says; anything else as it is."""
+    match decoded:
+        case (name, Dirent() as entry):
+            return name, entry.ino, entry.cookie
+    return decoded
+
+
 def test_numbers_where_records_should_be_are_no_records() -> None:
-    raw = encode_dirent(Dirent(ino=70000, type=stat.S_IFREG, cookie=3))
     with pytest.raises(Corrupt):
-        decode_dirents(1, [b"\1\1", raw])
-    assert decode_dirents(1, []) == []
+        decode_inodes([4, 5], [b"\1\1", encode_inode(inode())])
+    assert decode_inodes([], []) == []
 
 
 def test_map_entries_reach_nowhere_beyond_a_file() -> None:

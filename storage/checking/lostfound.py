@@ -13,6 +13,7 @@ from storage.namespace.records import (
     cookie_key,
     encode_dirent,
     encode_inode,
+    encode_place,
     inode_key,
     name_key,
 )
@@ -49,8 +50,13 @@ def new_directory(patient: Patient, batch: Batch, ino: int, parent: int, name: b
 def link(patient: Patient, batch: Batch, parent: int, name: bytes, ino: int, mode: int) -> None:
     """In `batch`: a name with a new place. Only while repairing."""
     cookie = patient.number(b"cookie")
-    batch.put(cookie_key(parent, cookie), name)
-    batch.put(name_key(parent, name), encode_dirent(Dirent(ino, stat.S_IFMT(mode), cookie)))
+    put(batch, parent, name, Dirent(ino, stat.S_IFMT(mode), cookie))
+
+
+def put(batch: Batch, parent: int, name: bytes, entry: Dirent) -> None:
+    """In `batch`: a name and its place."""
+    batch.put(cookie_key(parent, entry.cookie), encode_place(name, entry.ino, entry.type))
+    batch.put(name_key(parent, name), encode_dirent(entry))
 
 
 async def attach(patient: Patient, batch: Batch, ino: int, rec: InodeRecord, name: bytes | None = None) -> str:

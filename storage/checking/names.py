@@ -22,6 +22,7 @@ from storage.namespace.records import (
     InodeRecord,
     cookie_key,
     decode_counts,
+    decode_place,
     encode_counts,
     encode_dirent,
     encode_inode,
@@ -132,15 +133,20 @@ async def _check_name(patient: Patient, parent: int, name: bytes) -> None:
             batch.delete(cookie_key(parent, entry.cookie))
             await patient.found("dangling-name", where, f"its inode {entry.ino} does not exist, nor any content of it", batch)
         return
+    there = patient.place(parent, entry.cookie)
     if rec.type != entry.type:
         batch = Batch()
-        entry = Dirent(entry.ino, rec.type, entry.cookie)
-        batch.put(name_key(parent, name), encode_dirent(entry))
+        right = Dirent(entry.ino, rec.type, entry.cookie)
+        batch.put(name_key(parent, name), encode_dirent(right))
+        if there == (name, entry):  # which says the same: one finding
+            there = (name, right)
+            lostfound.put(batch, parent, name, right)
+        entry = right
         await patient.found("entry-type", where, "the directory says it is of another type than it is", batch)
     if rec.is_dir and (rec.parent, rec.name) != (parent, name):
         await _check_directory_name(patient, entry.ino, rec, parent, name, where)
         return
-    await _check_place(patient, parent, name, entry, where)
+    await _check_place(patient, parent, name, entry, there, where)
 
 
 async def _check_directory_name(patient: Patient, ino: int, rec: InodeRecord, parent: int, name: bytes, where: str) -> None:
@@ -154,38 +160,49 @@ async def _check_directory_name(patient: Patient, ino: int, rec: InodeRecord, pa
         return
     entry = patient.dirent(parent, name)
     patient.set_aside(batch, name_key(parent, name))
-    if entry is not None and patient.store.get(cookie_key(parent, entry.cookie)) == name:
+    if entry is not None and _has_place(patient, parent, name, entry):
         batch.delete(cookie_key(parent, entry.cookie))
     await patient.found("directory-names", where, f"it is a second name of the directory {patient.path(ino)}", batch)
 
 
-async def _check_place(patient: Patient, parent: int, name: bytes, entry: Dirent, where: str) -> None:
-    there = patient.store.get(cookie_key(parent, entry.cookie))
-    if there == name:
+async def _check_place(patient: Patient, parent: int, name: bytes, entry: Dirent, there: tuple[bytes, Dirent] | None, where: str) -> None:
+    """`there`: what is on record at the place of `entry`."""
+    if there == (name, entry):
         return
     batch = Batch()
     if there is None:
-        batch.put(cookie_key(parent, entry.cookie), name)
+        lostfound.put(batch, parent, name, entry)
         await patient.found("place", where, "it has no place in its directory", batch)
         return
-    other = patient.dirent(parent, there)
+    if there[0] == name:
+        lostfound.put(batch, parent, name, entry)
+        await patient.found("place", where, "its place in the directory says something else of it", batch)
+        return
+    other = patient.dirent(parent, there[0])
     if other is None or other.cookie != entry.cookie:
-        batch.put(cookie_key(parent, entry.cookie), name)
+        lostfound.put(batch, parent, name, entry)
     elif patient.repair:
         lostfound.link(patient, batch, parent, name, entry.ino, entry.type)
-    await patient.found("place", where, f"its place in the directory is said to be that of {show(there)!r}", batch)
+    await patient.found("place", where, f"its place in the directory is said to be that of {show(there[0])!r}", batch)
+
+
+def _has_place(patient: Patient, parent: int, name: bytes, entry: Dirent) -> bool:
+    """The place of `entry` is that of `name`."""
+    there = patient.place(parent, entry.cookie)
+    return there is not None and there[0] == name
 
 
 async def _check_places(patient: Patient) -> None:
     patient.stage("places")
     async for page in pages(patient.store, COOKIE):
-        for key, name in page:
-            if len(key) != 17:
-                continue
-            parent, cookie = read_u64(key, 1), read_u64(key, 9)
+        for key, raw in page:
+            place = attempt(decode_place, key, raw)
+            if place is None:
+                continue  # told with the records
+            parent, name, cookie = read_u64(key, 1), place[0], place[1].cookie
             entry = patient.dirent(parent, name)
             # One that differs was told with its name, which has a place of its own now.
-            if entry is None or (entry.cookie != cookie and patient.store.get(cookie_key(parent, entry.cookie)) == name):
+            if entry is None or (entry.cookie != cookie and _has_place(patient, parent, name, entry)):
                 batch = Batch()
                 patient.set_aside(batch, key)
                 where = f"{patient.path(parent).rstrip('/')}/{show(name)}"

@@ -17,7 +17,17 @@ from storage.keys import SALT_SIZE
 from storage.metadata.keys import COUNTER, LOCAL, SECTOR, VALUE, read_u64, u64
 from storage.metadata.store import Store
 from storage.namespace.directories import show
-from storage.namespace.records import ROOT, Dirent, InodeRecord, decode_dirent, decode_inode, inode_key, name_key
+from storage.namespace.records import (
+    ROOT,
+    Dirent,
+    InodeRecord,
+    cookie_key,
+    decode_dirent,
+    decode_inode,
+    decode_place,
+    inode_key,
+    name_key,
+)
 from storage.seams import Seams
 from storage.sectors.records import SectorRecord, decode_sector
 from storage.sectors.staging import Staging
@@ -142,6 +152,11 @@ class Patient:
     def dirent(self, parent: int, name: bytes) -> Dirent | None:
         raw = self.store.get(name_key(parent, name))
         return None if raw is None else attempt(decode_dirent, parent, raw)
+
+    def place(self, parent: int, cookie: int) -> tuple[bytes, Dirent] | None:
+        key = cookie_key(parent, cookie)
+        raw = self.store.get(key)
+        return None if raw is None else attempt(decode_place, key, raw)
 
     def value(self, value_id: int) -> ValueRecord | None:
         raw = self.store.get(VALUE + u64(value_id))

@@ -30,6 +30,7 @@ from storage.namespace.records import (
     decode_handing_down,
     decode_inode,
     decode_map,
+    decode_place,
 )
 from storage.renewal import decode_trouble, is_trouble, trouble_host
 from storage.sectors.doubts import MISSING
@@ -56,8 +57,7 @@ def _name(key: bytes, raw: bytes) -> None:
 
 
 def _place(key: bytes, raw: bytes) -> None:
-    _shape(len(key) == 17)
-    check_name(raw)
+    check_name(decode_place(key, raw)[0])
 
 
 def _map(key: bytes, raw: bytes) -> None:

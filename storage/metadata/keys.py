@@ -20,7 +20,7 @@
 | `a` | value id u64 | some of its bytes are in sectors of another replication than its own: how many, u64 | values |
 | `i` | inode u64 | inode record | namespace |
 | `n` | parent inode u64, name | directory entry | namespace |
-| `l` | parent inode u64, cookie u64 | name of that entry | namespace |
+| `l` | parent inode u64, cookie u64 | place of that entry: its name, inode and type | namespace |
 | `o` | inode or map u64 | orphan: no name, still pinned; or the rest of a dropped file map | namespace |
 | `m` | map u64 (taken from the inode numbers), file offset u64 | file map entry | namespace |
 | `t` | inode u64, name | extended attribute | namespace |

@@ -9,7 +9,7 @@ All methods belong to the event loop's thread and await nothing. # Invariant: re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from sortedcontainers import SortedList
@@ -106,8 +106,10 @@ class Memtable:
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See MetadataStore."""
-        active, frozen = self.active.values, {} if self.frozen is None else self.frozen.values
-        if active.keys().isdisjoint(keys) and frozen.keys().isdisjoint(keys):
+        active: Mapping[bytes, bytes | None] = self.active.values
+        frozen: Mapping[bytes, bytes | None] = {} if self.frozen is None else self.frozen.values
+        # Every key is looked for, also in what is empty.
+        if (not active or active.keys().isdisjoint(keys)) and (not frozen or frozen.keys().isdisjoint(keys)):
             return self._base.get_many(keys)
         above = [key in active or key in frozen for key in keys]
         below = iter(self._base.get_many([key for key, here in zip(keys, above, strict=True) if not here]))

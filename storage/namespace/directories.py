@@ -1,4 +1,4 @@
-"""Directory entries: name -> inode, place -> name; and the way back up, from an inode to a path."""
+"""Directory entries: name -> inode, place -> name and inode; and the way back up, from an inode to a path."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from collections.abc import Iterator, Sequence
 from storage.errors import BadArgument, Corrupt, NameTooLong, NotFound
 from storage.interfaces import Entry, MetadataStore
 from storage.metadata.counters import Counter
-from storage.metadata.keys import COOKIE, NAME, numbered, prefix_end, u64
-from storage.metadata.together import complete
+from storage.metadata.keys import COOKIE, NAME, prefix_end, u64
 from storage.namespace.inodes import Change, Inode, InodeTable
 from storage.namespace.records import (
     MAX_NAME,
     MAX_OFFSET,
+    NOWHERE,
     ROOT,
     Dirent,
     InodeRecord,
+    Places,
     cookie_key,
     decode_dirent,
-    decode_dirents,
+    decode_place,
+    decode_places,
     encode_dirent,
+    encode_place,
     name_key,
 )
 
@@ -78,29 +81,22 @@ class Directories:
         self._inodes.directory(ino)
         if not 0 <= after < MAX_OFFSET:
             return []
-        return [Entry(cookie=e.cookie, name=name, ino=e.ino, mode=e.type) for name, e in zip(*self._placed(ino, after, limit), strict=True)]
+        entries = [decode_place(key, raw) for key, raw in self._places(ino, after, limit)]
+        return [Entry(cookie=entry.cookie, name=name, ino=entry.ino, mode=entry.type) for name, entry in entries]
 
-    def _placed(self, ino: int, after: int, limit: int) -> tuple[list[bytes], list[Dirent]]:
-        places = self._store.scan(cookie_key(ino, after + 1), prefix_end(COOKIE + u64(ino)), limit)
-        prefix = NAME + u64(ino)
-        names = [name for _, name in places]
-        found = self._store.get_many([prefix + name for name in names])
-        raws = complete(found)
-        if raws is not None:
-            entries = decode_dirents(ino, raws)
-            if [key for key, _ in places] == numbered(COOKIE + u64(ino), [entry.cookie for entry in entries]):
-                return names, entries
-        bad = [raw is None or key != cookie_key(ino, decode_dirent(ino, raw).cookie) for (key, _), raw in zip(places, found, strict=True)]
-        name = names[bad.index(True) if True in bad else 0]
-        raise Corrupt(f"{self.describe(ino, name)}: name and place in the directory disagree; check the volume's metadata")
+    def _places(self, ino: int, after: int, limit: int) -> list[tuple[bytes, bytes]]:
+        return self._store.scan(cookie_key(ino, after + 1), prefix_end(COOKIE + u64(ino)), limit)
 
-    def listing(self, ino: int, after: int, limit: int) -> tuple[list[bytes], list[Dirent], Sequence[Inode | InodeRecord]]:
-        """As `entries`: names, what they stand for, and the inodes where they are in memory, else their records as they are stored."""
+    def listing(self, ino: int, after: int, limit: int) -> tuple[Places, Sequence[Inode | InodeRecord]]:
+        """As `entries`: places, and what they stand for: inodes where they are in memory, else their records as they are stored."""
         self._inodes.directory(ino)
         if not 0 <= after < MAX_OFFSET:
-            return [], [], []
-        names, entries = self._placed(ino, after, limit)
-        return names, entries, self._inodes.peek([entry.ino for entry in entries])
+            return NOWHERE, []
+        places = decode_places(self._places(ino, after, limit))
+        try:
+            return places, self._inodes.peek(places.inos)
+        except NotFound as error:
+            raise Corrupt(f"{self.describe(ino)}: has an entry of which {error}; check the volume's metadata") from error
 
     def names(self, ino: int, prefix: bytes, after: bytes | None, limit: int) -> list[tuple[bytes, Dirent]]:
         """At most `limit` entries whose name starts with `prefix` and stands after `after`, in order of names."""
@@ -115,7 +111,7 @@ class Directories:
         """A new name, or what an existing one stands for; a new place unless `cookie` says which."""
         if cookie is None:
             cookie = self._cookies.next_now()
-            change.batch.put(cookie_key(parent, cookie), name)
+        change.batch.put(cookie_key(parent, cookie), encode_place(name, ino, kind))
         change.batch.put(name_key(parent, name), encode_dirent(Dirent(ino=ino, type=kind, cookie=cookie)))
 
     def remove(self, change: Change, parent: int, name: bytes, entry: Dirent) -> None:

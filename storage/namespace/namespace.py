@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import msgspec
 
 from storage import interfaces
 from storage.errors import BadArgument, Corrupt, Exists, IsADirectory, NameTooLong, NotADirectory, NotEmpty, NotFound, TooManyLinks
-from storage.interfaces import Attributes, Batch, Buffer, Entry, MetadataStore, Values
+from storage.interfaces import Attributes, Batch, Buffer, Entry, Listed, MetadataStore, Show, Values
 from storage.metadata.counters import Counter
 from storage.metadata.keys import COUNTER, u64
 from storage.namespace.content import Content
@@ -47,6 +49,8 @@ _RANGE = 1024
 #: What a directory shows as its size; it has none.
 _DIRECTORY_SIZE = 4096
 _PERMISSIONS = 0o7777
+
+T = TypeVar("T")
 
 
 class Namespace:
@@ -255,27 +259,23 @@ class Namespace:
     def version(self) -> int:
         return self._inodes.version
 
-    def listing(self, ino: int, after: int, limit: int) -> list[tuple[int, bytes, Attributes]]:
-        names, entries, inodes = self._directories.listing(ino, after, limit)
+    def listing(self, ino: int, after: int, limit: int, show: Show[T]) -> Listed[T]:
+        places, inodes = self._directories.listing(ino, after, limit)
         # Straight files that are not in memory are most of what there is: their sizes are fetched together.
         records = [what for what in inodes if isinstance(what, InodeRecord) and what.value and not what.map]
         sizes = self._values.sizes_of([rec.value for rec in records])
-        if len(records) == len(inodes):
-            found = [
-                (entry.cookie, name, _attributes(entry.ino, rec, size, size))
-                for name, entry, rec, size in zip(names, entries, records, sizes, strict=True)
-                if size is not None
-            ]
-            if len(found) == len(records):
-                return found
-        return self._mixed(names, entries, inodes, iter(sizes))
+        if len(records) < len(inodes) or None in sizes:
+            return Listed(*places, self._mixed(places.inos, inodes, iter(sizes), show))
+        # By place: with names it takes twice as long.
+        shown = [
+            show(number, rec.mode, rec.nlink, rec.uid, rec.gid, rec.rdev, size, size, rec.atime, rec.mtime, rec.ctime)
+            for number, rec, size in zip(places.inos, records, cast("list[int]", sizes), strict=True)
+        ]
+        return Listed(*places, shown)
 
-    def _mixed(
-        self, names: Sequence[bytes], entries: Sequence[Dirent], inodes: Sequence[Inode | InodeRecord], sizes: Iterator[int | None]
-    ) -> list[tuple[int, bytes, Attributes]]:
-        found: list[tuple[int, bytes, Attributes]] = []
-        for name, entry, what in zip(names, entries, inodes, strict=True):
-            number = entry.ino
+    def _mixed(self, numbers: Sequence[int], inodes: Sequence[Inode | InodeRecord], sizes: Iterator[int | None], show: Show[T]) -> list[T]:
+        shown: list[T] = []
+        for number, what in zip(numbers, inodes, strict=True):
             if isinstance(what, Inode):
                 attributes = self._attributes(what)
             elif what.map or not what.value:
@@ -285,8 +285,8 @@ class Namespace:
                 if size is None:
                     raise Corrupt(f"inode {number}: its value {what.value} does not exist; check the volume's metadata")
                 attributes = _attributes(number, what, size, size)
-            found.append((entry.cookie, name, attributes))
-        return found
+            shown.append(show(*msgspec.structs.astuple(attributes)))
+        return shown
 
     def names(self, ino: int, prefix: bytes, after: bytes | None, limit: int) -> list[tuple[bytes, Dirent]]:
         """At most `limit` entries of the directory whose name starts with `prefix` and stands after `after`, in order of names."""
@@ -477,7 +477,7 @@ class Namespace:
 
 
 def _attributes(ino: int, rec: InodeRecord, size: int, stored: int) -> Attributes:
-    # By place: with names it takes twice as long, and this is done for everything that is listed.
+    # By place: with names it takes twice as long.
     return Attributes(ino, rec.mode, rec.nlink, rec.uid, rec.gid, rec.rdev, size, stored, rec.atime, rec.mtime, rec.ctime)
 
 

@@ -26,7 +26,7 @@ _EXTENT = struct.Struct(">QII")
 _U63 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
-class ValueRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+class ValueRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
     """What is durable of a value besides its extents and tail."""
 
     version: int

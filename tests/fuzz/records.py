@@ -26,14 +26,16 @@ from storage.namespace.records import (
     MapRecord,
     decode_counts,
     decode_dirent,
-    decode_dirents,
     decode_inode,
     decode_inodes,
     decode_map,
+    decode_place,
+    decode_places,
     encode_counts,
     encode_dirent,
     encode_inode,
     encode_map,
+    encode_place,
 )
 from storage.replication import parse_replication
 from storage.sealing import ShardHeader
@@ -152,8 +154,14 @@ def _inode_seeds() -> list[bytes]:
 
 def _dirent(data: bytes) -> None:
     entry = decode_dirent(5, data)
-    same(decode_dirents(5, [data]), [entry])
     same(decode_dirent(5, encode_dirent(entry)), entry)
+
+
+def _place(data: bytes) -> None:
+    key, raw = data[:17], data[17:]
+    name, entry = decode_place(key, raw)
+    same(tuple(zip(*decode_places([(key, raw)]), strict=True)), ((name, entry.ino, entry.cookie),))
+    same(encode_place(name, entry.ino, entry.type), raw)
 
 
 def _map(data: bytes) -> None:
@@ -215,6 +223,7 @@ TARGETS = (
     Target(
         "dirent", _dirent, lambda: [_golden_namespace()["directory entry"], encode_dirent(Dirent(ino=5, type=stat.S_IFDIR, cookie=2**40))]
     ),
+    Target("place", _place, lambda: [_golden_namespace()["key: cookie"] + _golden_namespace()["place"]]),
     Target("map", _map, lambda: [_golden_namespace()["map entry"], encode_map(MapRecord(length=5, value_offset=2**62))]),
     Target("counts", _counts, lambda: [_golden_namespace()["counts"], encode_counts(CountsRecord(inodes=1, files=0, bytes=0))]),
     Target("counter", _counter, lambda: [bytes(7) + b"\x01", b"\x7f" + b"\xff" * 7]),
