@@ -178,6 +178,10 @@ class Receiver:
         """Has a request come that nobody has received yet?"""
         return self._poll is not None and bool(self._poll(0))
 
+    def rest(self) -> None:
+        """There is work besides requests: the scheduler gets its pass before the next request is looked for."""
+        self._until = 0.0
+
     # ---- what pyfuse3 looks for in its `trio`
 
     @property

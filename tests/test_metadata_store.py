@@ -26,7 +26,9 @@ from storage.metadata import journal as journal_module
 from storage.metadata import store as store_module
 from storage.metadata.keys import INODE, VALUE, numbered, u64
 from storage.metadata.lmdb_base import LmdbBase
+from storage.metadata.memtable import Memtable
 from storage.metadata.store import Store
+from storage.metadata.together import by_number
 from storage.seams import InlineWorker, Seams
 from tests.fakes import Crash
 from tests.metadata_rig import (
@@ -823,7 +825,12 @@ def test_keys_with_numbers_in_a_row_are_found_as_others_are(data: st.DataObject)
             base.renew()
             keys = numbered(INODE, looked_for)
             assert keys == [INODE + u64(number) for number in looked_for]
-            assert base.get_many(keys) == [content.get(key) for key in keys]
+            assert base.get_many(keys) == by_number(base, INODE, looked_for) == [content.get(key) for key in keys]
+            # Some of it in memory.
+            table = Memtable(base)
+            newer = {INODE + u64(number): data.draw(st.sampled_from([None, b"newer"])) for number in data.draw(st.sets(st.integers(0, 40)))}
+            table.apply(list(newer.items()))
+            assert by_number(table, INODE, looked_for) == [(content | newer).get(key) for key in keys]
         finally:
             base.close()
 

@@ -60,8 +60,6 @@ def local_error(error: lmdb.Error, path: Path) -> FusefsError:
     return IOFailure(f"{path}: the metadata database failed ({error}); check the disk")
 
 
-#: Keys from which on they are looked at for being a row.
-_ROW = 8
 #: Pairs a scan takes at first, then twice as many each time: at most half of all it takes are beyond its end.
 _FIRST = 4
 
@@ -152,11 +150,6 @@ class LmdbBase:
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See MetadataStore."""
         try:
-            if len(keys) >= _ROW and int.from_bytes(keys[-1], "big") - int.from_bytes(keys[0], "big") == len(keys) - 1:
-                # Numbers that were given out one after the other, it seems: walking takes half as long as looking for each.
-                row = list(islice(self._cursor.iternext(), len(keys))) if self._cursor.set_key(keys[0]) else []
-                if [key for key, _ in row] == keys:
-                    return [value for _, value in row]
             found: list[tuple[bytes, bytes]] = self._cursor.getmulti(keys)
         except lmdb.Error as error:
             raise local_error(error, self._path) from error

@@ -1,4 +1,4 @@
-"""Many MessagePack records decoded with one call: half the time of one call for each.
+"""Many records at a time: MessagePack decoded with one call, which takes half the time of one call for each, and keys fetched by number.
 
 What one damaged record leaves over, or takes from the next one's bytes, shows in the number of items. So whatever does not decode
 together is decoded one by one, which says which record is damaged, and how.
@@ -8,9 +8,20 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import cast
+from typing import Protocol, cast
 
+from storage.metadata.keys import numbered, u64
+
+#: From so many on, numbers are looked at for being a row.
+_ROW = 8
 _ARRAY = struct.Struct(">BI")
+
+
+class Source(Protocol):
+    """What of a MetadataStore is needed here."""
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]: ...
+    def scan(self, start: bytes, stop: bytes, limit: int) -> list[tuple[bytes, bytes]]: ...
 
 
 def as_array(raws: Sequence[bytes], items: int = 1) -> bytes:
@@ -21,3 +32,22 @@ def as_array(raws: Sequence[bytes], items: int = 1) -> bytes:
 def complete(found: list[bytes | None]) -> list[bytes] | None:
     """What was looked for, if none of it is missing."""
     return None if None in found else cast("list[bytes]", found)
+
+
+def numbers(before: int, joined: bytes) -> tuple[int, ...]:
+    """The u64 of many things that stand side by side: `before` other bytes, then the number, which ends each."""
+    return struct.unpack(">" + f"{before}xQ" * (len(joined) // (before + 8)), joined)
+
+
+def by_number(store: Source, prefix: bytes, wanted: Sequence[int]) -> list[bytes | None]:
+    """As `get_many` of `prefix + u64(number)`, a prefix of one byte. Numbers that were given out one after the other are fetched by
+    walking, without making their keys: half the time."""
+    count = len(wanted)
+    if count >= _ROW and wanted[-1] - wanted[0] == count - 1:
+        pairs = store.scan(prefix + u64(wanted[0]), prefix + u64(wanted[-1] + 1), count)
+        if len(pairs) == count:
+            keys, raws = zip(*pairs, strict=True)
+            joined = b"".join(keys)
+            if len(joined) == count * 9 and numbers(1, joined) == tuple(wanted):
+                return list(raws)
+    return store.get_many(numbered(prefix, wanted))

@@ -13,8 +13,8 @@ from typing import Final
 
 from storage.errors import BadArgument, Corrupt, IsADirectory, NotADirectory, NotFound
 from storage.interfaces import Batch, MetadataStore, TailPiece, Values
-from storage.metadata.keys import INODE, numbered
-from storage.metadata.together import complete
+from storage.metadata.keys import INODE
+from storage.metadata.together import by_number, complete
 from storage.namespace.records import (
     COUNTS_KEY,
     MAX_OFFSET,
@@ -117,7 +117,7 @@ class InodeTable:
         return [next(records) if inode is None else inode for inode in found]
 
     def _stored(self, inos: Sequence[int]) -> list[InodeRecord]:
-        found = self.store.get_many(numbered(INODE, inos))
+        found = by_number(self.store, INODE, inos)
         raws = complete(found)
         if raws is None:
             raise NotFound(f"inode {inos[found.index(None)]} does not exist (any more)")

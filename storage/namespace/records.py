@@ -43,7 +43,7 @@ import msgspec
 
 from storage.errors import BadArgument, Corrupt
 from storage.metadata.keys import COOKIE, HANDING_DOWN, INODE, MAP, NAME, ORPHAN, SETTING, XATTR, u64
-from storage.metadata.together import as_array
+from storage.metadata.together import as_array, numbers
 from storage.replication import parse_replication
 
 VERSION = 1
@@ -76,7 +76,7 @@ _TYPES = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat
 #: What stands before the name in a place: version, type, inode.
 _PLACE = struct.Struct(">BBQ")
 _PARENT_COOKIE = struct.Struct(">QQ")
-_PLACE_HEADS = frozenset(bytes([VERSION, kind >> 12]) for kind in _TYPES)
+_KINDS = frozenset(kind >> 12 for kind in _TYPES)
 #: Length of its key.
 _PLACE_KEY = 17
 
@@ -271,20 +271,22 @@ def decode_places(pairs: Sequence[tuple[bytes, bytes]]) -> Places:
     """As `decode_place` of each."""
     if not pairs:
         return NOWHERE
-    names = [raw[10:] for _, raw in pairs]
-    keys = [key for key, _ in pairs]
-    if b"" not in names and _PLACE_HEADS.issuperset([raw[:2] for _, raw in pairs]) and {_PLACE_KEY}.issuperset(map(len, keys)):
-        inos = _numbers([raw[2:10] for _, raw in pairs])
-        cookies = _numbers([key[9:] for key in keys])
+    count, size = len(pairs), _PLACE.size
+    keys, raws = zip(*pairs, strict=True)
+    names = [raw[size:] for raw in raws]
+    heads = b"".join([raw[:size] for raw in raws])
+    if (
+        b"" not in names
+        and {_PLACE_KEY}.issuperset(map(len, keys))
+        and heads[::size].count(VERSION) == count
+        and _KINDS.issuperset(heads[1::size])
+    ):
+        inos = numbers(2, heads)
+        cookies = numbers(9, b"".join(keys))
         if min(inos) > 0 and max(inos) <= MAX_OFFSET and max(cookies) <= MAX_OFFSET:
             return Places(names, inos, cookies)
     entries = [decode_place(key, raw)[1] for key, raw in pairs]
     return Places(names, [entry.ino for entry in entries], [entry.cookie for entry in entries])
-
-
-def _numbers(raws: Sequence[bytes]) -> tuple[int, ...]:
-    """Each of them a u64."""
-    return struct.unpack(f">{len(raws)}Q", b"".join(raws))
 
 
 def encode_map(record: MapRecord) -> bytes:

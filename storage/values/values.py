@@ -12,8 +12,8 @@ from storage.errors import Corrupt, Fenced, FusefsError, NotFound, Unavailable
 from storage.history.objects import Tail as LogTail
 from storage.interfaces import Batch, Buffer, FlushProgress, FlushReport, MetadataStore, TailPiece
 from storage.metadata.counters import Counter
-from storage.metadata.keys import GARBAGE, VALUE, numbered, u64
-from storage.metadata.together import complete
+from storage.metadata.keys import GARBAGE, VALUE, u64
+from storage.metadata.together import by_number, complete
 from storage.replication import parse_replication
 from storage.seams import Seams
 from storage.sectors.manager import SectorManager
@@ -173,7 +173,7 @@ class Values:
         return self._record(value_id).sealed if tail is None else tail.size
 
     def sizes_of(self, value_ids: Sequence[int]) -> list[int | None]:
-        found = self._store.get_many(numbered(VALUE, value_ids))
+        found = by_number(self._store, VALUE, value_ids)
         raws = complete(found)
         sizes: list[int | None]
         if raws is not None:
