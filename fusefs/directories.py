@@ -157,7 +157,7 @@ class DirectoryHandlers(HandlerBase):
                 after = page.cookies[count - 1]
             if not fitted:
                 self.listings.full(ino, after, len(sent))
-                self.receiver.rest()  # the kernel has enough to do with this reply, and we with the next
+                self.receiver.give_way()  # the kernel has enough to do with this reply, and we with the next
                 return
             if self.listings.ended:
                 self.listings.done(ino, after)

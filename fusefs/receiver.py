@@ -178,7 +178,7 @@ class Receiver:
         """Has a request come that nobody has received yet?"""
         return self._poll is not None and bool(self._poll(0))
 
-    def rest(self) -> None:
+    def give_way(self) -> None:
         """There is work besides requests: the scheduler gets its pass before the next request is looked for."""
         self._until = 0.0
 
