@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.benchmarks.markdown import page
 from scripts.benchmarks.report import Run
 from scripts.benchmarks.runner import chosen, measure
 from scripts.benchmarks.seaweed import Seaweed
@@ -106,6 +107,24 @@ def test_floors_are_ratios_of_medians_to_the_best_peer_or_the_disk() -> None:
     (compared,) = run.comparisons()
     assert (compared["best peer"], compared["to best peer"]) == ("encfs", pytest.approx(380 / 600, abs=0.01))
     assert (compared["best that syncs"], compared["to best that syncs"]) == ("gocryptfs", pytest.approx(380 / 300, abs=0.01))
+
+
+def test_the_page_says_what_the_run_found_out() -> None:
+    run = Run(
+        {"kernel": "1.2"},
+        encrypted={"disk": False, "fusefs": True, "gocryptfs": True},
+        syncs={"gocryptfs": False},
+        versions={"fusefs": "abc"},
+    )
+    for system, rate in {"disk": 1000.0, "fusefs": 500.0, "gocryptfs": 250.0}.items():
+        run.add(system, {"write 128 KiB": rate})
+    run.survives, run.growth = {"fusefs": True, "gocryptfs": False}, {"7 files": {"mount, s": 0.25}}
+    said = page(run, "scripts/bench --rounds 1")
+    assert "on commit abc" in said and "`scripts/bench --rounds 1`" in said
+    assert "| write 128 KiB | 1,000 ±0% | 500 ±0% | 250 ±0% |" in said and "gocryptfs\\*" in said
+    assert "| write 128 KiB | 0.5 | 2 (gocryptfs) |  |" in said
+    assert "| write 128 KiB | fusefs | disk | 0.9 | **0.5** |" in said
+    assert "kill -9 of fusefs; it was not after one of gocryptfs." in said and "7 files: mount, s: 0.25." in said
 
 
 def test_of_times_less_is_better() -> None:

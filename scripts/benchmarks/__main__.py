@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from scripts.benchmarks import report, runner
+from scripts.benchmarks import markdown, report, runner
 from scripts.benchmarks.seaweed import Seaweed
 from scripts.benchmarks.systems import ROOT
 from scripts.benchmarks.works import GROUPS, QUICK, Sizes
@@ -28,7 +29,7 @@ from scripts.benchmarks.works import GROUPS, QUICK, Sizes
 @click.option("--appends", default=10_000_000, show_default=True, help="With --growth: appends to one log.")
 @click.option("--ladder/--no-ladder", default=True, help="The parts alone as well.")
 @click.option("--on", "disk", type=click.Path(path_type=Path, exists=True, file_okay=False), help="The disk to measure on: a directory.")
-@click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="Write bench.json and bench.png there.")
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="Write README.md, bench.json and bench.png there.")
 def main(
     rounds: int,
     systems: tuple[str, ...],
@@ -72,6 +73,7 @@ def main(
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         (output / "bench.json").write_text(result.as_json() + "\n")
+        (output / "README.md").write_text(markdown.page(result, shlex.join(["scripts/bench", *sys.argv[1:]])))
         try:
             report.plot(result, output / "bench.png")
         except ImportError:
