@@ -12,8 +12,8 @@ def page(run: Run, command: str) -> str:
     """Everything a run found out. `command`: how it was made."""
     parts = [
         "# How fast",
-        f"By `{command}`, on commit {run.versions.get('fusefs', '?')}: every system does every work in each round, in turns. Medians, ± half "
-        "the distance of the quartiles; MiB, operations or files per second, where nothing else is said. All of it is in "
+        f"By `{command}`, on commit {run.versions.get('fusefs', '?')}: every system does every work in each round, in turns. Medians, ± "
+        "half the distance of the quartiles; MiB, operations or files per second, where nothing else is said. All of it is in "
         "[bench.json](bench.json).",
         "![ratios to the bare disk](bench.png)",
         _medians(run),
