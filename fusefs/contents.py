@@ -104,7 +104,8 @@ class ContentHandlers(HandlerBase):
             if inode.taint is not None and off + len(buf) > self.namespace.attributes(inode.ino).size:
                 raise pyfuse3.FUSEError(inode.taint)
             try:
-                await self.namespace.write(inode.ino, off, buf)
+                if not self.namespace.write_now(inode.ino, off, buf):
+                    await self.namespace.write(inode.ino, off, buf)
             except FusefsError as error:
                 self.coherence.write_refused(inode, off, len(buf), errno_of(error))
                 raise

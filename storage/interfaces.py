@@ -54,8 +54,7 @@ class Batch:
         self.ops.append((key, None))
 
 
-@dataclass(frozen=True, slots=True)
-class TailPiece:
+class TailPiece(NamedTuple):
     """Bytes of a value's tail for the journal: `data` (in pieces) stands at `offset` of value `value_id`."""
 
     value_id: int
@@ -64,7 +63,7 @@ class TailPiece:
 
     @property
     def length(self) -> int:
-        return sum(len(part) for part in self.data)
+        return sum(map(len, self.data))
 
 
 class MetadataReader(Protocol):
@@ -588,6 +587,10 @@ class Values(Protocol):
         """
         ...
 
+    def reserve_now(self, value_id: int, length: int) -> bool:
+        """As `reserve`, where that takes no waiting; False where it does, or where there is an error for `reserve` to raise."""
+        ...
+
     def append_now(self, value_id: int, data: Buffer) -> int:
         """Append; returns the offset the bytes now stand at. No await happens inside. `data` is kept, so must not change: pass bytes."""
         ...
@@ -788,6 +791,11 @@ class Namespace(Protocol):
 
     async def read(self, ino: int, offset: int, size: int) -> bytes:
         """Clipped to the file's size; holes read as zeros."""
+        ...
+
+    def write_now(self, ino: int, offset: int, data: bytes) -> bool:
+        """As `write`, for a file that simply goes on, where that takes no waiting. False, and nothing is changed, where it does, or where
+        there is an error for `write` to raise."""
         ...
 
     def read_now(self, ino: int, offset: int, size: int) -> Buffer | None:

@@ -75,6 +75,11 @@ class Worker(Protocol):
         """As `Threads.run`: its result or exception comes back here, and a cancelled caller still waits for it."""
         ...
 
+    async def run_briefly(self, patience: float, fn: Callable[..., T], *args: object) -> T:
+        """As `run`, for what mostly takes less than `patience` seconds: for so long the event loop itself waits for it, which costs less
+        than to leave the caller and come back. Shorter than a step of the event loop may be (1 ms)."""
+        ...
+
     def close(self) -> None:
         """End the thread once it has done what it was asked; nothing may be asked of it afterwards."""
         ...
@@ -124,29 +129,65 @@ class WorkerThreads:
         return await trio.to_thread.run_sync(fn, *args, limiter=limiter, abandon_on_cancel=True)
 
 
+class _Job:
+    """One thing for a thread to do, and whoever waits for it."""
+
+    __slots__ = ("args", "ended", "fn", "result", "task", "token")
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[object, ...], task: trio.lowlevel.Task | None) -> None:
+        self.fn, self.args = fn, args
+        #: Who is to be woken; None: the event loop waits, or has not decided yet. Set and read with the thread's `_deciding` held.
+        self.task = task
+        self.token = trio.lowlevel.current_trio_token()
+        #: What came of it.
+        self.result: outcome.Outcome[Any] | None = None
+        #: Held until `result` is there.
+        self.ended = threading.Lock()
+
+
 class DedicatedThread:
     """A long-lived thread fed by a queue: a hop there and back costs about half of one through `trio.to_thread`."""
 
     def __init__(self, name: str) -> None:
-        self._queue: queue.SimpleQueue[
-            tuple[Callable[..., Any], tuple[object, ...], trio.lowlevel.Task, trio.lowlevel.TrioToken] | None
-        ] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._deciding = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
         while (job := self._queue.get()) is not None:
-            fn, args, task, token = job
-            result = outcome.capture(fn, *args)
+            result = outcome.capture(job.fn, *job.args)
+            with self._deciding:
+                job.result, task = result, job.task
+            if task is None:
+                job.ended.release()
+                continue
             try:
-                token.run_sync_soon(trio.lowlevel.reschedule, task, result)
+                job.token.run_sync_soon(trio.lowlevel.reschedule, task, result)
             except trio.RunFinishedError:
                 return  # the event loop is gone, and whoever waited with it
 
     async def run(self, fn: Callable[..., T], *args: object) -> T:
-        self._queue.put((fn, args, trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()))
+        self._queue.put(_Job(fn, args, trio.lowlevel.current_task()))
         # Abort.FAILED: the job runs to its end and is awaited to its end, cancelled or not.
         result: T = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        return result
+
+    async def run_briefly(self, patience: float, fn: Callable[..., T], *args: object) -> T:
+        job = _Job(fn, args, None)
+        job.ended.acquire()
+        self._queue.put(job)
+        if not job.ended.acquire(timeout=patience):
+            with self._deciding:
+                if job.result is None:
+                    job.task = trio.lowlevel.current_task()
+        # No await since: the thread's wake-up, if there is to be one, comes after this task waits.
+        if job.task is not None:
+            woken: T = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+            return woken
+        if job.result is None:
+            raise RuntimeError("a thread has ended its work without a result")
+        result: T = job.result.unwrap()
         return result
 
     def close(self) -> None:
@@ -163,6 +204,9 @@ class InlineWorker:
     async def run(self, fn: Callable[..., T], *args: object) -> T:
         await trio.lowlevel.cancel_shielded_checkpoint()
         return fn(*args)
+
+    async def run_briefly(self, patience: float, fn: Callable[..., T], *args: object) -> T:  # noqa: ARG002 (the Protocol's)
+        return await self.run(fn, *args)
 
     def close(self) -> None:
         return None

@@ -49,6 +49,8 @@ class FakeValues:
         #: While set and not yet fired, read waits for it.
         self.hold_reads: trio.Event | None = None
         self.full = False
+        #: Bytes appended since it was made.
+        self.appended = 0
         self.remote: set[int] = set()
         for piece in store.durable_tails:
             data = self._data.setdefault(piece.value_id, bytearray())
@@ -95,10 +97,14 @@ class FakeValues:
         if self.full:
             raise Busy("the test says it is full")
 
+    def reserve_now(self, value_id: int, length: int) -> bool:
+        return self.hold is None and not self.full
+
     def append_now(self, value_id: int, data: Buffer) -> int:
         self._check(value_id)
         have = self._data.setdefault(value_id, bytearray())
         have += data
+        self.appended += len(data)
         return len(have) - len(data)
 
     async def read(self, value_id: int, offset: int, size: int) -> bytes:

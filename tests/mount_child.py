@@ -86,6 +86,10 @@ class Tapped:
         """Nothing is at hand, so that every read is seen here."""
         return
 
+    def write_now(self, *_: Any) -> bool:
+        """Nothing is taken at once, so that every write is seen here."""
+        return False
+
     async def write(self, ino: int, offset: int, data: bytes) -> None:
         delay = self._fault("slow-write")
         if delay is not None:

@@ -48,6 +48,43 @@ async def test_writes_that_wait_for_memory_stay_in_order() -> None:
     assert rig.ns._content._locks == {}
 
 
+async def test_what_goes_on_is_written_at_once_and_nothing_else_is() -> None:
+    """Breaks if something is stored that `write` would refuse, would have to wait for, or would put elsewhere."""
+    rig = make_rig()
+    ino, mapped = rig.file(), rig.file(b"mapped")
+    now = rig.ns.write_now
+    assert now(ino, 0, b"abc")
+    assert now(ino, 3, b"def")
+    assert now(ino, 2, b"cdefgh")  # a page sent again
+    assert (await rig.content(ino), rig.size(ino)) == (b"abcdefgh", 8)
+    await rig.ns.write(mapped, 2, b"cd")
+    before = rig.values.appended
+    rig.values.full = True
+    assert not now(ino, 8, b"x")
+    rig.values.full = False
+    rig.values.hold_reads = trio.Event()
+    assert not now(ino, 7, b"hx")
+    rig.values.hold_reads = None
+    # Beyond the end, other bytes, nothing new, nothing at all, before the beginning; not a straight file, no file, none any more.
+    for target, offset, data in (
+        (ino, 9, b"x"),
+        (ino, 7, b"xx"),
+        (ino, 6, b"gh"),
+        (ino, 8, b""),
+        (ino, -1, b"x"),
+        (mapped, 4, b"x"),
+        (ROOT, 0, b"x"),
+        (999, 0, b"x"),
+    ):
+        assert not now(target, offset, data), (target, offset, data)
+    # Somebody else's turn.
+    outcome: list[bool] = []
+    assert not await held(rig, lambda: rig.ns.write(ino, 8, b"ij"), meanwhile=lambda: outcome.append(now(ino, 8, b"ij")))
+    assert outcome == [False]
+    assert await rig.content(ino) == b"abcdefghij"
+    assert rig.values.appended == before + 2
+
+
 async def test_appends_at_once_stand_one_after_the_other() -> None:
     rig = make_rig()
     ino = rig.file()

@@ -195,7 +195,8 @@ async def test_on_a_quick_disk_small_commits_are_written_without_a_thread_until_
             return [thread == own for thread in threads]
 
         monkeypatch.setattr(flushing, "SLOW", 10.0)
-        assert not any(await commits(flushing.PROOF))
+        # Of a disk of which nothing bad is known yet few are asked.
+        assert not any(await commits(flushing.FIRST))
         assert all(await commits(5))
         put(store, b"large", b"v", piece(1, 0, bytes(flushing.SMALL + 1)))
         threads.clear()
@@ -203,6 +204,22 @@ async def test_on_a_quick_disk_small_commits_are_written_without_a_thread_until_
         assert own not in threads
         monkeypatch.setattr(flushing, "SLOW", 0.0)
         assert await commits(3) == [True, False, False]
+        monkeypatch.setattr(flushing, "SLOW", 10.0)
+        assert not any(await commits(flushing.PROOF))
+        assert all(await commits(5))
+
+
+def test_the_event_loop_waits_for_the_thread_while_flushes_are_not_all_slow() -> None:
+    flushes = flushing.Flushes()
+    assert 0 < flushes.patience < flushing.SLOW
+    for _ in range(flushing.HOPELESS - 1):
+        flushes.took(2 * flushing.SLOW)
+    assert flushes.patience > 0
+    flushes.took(2 * flushing.SLOW)
+    assert flushes.patience == 0.0
+    flushes.took(flushing.SLOW / 2)
+    assert flushes.patience > 0
+    assert not flushes.quick
 
 
 async def test_a_cancelled_caller_breaks_nobody_elses_commit(tmp_path: Path) -> None:
@@ -703,8 +720,13 @@ async def test_lmdb_out_of_room_is_no_space_and_keeps_the_journal(tmp_path: Path
 # ------------------------------------------------------------------------------------------------------------- failures
 
 
+@pytest.mark.parametrize("patience", [0.0, 10.0])
 @pytest.mark.parametrize("where", ["journal.append.before_write", "journal.append.before_fsync"])
-async def test_after_a_failed_flush_nothing_is_acknowledged_ever_again(where: str, tmp_path: Path) -> None:
+async def test_after_a_failed_flush_nothing_is_acknowledged_ever_again(
+    where: str, patience: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Others join behind the commit that fails; or come when it has failed.
+    monkeypatch.setattr(flushing, "PATIENCE", patience)
     (tmp_path / "v").mkdir()
     point = FailAt(where, OSError(errno.EIO, "Input/output error"), nth=4, times=1)
     async with opened(tmp_path / "v", failpoints=point) as store:
@@ -714,8 +736,8 @@ async def test_after_a_failed_flush_nothing_is_acknowledged_ever_again(where: st
         outcomes: list[str] = []
 
         async def one(number: int) -> None:
-            put(store, b"late%d" % number, b"v")
             try:
+                put(store, b"late%d" % number, b"v")
                 await store.commit()
             except Fenced as error:
                 outcomes.append(str(error))

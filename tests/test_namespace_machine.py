@@ -198,17 +198,20 @@ class Machine(RuleBasedStateMachine):
 
     # ---- content
 
-    @rule(m=number, offset=st.integers(0, 30), data=st.text("ab", min_size=1, max_size=10).map(str.encode))
-    def write(self, m: int, offset: int, data: bytes) -> None:
+    @rule(m=number, offset=st.integers(0, 30), data=st.text("ab", min_size=1, max_size=10).map(str.encode), now=st.booleans())
+    def write(self, m: int, offset: int, data: bytes, now: bool) -> None:
         node = self.pick_file(m)
         if node is None:
             return
         clash = any(i < len(node.data) and node.mask[i] and node.data[i] != byte for i, byte in enumerate(data, offset))
         if clash:
+            assert not self.rig.ns.write_now(node.ino, offset, data)
             with self.refused(NotPermitted):
                 trio.run(self.rig.ns.write, node.ino, offset, data)
             return
-        trio.run(self.rig.ns.write, node.ino, offset, data)
+        # As the mount does.
+        if not now or not self.rig.ns.write_now(node.ino, offset, data):
+            trio.run(self.rig.ns.write, node.ino, offset, data)
         node.grow(offset + len(data))
         node.data[offset : offset + len(data)] = data
         node.mask[offset : offset + len(data)] = b"\1" * len(data)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from os import fdatasync
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import trio
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -52,8 +53,7 @@ _RECORD = RECORD_HEAD + 64
 _SLIVER = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """One commit on its way into the journal."""
 
     sequence: int
@@ -157,7 +157,7 @@ class Journal:
     @property
     def free_bytes(self) -> int:
         """Bytes of segments that may still be begun under the limit."""
-        return self.limit_bytes - sum(segment.size for segment in self.live)
+        return self.limit_bytes - sum([segment.size for segment in self.live])
 
     @property
     def fill(self) -> float:
@@ -220,6 +220,13 @@ class Journal:
             return True
         return self.free_bytes - sum(sizes) >= (0 if urgent else RESERVED * self.segment_size)
 
+    def fits(self, ops_bytes: int, tail_bytes: int, tail_count: int, urgent: bool) -> bool:
+        """`needed` is nothing, and `admits` says yes to that."""
+        current = self._current
+        if current is None or current.size - current.used < self.weight(tail_bytes, tail_count) + ops_bytes + _RECORD:
+            return False
+        return self.admits([], urgent)
+
     def prepared(self, sizes: list[int]) -> bool:
         """Are they at hand?"""
         return [segment.size for segment in self._prepared[: len(sizes)]] == sizes
@@ -241,6 +248,11 @@ class Journal:
             while len(self._prepared) < count:
                 # The first was filled with zeros: small commits go there, and must not have metadata to flush. These are for bulk.
                 self._prepared.append(await self._make(self.segment_size, worker, zeros=not self._prepared))
+
+    @property
+    def ample(self) -> bool:
+        """`trim` may have something to let go of."""
+        return len(self._prepared) > _AHEAD or bool(self._discarded)
 
     def trim(self, count: int) -> bool:
         """Let go of prepared segments beyond `count`: True if `tidy` has some to put away. Not while a commit is being written. No await
@@ -321,7 +333,7 @@ class Journal:
         elif self._flushes.quick:
             chain, used, held = self._write_small(group, fresh)
         else:
-            chain, used, held = await worker.run(self._write_small, group, fresh)
+            chain, used, held = await worker.run_briefly(self._flushes.patience, self._write_small, group, fresh)
         if used:
             taken = fresh.index(used[-1]) + 1
             self._discarded += [segment for segment in fresh[:taken] if segment not in used]
@@ -376,7 +388,7 @@ class Journal:
 
     def _flush(self, segment: Segment, pieces: list[Buffer], end: int) -> None:
         """Write what goes before `end`, durably. What stands before it in the segment is durable already."""
-        write_at(segment.fd, pieces, end - sum(map(len, pieces)))
+        write_at(segment.fd, pieces, segment.used)
         self._failpoints.hit("journal.append.before_fsync")
         fdatasync(segment.fd)
         self._failpoints.hit("journal.append.after_fsync")
@@ -404,6 +416,11 @@ def _records(tails: list[TailPiece], chunk: int) -> Iterator[tuple[list[_Piece],
     for tail in tails:
         data: Buffer = tail.data[0] if len(tail.data) == 1 else b"".join(tail.data)
         at, length = 0, len(data)
+        if 0 < length <= chunk - weight - _ENTRY:
+            # The usual case: whole.
+            pieces.append((tail.value_id, tail.offset, data))
+            weight += length + _ENTRY
+            continue
         while at < length:
             room = chunk - weight - _ENTRY
             if room < min(_SLIVER, length - at):

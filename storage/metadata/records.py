@@ -61,6 +61,8 @@ HASH = 32
 LAST = 1
 #: LMDB takes 511; some bytes are kept back.
 MAX_KEY = 500
+#: Below this one copy is quicker than hashing and writing piece by piece.
+_JOIN = 16 * 1024
 #: More than any record of this volume; a limit for what is parsed.
 MAX_VALUE = 16 * 1024 * 1024
 
@@ -212,12 +214,18 @@ def encode_record(
 ) -> tuple[list[bytes], int, bytes]:
     """(pieces to write one after the other, their length in all, chain hash)."""
     sealed_length = sum(map(len, sealed))
-    flags = LAST if last else 0
-    head = _RECORD.pack(RECORD_MAGIC, flags, number, sequence, part, len(body), sealed_length, 0, previous)
-    chain = digest(head, body, *sealed)
-    length = RECORD_HEAD + len(body) + sealed_length
-    end = padded(length)
-    return [head, chain, body, *sealed, bytes(end - length)], end, chain
+    content_length = len(body) + sealed_length
+    head = _RECORD.pack(RECORD_MAGIC, LAST if last else 0, number, sequence, part, len(body), sealed_length, 0, previous)
+    padding = bytes(-(RECORD_HEAD + content_length) % 8)
+    pieces: list[bytes]
+    if content_length <= _JOIN:
+        content = b"".join((body, *sealed))
+        chain = blake3(head + content).digest()
+        pieces = [head, chain, content, padding]
+    else:
+        chain = digest(head, body, *sealed)
+        pieces = [head, chain, body, *sealed, padding]
+    return pieces, RECORD_HEAD + content_length + len(padding), chain
 
 
 def read_record(view: memoryview, at: int) -> RecordHead | None:

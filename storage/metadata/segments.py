@@ -221,7 +221,17 @@ def unlink_all(paths: Sequence[Path]) -> None:
 
 def write_at(fd: int, pieces: Sequence[Buffer], at: int) -> None:
     """Write `pieces` one after the other from `at`. OSError as it comes: how much was written is not known then."""
-    queue: list[Buffer] = [b"".join(pieces)] if sum(map(len, pieces)) <= _JOIN else list(reversed(pieces))
+    queue: list[Buffer]
+    if sum(map(len, pieces)) <= _JOIN:
+        whole = b"".join(pieces)
+        written = os.pwritev(fd, [whole], at)
+        if written == len(whole):
+            return
+        # The rest as what is large; a disk that takes nothing is met there.
+        at += written
+        queue = [memoryview(whole)[written:]]
+    else:
+        queue = list(reversed(pieces))
     while queue:
         some: list[Buffer] = queue[: -_IOV - 1 : -1]
         written = os.pwritev(fd, some, at)

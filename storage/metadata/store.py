@@ -54,10 +54,12 @@ RESTORED_KEY = LOCAL + b"restored"
 class _Round:
     """Callers waiting for one commit."""
 
-    __slots__ = ("done", "error", "sequence", "urgent", "wanted")
+    __slots__ = ("_done", "ended", "error", "sequence", "urgent", "wanted")
 
     def __init__(self) -> None:
-        self.done = trio.Event()
+        self.ended = False
+        #: Made when somebody waits.
+        self._done: trio.Event | None = None
         self.error: FusefsError | None = None
         self.sequence = 0
         #: Somebody waits for it; somebody who may use the reserve does.
@@ -65,7 +67,17 @@ class _Round:
 
     def end(self, error: FusefsError | None = None) -> None:
         self.error = error
-        self.done.set()
+        self.ended = True
+        if self._done is not None:
+            self._done.set()
+
+    async def wait(self) -> None:
+        """Until it has ended. A checkpoint, too, if it has."""
+        if self._done is None:
+            self._done = trio.Event()
+            if self.ended:
+                self._done.set()
+        await self._done.wait()
 
 
 class Store:
@@ -210,12 +222,14 @@ class Store:
         ops = batch.ops
         if not ops and not tails:
             return  # Asked only whether it would do.
-        memtable.apply(ops)
+        if ops:
+            memtable.apply(ops)
         self.changes.note(ops, bool(tails))
         for tail in tails:
-            if tail.length:
+            length = tail.length
+            if length:
                 self._tails.append(tail)
-                self._tail_bytes += tail.length
+                self._tail_bytes += length
         if self._takeover.since is None and ops:
             self._takeover.since = self._seams.clock.monotonic()
         if memtable.active.cost >= MAX_COST or len(memtable.active.values) >= MAX_KEYS:
@@ -260,8 +274,8 @@ class Store:
         else:
             await trio.lowlevel.checkpoint()
             return self._progress.durable
-        if not waited.done.is_set():
-            await waited.done.wait()
+        if not waited.ended:
+            await waited.wait()
         if waited.error is not None:
             raise type(waited.error)(str(waited.error))
         return waited.sequence
@@ -277,7 +291,10 @@ class Store:
             self._run_hooks()
         except FusefsError:
             return False  # The committer meets it again, and tells everybody who waits.
-        sizes = self._journal.needed(self._memtable.pending_bytes, self._tail_bytes, len(self._tails))
+        pending = self._memtable.pending_bytes, self._tail_bytes, len(self._tails)
+        if self._journal.fits(*pending, urgent):
+            return True
+        sizes = self._journal.needed(*pending)
         return self._journal.admits(sizes, urgent) and self._journal.prepared(sizes)
 
     def _run_hooks(self) -> None:
@@ -294,7 +311,7 @@ class Store:
                 self._wake = trio.Event()
                 while self._next.wanted:
                     if self._flight is not None:
-                        await self._flight.done.wait()
+                        await self._flight.wait()
                         continue
                     self._committing = True
                     try:
@@ -373,7 +390,7 @@ class Store:
         self._flight = this
         self._progress.taken += 1
         this.sequence = self._progress.taken
-        self._progress.flight = this.done
+        self._progress.flight = this
         self._flying = (self._memtable.pending_bytes, self._tail_bytes, len(self._tails))
         tails, self._tails, self._tail_bytes = self._tails, [], 0
         group = Group(this.sequence, self._memtable.take(), tails)
@@ -467,7 +484,7 @@ class Store:
 
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
         """See MetadataStore."""
-        if self._progress.flight is not None or self._next.wanted:
+        if not self._journal.ample or self._progress.flight is not None or self._next.wanted:
             return
         # No await between this look and the trimming: nothing of what goes is being written to.
         if self._journal.trim(self._wanted(ops_bytes, tail_bytes, tails, kept)):

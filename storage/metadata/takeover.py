@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import trio
 
@@ -44,6 +45,14 @@ _SLICE = 256
 TailNeeded = Callable[[MetadataReader, int, int], bool]
 
 
+class Flight(Protocol):
+    """The commit being written."""
+
+    async def wait(self) -> None:
+        """Until it is durable, or has failed."""
+        ...
+
+
 @dataclass(slots=True)
 class Progress:
     """How far the commits are. Written by the store alone."""
@@ -52,8 +61,8 @@ class Progress:
     taken: int
     durable: int
     chain: bytes
-    #: Set when the commit being written ends; None: none is.
-    flight: trio.Event | None = None
+    #: None: none is being written.
+    flight: Flight | None = None
     #: Why nothing may be written any more.
     failure: str | None = None
 
@@ -105,8 +114,9 @@ class Takeover:
         self._kick.set()
 
     def consider(self) -> None:
-        """As `kick`, if something is, or if the age of what was just committed has to be watched from now on."""
-        if self._due() or self._journal.wants_segment or (self._idle and self.since is not None):
+        """As `kick`, if something is, or if the age of what was just committed has to be watched from now on: `run` sees to that."""
+        due = self._full() and self._seams.clock.monotonic() >= self._retry_at
+        if due or self._journal.wants_segment or (self._idle and self.since is not None):
             self._kick.set()
 
     async def run(self) -> None:
@@ -184,16 +194,19 @@ class Takeover:
     # ---- taking over
 
     def _due(self) -> bool:
-        if self._seams.clock.monotonic() < self._retry_at:
+        now = self._seams.clock.monotonic()
+        if now < self._retry_at:
             return False
+        return self._full() or (self.since is not None and now >= self.since + MAX_AGE and self._behind and self._progress.failure is None)
+
+    def _full(self) -> bool:
+        """A takeover is under way, or due, whatever the age."""
         if self._memtable.frozen is not None:
             return True
         if not self._behind or self._progress.failure is not None:
             return False
         active = self._memtable.active
         if active.cost >= MAX_COST or len(active.values) >= MAX_KEYS or self.pressed:
-            return True
-        if self.since is not None and self._seams.clock.monotonic() >= self.since + MAX_AGE:
             return True
         oldest = self._journal.oldest()
         return oldest is not None and oldest.last_sequence > self._base.sequence and self._journal.fill > _FILL

@@ -129,7 +129,8 @@ class Namespace:
         ctime_ns: int | None = None,
     ) -> None:
         inode = self._inodes.get(ino)
-        _check_owner(uid, gid)
+        if uid is not None or gid is not None:
+            _check_owner(uid, gid)
         for when in (atime_ns, mtime_ns, ctime_ns):
             if when is not None and not -(2**63) <= when < 2**63:
                 raise BadArgument(f"inode {ino}: a time of {when} ns cannot be recorded")
@@ -138,10 +139,14 @@ class Namespace:
         rec = inode.rec
         if mode is not None:
             rec.mode = rec.type | (mode & _PERMISSIONS)
-        rec.uid = rec.uid if uid is None else uid
-        rec.gid = rec.gid if gid is None else gid
-        rec.atime = rec.atime if atime_ns is None else atime_ns
-        rec.mtime = rec.mtime if mtime_ns is None else mtime_ns
+        if uid is not None:
+            rec.uid = uid
+        if gid is not None:
+            rec.gid = gid
+        if atime_ns is not None:
+            rec.atime = atime_ns
+        if mtime_ns is not None:
+            rec.mtime = mtime_ns
         rec.ctime = self._inodes.now() if ctime_ns is None else ctime_ns
         self._inodes.mark_dirty(inode)
 
@@ -333,6 +338,9 @@ class Namespace:
 
     async def write(self, ino: int, offset: int, data: Buffer) -> None:
         await self._content.write(ino, offset, data)
+
+    def write_now(self, ino: int, offset: int, data: bytes) -> bool:
+        return self._content.write_now(ino, offset, data)
 
     async def append(self, ino: int, data: Buffer) -> int:
         return await self._content.append(ino, data)

@@ -12,6 +12,8 @@ from storage.interfaces import Buffer
 
 #: Appends smaller than this are gathered into one growing chunk: ten million appends of 100 bytes are not ten million objects.
 SMALL = 16 * 1024
+#: Bytes that are copied quicker than a view of them is made.
+_LITTLE = 8 * 1024
 #: A gathered chunk is closed at this size.
 CHUNK = 64 * 1024
 
@@ -54,6 +56,12 @@ class ChunkBuffer:
         """Copies of the bytes [position, position + size), in pieces; clipped."""
         end = min(position + size, self.length)
         pieces: list[Buffer] = []
+        if position < end <= position + _LITTLE:
+            last = self._chunks[-1]
+            start = self.length - len(last)
+            if position >= start:
+                # The usual case: what was appended a moment ago. Copied twice, which is less than to make a view.
+                return [bytes(last[position - start : end - start])]
         i = bisect_right(self._ends, self._taken + position)
         while position < end:
             chunk = self._chunks[i]

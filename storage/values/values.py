@@ -197,24 +197,29 @@ class Values:
     # ------------------------------------------------------------------------------------------------------------
     # Appending
 
-    async def reserve(self, value_id: int, length: int) -> None:  # noqa: ARG002 (the Protocol's: a budget per value may come)
+    async def reserve(self, value_id: int, length: int) -> None:
+        if self.reserve_now(value_id, length):
+            return
         failure = self._store.failure
         if failure is not None:
             raise Fenced(failure)
         if self.local_trouble is not None:
             self.check_room()
+        await self._wait_room(length)
+
+    def reserve_now(self, value_id: int, length: int) -> bool:  # noqa: ARG002 (the Protocol's: a budget per value may come)
+        if self.local_trouble is not None or self._store.failure is not None:
+            return False
         cost = length + BESIDE
         if cost > self._allowance:
             # Looked at for several appends at a time: what comes between them is within what is kept.
-            if self._assured(length + ALLOWANCE, APPEND_KEPT):
-                self._allowance = ALLOWANCE + cost
-            else:
-                await self._wait_room(length)
-                return
+            if not self._assured(length + ALLOWANCE, APPEND_KEPT):
+                return False
+            self._allowance = ALLOWANCE + cost
         if not self.shipper.has_room(length):
-            await self._wait_room(length)
-            return
+            return False
         self._allowance -= cost
+        return True
 
     def _assured(self, length: int, kept: float) -> bool:
         """Would everything accepted so far, and `length` bytes more, find room in the journal as it stands on the disk? Arithmetic only."""
@@ -445,10 +450,20 @@ class Values:
 
     def uncommitted_tail(self, value_id: int) -> list[TailPiece]:
         tail = self._tails.get(value_id)
-        if tail is None or tail.journaled >= tail.size:
+        if tail is None:
             return []
+        size = tail.size
+        if tail.journaled >= size:
+            return []
+        if not tail.flights:
+            # The usual case, of what follows.
+            start = max(tail.journaled, tail.sealed)
+            position = start - tail.sealed
+            data = tail.buffer.read(position, size - start)
+            self.shipper.mark(tail, size)
+            return [TailPiece(value_id, start, tuple(data))]
         start, at = max(tail.journaled, tail.sealed), tail.sealed
-        data: list[Buffer] = []
+        data = []
         # Exactly what `settle` does not wait for: a flight behind a parked one is tail like any other, or an fsync would leave it out.
         flying = tail.first_flying(tail.size)
         for flight in tail.flights:
@@ -468,8 +483,12 @@ class Values:
         return [TailPiece(value_id, start, tuple(data))]
 
     async def commit(self, value_id: int) -> None:
-        await self.settle(value_id, self.size_of(value_id))
-        self._hand_over(value_id)
+        size = self.size_of(value_id)
+        tail = self._tails.get(value_id)
+        if tail is not None:
+            if tail.flights:
+                await self.settle(value_id, size)
+            self._hand_over(value_id)
         await self._commit_store()
 
     async def commit_all(self) -> None:
