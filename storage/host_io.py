@@ -34,6 +34,7 @@ from storage.sealing import (
     HEADER_SIZE,
     MAX_SEALED,
     TAG_SIZE,
+    Opener,
     Opening,
     ShardHeader,
     block_range,
@@ -67,6 +68,11 @@ STEP = 16 * (BLOCK + TAG_SIZE)
 #: it is again, the next two, and so on up to so many.
 POLLED = 0.0005
 UNPOLLED = 64
+#: Seconds a read of a few blocks is waited for without anything else being done, where nothing else is to be done: less than half of what
+#: a step of the event loop may take.
+SPUN = 0.0003
+#: Shards whose openers are kept, about 2 KB each.
+OPENERS = 1024
 #: Seconds any call to a host may take, besides what its bytes take at `SLOWEST`.
 TIMEOUT = 20.0
 #: Bytes per second below which a host counts as not answering.
@@ -121,6 +127,11 @@ class HostIO:
         #: Per host, where it did not answer soon: reads for which it is not waited in the event loop now, and were the last time.
         self._polling: dict[int, tuple[int, int]] = {}
         self._quick_hosts: dict[int, tuple[Host, QuickHost | None]] = {}
+        #: Reads that the event loop looks after now.
+        self._polled = 0
+        self._openers: dict[int, tuple[Opener, str]] = {}
+        #: Is the event loop about to be asked for something else? Where nobody can say that, no read is waited for without a pass of it.
+        self.more_coming: Callable[[], bool] | None = None
 
     # ----------------------------------------------------------------------------------------------------------------
     # Reading
@@ -219,9 +230,13 @@ class HostIO:
         # Of the real clock, whatever the seams' says: a real disk is waited for, and the event loop meanwhile does not sleep.
         started = time.perf_counter()
         raw = host.get_range_now(name, at, size)
-        while raw is None and time.perf_counter() - started < POLLED:
-            await trio.lowlevel.checkpoint()
-            raw = host.get_range_now(name, at, size)
+        self._polled += 1
+        try:
+            while raw is None and time.perf_counter() - started < POLLED:
+                await trio.lowlevel.checkpoint()
+                raw = host.get_range_now(name, at, size)
+        finally:
+            self._polled -= 1
         if raw is None:
             pause = min(UNPOLLED, 2 * pause or 1)
             self._polling[number] = (pause, pause)
@@ -237,6 +252,45 @@ class HostIO:
         self._hostdb.requested(number, 0, size)
         self._hostdb.succeeded(number, "read", size, time.perf_counter() - started)
         return plain
+
+    def read_at_once(
+        self, number: int, sector_root: str, sector_id: int, plaintext_length: int, first: int, count: int
+    ) -> list[bytes] | None:
+        """As `read_soon`, of blocks, each by itself, and without an await: waited for no longer than `SPUN`, nor when anybody else wants
+        something. None: ask in another way.
+
+        For one reader that asks one thing after the other this is what a miss costs beside the disk: to let the event loop go round
+        meanwhile, and to be come back to, takes as long as the disk does.
+        """
+        more_coming = self.more_coming
+        if more_coming is None or self._polled or self._polling.get(number, (0, 0))[0]:
+            return None
+        host = self._quick(number)
+        known = self._openers.get(sector_id)
+        if known is None:
+            if len(self._openers) >= OPENERS:
+                self._openers.clear()
+            header = self._epochs.header_for(self._volume_id, sector_id, plaintext_length)
+            opener = Opener(self._epochs.key_for(sector_id, self._keys), header)
+            known = self._openers[sector_id] = (opener, shard_name(self._volume_id, sector_root))
+        opener, name = known
+        if host is None or not host.soon(name) or self._locked.known(number, sector_root):
+            return None
+        _, _, at, size = block_range(first * BLOCK, count * BLOCK, plaintext_length)
+        started = time.perf_counter()
+        raw = host.get_range_now(name, at, size)
+        while raw is None:
+            if time.perf_counter() - started > SPUN or more_coming():
+                return None
+            raw = host.get_range_now(name, at, size)
+        try:
+            blocks = opener.blocks(first, raw)
+        except Corrupt:
+            return None
+        self._polling.pop(number, None)
+        self._hostdb.requested(number, 0, size)
+        self._hostdb.succeeded(number, "read", size, time.perf_counter() - started)
+        return blocks
 
     def near(self, number: int) -> bool:
         """Is the host so near that what is read from it again costs little?"""

@@ -282,6 +282,28 @@ def with_length(header: ShardHeader, plaintext_length: int) -> ShardHeader:
     return replace(header, plaintext_length=plaintext_length)
 
 
+class Opener:
+    """Opens blocks of one shard, again and again: what does not change from one to the next is made once."""
+
+    def __init__(self, key: bytes, expected: ShardHeader) -> None:
+        self.expected = expected
+        self._decrypt = _cipher(key).decrypt
+        self._associated = expected.encode()
+
+    def blocks(self, first_block: int, sealed_blocks: memoryview) -> list[bytes]:
+        """The plaintext of each; as `block_range` names them for a range. Corrupt."""
+        sector_id, number = self.expected.sector_id, first_block
+        found: list[bytes] = []
+        try:
+            for at in range(0, len(sealed_blocks), _SEALED_BLOCK):
+                block = sealed_blocks[at : at + _SEALED_BLOCK]
+                found.append(self._decrypt(_NONCE.pack(sector_id, number), block, self._associated))
+                number += 1
+        except InvalidTag:
+            raise _damaged(self.expected, number) from None
+        return found
+
+
 class Opening:
     """As `open_range`, of blocks that are many, a few of them at a time, as they come: into memory that `lend` gives for so many bytes."""
 

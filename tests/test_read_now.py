@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import trio
 
 from storage.errors import Corrupt, NotFound
+from storage.host_io import SPUN
 from storage.lending import huge
 from storage.sealing import BLOCK, TAG_SIZE
 from storage.sectors.cache import JUST_PASSED
@@ -160,6 +162,75 @@ async def test_where_requests_take_long_a_miss_brings_its_neighbours(tmp_path: P
             assert await volume.values.read(value, block * BLOCK, 10) == data[block * BLOCK :][:10]
         with pytest.raises(Corrupt):
             await volume.values.read(value, bad * BLOCK, 10)
+
+
+async def test_a_disk_is_waited_for_at_once_while_nobody_wants_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    data = noise(SECTOR_SIZE - 4096)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    async with opened(tmp_path / "v") as volume:
+        read_now = volume.values.read_now
+
+        def at_once(at: int, size: int) -> bytes | None:
+            # As often as a disk may need that others use as well.
+            for _ in range(1000):
+                found = read_now(value, at, size)
+                if found is not None:
+                    return bytes(found)
+            return None
+
+        assert await volume.values.read(value, 0, 10) == data[:10]
+        # Nobody can say whether anybody waits.
+        assert at_once(BLOCK, 10) is None
+        volume.host_io.more_coming = lambda: False
+        before, missed = volume.hostdb.stats(1), volume.sectors.cache.statistics.misses
+        assert at_once(2 * BLOCK - 5, 10) == data[2 * BLOCK - 5 :][:10]
+        assert at_once(3 * BLOCK + 7, BLOCK) == data[3 * BLOCK + 7 :][:BLOCK]
+        assert at_once(6 * BLOCK, 2 * BLOCK) == data[6 * BLOCK : 8 * BLOCK]
+        assert at_once(9 * BLOCK, 4096) == data[9 * BLOCK :][:4096]
+        after = volume.hostdb.stats(1)
+        assert after.reads == before.reads + 4
+        assert after.bytes_read == before.bytes_read + 7 * (BLOCK + TAG_SIZE)
+        assert volume.sectors.cache.statistics.misses == missed + 7
+        # It is in the cache now, whoever waits.
+        volume.host_io.more_coming = lambda: True
+        assert read_now(value, 9 * BLOCK + 4096, 10) == data[9 * BLOCK + 4096 :][:10]
+        volume.host_io.more_coming = lambda: False
+        # What does not verify is not given, nor what asks for much.
+        (shard,) = shards_on(tmp_path / "host0")
+        with open(shard, "r+b") as file:
+            file.seek(64 + 10 * (BLOCK + TAG_SIZE) + 100)
+            file.write(b"rotten")
+        await volume.values.read(value, 11 * BLOCK, 10)
+        assert at_once(10 * BLOCK, 10) is None
+        with pytest.raises(Corrupt):
+            await volume.values.read(value, 10 * BLOCK, 10)
+
+        looked = 0
+
+        def never(*_: object) -> None:
+            nonlocal looked
+            looked += 1
+
+        monkeypatch.setattr("storage.hosts.tree.Tree.read_now", never)
+        monkeypatch.setattr("storage.hosts.tree.Tree.holds", lambda *_: True)
+        started = time.perf_counter()
+        assert read_now(value, 12 * BLOCK, 10) is None
+        assert looked > 1
+        assert time.perf_counter() - started >= SPUN
+        looked = 0
+        volume.host_io.more_coming = lambda: True
+        assert read_now(value, 12 * BLOCK, 10) is None
+        assert looked == 1
+        # A disk that was too slow for the event loop is not waited for like this either.
+        volume.host_io.more_coming = lambda: False
+        assert await volume.values.read(value, 12 * BLOCK, 10) == data[12 * BLOCK :][:10]
+        looked = 0
+        assert read_now(value, 13 * BLOCK, 10) is None
+        assert looked == 0
 
 
 async def test_nothing_behind_a_sector_is_taken_for_its_bytes(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class SectorReader:
         return (root, part.offset // BLOCK) in self._cache or (self.staging is not None and self.staging.has(root))
 
     def read_now(self, sector_id: int, offset: int, length: int) -> Buffer | None:
-        """A range that lies within a sector that is one shard, out of the cache; None: not so, or not there."""
+        """A range that lies within a sector that is one shard, out of the cache or at once from a disk; None: not so, or not there."""
         known = self._roots.get(sector_id)
         if known is None:
             raw = self._store.get(SECTOR + u64(sector_id))
@@ -105,7 +105,37 @@ class SectorReader:
             self._roots[sector_id] = known
         root, end = known
         # Behind the sector stands its label.
-        return self._cache.read(root, offset, length) if root and offset + length <= end else None
+        if not root or offset + length > end:
+            return None
+        found = self._cache.read(root, offset, length)
+        return found if found is not None else self._read_at_once(sector_id, offset, length)
+
+    def _read_at_once(self, sector_id: int, offset: int, length: int) -> bytes | None:
+        """Of a sector that is one shard: from a disk that answers while one waits for it; what it was asked for is cached."""
+        first, last = offset // BLOCK, (offset + length - 1) // BLOCK
+        if length <= 0 or last - first >= SOON or sector_id in self._fetching:
+            return None
+        try:
+            record = self.record(sector_id)
+        except (NotFound, Corrupt):
+            return None
+        host = self._soon_from(sector_id, record, 0)
+        if host is None:
+            return None
+        shard = record.shards[0]
+        blocks = self._host_io.read_at_once(host, shard.root.hex(), shard.shard_id, shard.length, first, last + 1 - first)
+        if blocks is None:
+            return None
+        for block, plain in enumerate(blocks, first):
+            self._cache.put(shard.root, block, plain)
+        self._cache.statistics.misses += len(blocks)
+        begin = offset - first * BLOCK
+        if first == last:
+            return blocks[0][begin : begin + length]
+        if begin:
+            blocks[0] = blocks[0][begin:]
+        blocks[-1] = blocks[-1][: offset + length - last * BLOCK]
+        return b"".join(blocks)
 
     async def read_sector(self, sector_id: int) -> bytes:
         """The whole sector, each shard from the first host whose copy verifies, or else made of others."""
@@ -281,13 +311,19 @@ class SectorReader:
 
     async def _soon(self, sector_id: int, record: SectorRecord, number: int, first: int, length: int) -> bytes | None:
         """From the host that would be asked first, if it is so near that asking it takes no thread; None: ask as usual."""
+        host = self._soon_from(sector_id, record, number)
+        if host is None:
+            return None
+        shard = record.shards[number]
+        return await self._host_io.read_soon(host, shard.root.hex(), shard.shard_id, first, length, shard.length)
+
+    def _soon_from(self, sector_id: int, record: SectorRecord, number: int) -> int | None:
+        """The host that would be asked first for a shard; None: none is to be asked."""
         shard = record.shards[number]
         if not shard.hosts or self.in_flight(sector_id, number) is not None or (self.staging is not None and self.staging.has(shard.root)):
             return None
         host = shard.hosts[0] if len(shard.hosts) == 1 else self._hostdb.rank(shard.hosts)[0]
-        if self._contractor.contract_for(host) is None:
-            return None
-        return await self._host_io.read_soon(host, shard.root.hex(), shard.shard_id, first, length, shard.length)
+        return None if self._contractor.contract_for(host) is None else host
 
     async def _good(self, wanted: _Wanted, number: int) -> Buffer:
         """Of shard `number`: from memory while it is on its way to a host, from the host that is best, or made of others; another way is
