@@ -124,6 +124,8 @@ class HostIO:
         #: For what is opened, and for what is sealed.
         self._buffers = Buffers(KEPT)
         self._sealing = Buffers(KEPT)
+        #: One thread at a time opens what it has read: each wants the interpreter's lock for each block, and the event loop wants it, too.
+        self._opening = threading.Lock()
         #: Per host, where it did not answer soon: reads for which it is not waited in the event loop now, and were the last time.
         self._polling: dict[int, tuple[int, int]] = {}
         self._quick_hosts: dict[int, tuple[Host, QuickHost | None]] = {}
@@ -202,7 +204,12 @@ class HostIO:
                 # Read and opened by one thread, a few blocks at a time, which so stay in the processor's cache. With memory of its own for
                 # each attempt: one that hangs, and that nobody waits for any more, may go on one day.
                 opening = Opening(self._epochs.key_for(sector_id, self._keys), header, offset, length, lend)
-                return _Opened(await host.get_range_in(name, at, size, STEP, opening.take), opening.plain())
+
+                def take(pieces: memoryview) -> None:
+                    with self._opening:
+                        opening.take(pieces)
+
+                return _Opened(await host.get_range_in(name, at, size, STEP, take), opening.plain())
             return await host.get_range(name, at, size)
 
         plain = await self._fetch(number, sector_root, sector_id, blocks, (at, size), size, verify)

@@ -321,8 +321,9 @@ class QuickHost(Protocol):
         ...
 
     async def get_range_in(self, name: str, offset: int, length: int, step: int, take: Callable[[memoryview], object]) -> int:
-        """As `get_range`, in pieces of `step` bytes, of which only the last may be shorter: `take` is called with one after the other, in
-        the thread that reads; they are good until it returns. Returns how many bytes there were. Raises what `take` does, too."""
+        """As `get_range`, in pieces of one or more times `step` bytes, of which only the last may be shorter: `take` is called with one
+        after the other, in the thread that reads; they are good until it returns. Returns how many bytes there were. Raises what `take`
+        does, too."""
         ...
 
 

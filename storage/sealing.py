@@ -354,20 +354,18 @@ def _open(key: bytes, expected: ShardHeader, first_block: int, blocks: memoryvie
 
 def _open_into(key: bytes, expected: ShardHeader, first_block: int, blocks: memoryview, plain: memoryview) -> None:
     """As `_open`, into `plain`, of which nothing may be used where it raises Corrupt."""
-    associated = expected.encode()
-    cipher = _cipher(key)
+    # For each block as little Python as there can be: other threads have to wait for it.
+    decrypt, nonce_of = _cipher(key).decrypt_into, _NONCE.pack
+    associated, sector_id, number = expected.encode(), expected.sector_id, first_block
     at = 0
-    for index in range(-(-len(blocks) // _SEALED_BLOCK)):
-        block = blocks[index * _SEALED_BLOCK : (index + 1) * _SEALED_BLOCK]
-        size = len(block) - TAG_SIZE
-        number = first_block + index
-        nonce = _NONCE.pack(expected.sector_id, number)
-        try:
-            with plain[at : at + size] as target:
-                cipher.decrypt_into(nonce, block, associated, target)
-        except InvalidTag:
-            raise _damaged(expected, number) from None
-        at += size
+    try:
+        for start in range(0, len(blocks), _SEALED_BLOCK):
+            block = blocks[start : start + _SEALED_BLOCK]
+            end = at + len(block) - TAG_SIZE
+            decrypt(nonce_of(sector_id, number), block, associated, plain[at:end])
+            at, number = end, number + 1
+    except InvalidTag:
+        raise _damaged(expected, number) from None
 
 
 def _damaged(expected: ShardHeader, number: int) -> Corrupt:

@@ -171,7 +171,7 @@ def _has_nowait(path: Path) -> bool:
 async def in_steps(host: DirectoryHost, offset: int, length: int, step: int) -> bytes:
     pieces: list[bytes] = []
     got = await host.get_range_in(NAME, offset, length, step, lambda view: pieces.append(bytes(view)))
-    assert all(len(piece) == step for piece in pieces[:-1])
+    assert all(len(piece) % step == 0 for piece in pieces[:-1])
     assert got == sum(map(len, pieces))
     return b"".join(pieces)
 

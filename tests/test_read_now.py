@@ -14,9 +14,9 @@ import trio
 from storage.errors import Corrupt, NotFound
 from storage.host_io import SPUN
 from storage.lending import huge
-from storage.sealing import BLOCK, TAG_SIZE
+from storage.sealing import BLOCK, TAG_SIZE, Opening
 from storage.sectors.cache import JUST_PASSED
-from storage.sectors.reader import PREFETCHES, TOGETHER
+from storage.sectors.reader import AHEAD, AHEAD_NEAR, PREFETCHES, TOGETHER
 from storage.values import places
 from storage.values.places import Places
 from storage.values.records import Extent
@@ -359,6 +359,42 @@ async def test_what_a_stream_has_passed_stays_where_to_have_it_again_takes_long(
                 await trio.sleep(0.001)
         size = volume.sectors.cache.size // SECTOR_SIZE
         assert size <= 9 if near else size >= 12
+
+
+@pytest.mark.parametrize("near", [True, False])
+async def test_a_disk_of_this_machine_is_read_fewer_sectors_ahead_and_one_thread_opens_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, near: bool
+) -> None:
+    size, count = 2 << 20, 8
+    await make(tmp_path / "v", host_dirs(tmp_path, 1), sector_size=size)
+    data = noise(count * size)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    if not near:
+        monkeypatch.setattr("storage.host_io.HostIO.near", lambda *_: False)
+    opening, together = 0, list[int]()
+    take = Opening.take
+
+    def watched(self: Opening, blocks: memoryview) -> None:
+        nonlocal opening
+        opening += 1
+        together.append(opening)
+        time.sleep(0.02)
+        take(self, blocks)
+        opening -= 1
+
+    monkeypatch.setattr(Opening, "take", watched)
+    async with opened(tmp_path / "v", options=replace(QUIET, cache=20 * size)) as volume:
+        assert await volume.values.read(value, 0, 4 * BLOCK) == data[: 4 * BLOCK]
+        with trio.fail_after(20):
+            while volume.sectors._reader._fetching:
+                await trio.sleep(0.001)
+        ahead = (AHEAD_NEAR if near else AHEAD) + 1
+        assert volume.sectors.cache.size // (size * 9 // 10) == ahead
+    assert len(together) >= ahead
+    assert set(together) == {1}
 
 
 def test_places_know_what_they_were_told_last() -> None:

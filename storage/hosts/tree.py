@@ -136,7 +136,7 @@ class Tree:
             return _read(file.fd, offset, max(0, min(length, size - offset)))
 
     def get_range_in(self, parts: list[str], offset: int, length: int, step: int, take: Callable[[memoryview], object]) -> int:
-        """`take` is given the range, `step` bytes at a time, which are overwritten afterwards. Returns how many there were."""
+        """`take` is given the range, some steps at a time, which are overwritten afterwards. Returns how many bytes there were."""
         with self._object(parts) as (fd, size):
             # Not a held one: what is read like this is not asked for again soon. And without advice: read as a stream, the kernel reads
             # it ahead in large pieces, which takes half of the time.
@@ -174,8 +174,7 @@ class Tree:
                 got -= got % step
             if got <= 0:
                 break
-            for at in range(skip, skip + got, step):
-                take(view[at : min(at + step, skip + got)])
+            take(view[skip : skip + got])
             done += got
         return done
 

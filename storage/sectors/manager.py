@@ -116,6 +116,10 @@ class SectorManager:
         """Start bringing a whole sector into the cache, unless it is there or on its way. Never fails; False: not now, ask again."""
         return self._reader.prefetch(sector_id, self._nursery)
 
+    def ahead(self, sector_id: int) -> int:
+        """How many sectors after this one are worth a prefetch, where somebody reads them one after the other."""
+        return self._reader.ahead(sector_id)
+
     def passed(self, sector_id: int) -> None:
         """A sequential reader has got to the sector's end, and reads on."""
         self._reader.passed(sector_id)

@@ -33,6 +33,10 @@ B = TypeVar("B", bound=Buffer)
 
 #: Sectors being prefetched at once: less than the slots of a directory, so that who wants a block does not wait for all of them.
 PREFETCHES = 5
+#: Sectors fetched ahead of a sequential reader; and from a disk of this machine, which two keep busy: more of them take turns for the
+#: interpreter's lock, which the event loop wants as well, and need more memory.
+AHEAD = 4
+AHEAD_NEAR = 2
 #: Blocks that are read in the event loop at most, where they are at hand.
 SOON = 8
 #: Blocks that are asked for together where a request takes far longer than they do: of a host that is not a disk of this machine.
@@ -220,6 +224,14 @@ class SectorReader:
         for shard in shards:
             if self._near(shard):
                 self._cache.passed(shard.root)
+
+    def ahead(self, sector_id: int) -> int:
+        """How many sectors after this one are worth a prefetch for a sequential reader. By what the metadata says of it alone."""
+        try:
+            shards = self.record(sector_id).shards
+        except (NotFound, Corrupt):
+            return AHEAD
+        return AHEAD_NEAR if all(self._near(shard) for shard in shards) else AHEAD
 
     def _near(self, shard: ShardRecord) -> bool:
         """Is it on a disk of this machine?"""

@@ -44,8 +44,6 @@ ROOM_WAIT = 30.0
 FULL_INTERVAL = 3.0
 #: Sequential streams remembered for read-ahead.
 STREAMS = 128
-#: Sectors fetched ahead of a sequential reader.
-AHEAD = 4
 
 
 class Values:
@@ -423,7 +421,8 @@ class Values:
                 self._sectors.passed(asked)
             # Once for each sector: many reads fall into one.
             last = extents[-1]
-            following = extents_between(self._store, value_id, last.end, last.end + AHEAD * self._sectors.sector_size, AHEAD)
+            ahead = self._sectors.ahead(last.sector_id)
+            following = extents_between(self._store, value_id, last.end, last.end + ahead * self._sectors.sector_size, ahead)
             begun = [self._sectors.prefetch(extent.sector_id) for extent in (extents[0], *following)]
             asked = extents[0].sector_id if all(begun) else 0
         self._streams[value_id] = (stop, asked)
