@@ -85,6 +85,17 @@ _UNKNOWN_SIZE = 16 * 1024 * 1024
 _REMEMBERED = 16384
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A shard that was put on a host, and for whose sake it is to stay there; see storage/hosts/holders.py."""
+
+    host_number: int
+    root: bytes
+    lineage: str
+    stored_version: str
+    locked_ns: int
+
+
 class HostIO:
     """See `interfaces.HostIO`."""
 
@@ -528,10 +539,12 @@ class HostIO:
         await self.write_sealed(contract_id, shard)
         return shard.root
 
-    async def write_sealed(self, contract_id: str, shard: SealedShard) -> None:
+    async def write_sealed(self, contract_id: str, shard: SealedShard, placed: list[Placed] | None = None) -> None:
         """Store a sealed shard under its root; durable on the host when it returns.
 
-        That the contract holds it is applied to the metadata store, and durable with the commit that points to it.
+        That the contract holds it is applied to the metadata store, and durable with the commit that points to it: there is no await from
+        there to the caller. One who does not point to it at once gives `placed`: then it is for `hold`, and a crash before that leaves a
+        shard on the host that is on no record, for the sweep.
         """
         await self._registry.uplink.take(len(shard.sealed))
         self._must_be_active(contract_id)
@@ -552,13 +565,23 @@ class HostIO:
             self._unsettled[number] += 1
             await self._recorded(number, what, put, len(shard.sealed), ("write",))
             self._seams.failpoints.hit("host_io.write.before_apply")
-            holders = decode_holders(self._store.get(key), root)
-            holders.write(contract.lineage)
-            holders.stored_version, holders.locked_ns = version, locked_ns
+            stored = Placed(number, root, contract.lineage, version, locked_ns)
+            if placed is None:
+                self.hold([stored])
+            else:
+                placed.append(stored)
+
+    def hold(self, placed: Iterable[Placed]) -> None:
+        """Contracts hold these from now on. No await: applied in one step with what points to them."""
+        for one in placed:
+            key = holders_key(one.root, one.host_number)
+            holders = decode_holders(self._store.get(key), one.root)
+            holders.write(one.lineage)
+            holders.stored_version, holders.locked_ns = one.stored_version, one.locked_ns
             batch = Batch()
             batch.put(key, holders.encode())
             self._store.apply(batch)
-            self._unsettled[number] -= 1
+            self._unsettled[one.host_number] -= 1
 
     async def adopt(self, contract_id: str, sector_root: str) -> None:
         """The contract holds the root from now on: its host has it already. Applied to the metadata store."""

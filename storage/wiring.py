@@ -297,7 +297,15 @@ async def _wire(
             log.warning("%s", message)
     nursery.start_soon(publisher.run)
     volume.sweeper = Sweeper(
-        store, volume.config.volume_id_bytes, volume.epochs, volume.hosts, volume.contractor, volume.host_io, publisher, seams
+        store,
+        volume.config.volume_id_bytes,
+        volume.epochs,
+        volume.hosts,
+        volume.contractor,
+        volume.host_io,
+        publisher,
+        volume.reconciler.surplus,
+        seams,
     )
     nursery.start_soon(volume.sweeper.run)
     volume.lock_keeper = LockKeeper(

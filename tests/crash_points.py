@@ -120,8 +120,6 @@ class Model:
         self.states: list[State] = [{}]
         self.shipped: list[State] = [{}]
         self.passphrases = [PASSPHRASE]
-        #: Shards were moved: a crash may have left copies of live sectors that no record names, which stay until the sector goes.
-        self.moved = False
 
     def _snapshot(self, promised: Callable[[Content], int], least: dict[Content, int]) -> State:
         return {path: (one, max(promised(one), least.get(one, 0)) if one else 0) for path, one in self.now.items()}
@@ -312,8 +310,6 @@ class Script:
     async def hosts(self) -> None:
         """A host more, and its contract renewed."""
         if len(self.volume.hosts.numbers()) < 3:
-            # It is filled behind our back.
-            self.model.moved = True
             await self.volume.add_host(f"dir:{self.base / 'host2'}")
         contract = self.volume.contractor.contracts()[0]
         await self.volume.contractor.renew_contract(contract, 86400.0)
@@ -323,14 +319,12 @@ class Script:
         """A host is left: its shards are made again on the others (repair), and deleted there; then it may have some again."""
         await self.hosts()
         number = self.random.choice([str(number) for number in self.volume.hosts.numbers()])
-        self.model.moved = True
         await self.volume.leave_host(number, leave=True)
         await self.volume.repair()
         await self.volume.leave_host(number, leave=False)
 
     async def replicate(self) -> None:
         """All files get another replication, and move into new sectors."""
-        self.model.moved = True
         await self.volume.set_replication(ROOT, self.random.choice(["2", "1+1", "1"]), now=True)
         await self.volume.rewrite()
 
@@ -545,7 +539,7 @@ class Run:
             await clean_up(script)
             volume.sectors.cache._blocks.clear()
             self.model.compare(await tree(volume))
-            check_hosts(volume, self.base, moved=self.model.moved)
+            check_hosts(volume)
 
         died = await self.live(failpoints, do)
         self.nonces.check()
@@ -616,11 +610,10 @@ async def clean_up(script: Script) -> None:
     volume = script.volume
     with trio.fail_after(20):
         await volume.namespace.reap_orphans()
-        if script.model.moved:
-            for number in volume.standing.leaving():
-                await volume.leave_host(str(number), leave=False)
-            await volume.rewrite()
-            await volume.repair()
+        for number in volume.standing.leaving():
+            await volume.leave_host(str(number), leave=False)
+        await volume.rewrite()
+        await volume.repair()
         await script.reclaim()
         await script.flush()
         await volume.sectors.wait_uploads()
@@ -639,11 +632,8 @@ def _epoch_of(volume: Volume, number: int, root: str) -> int:
     return ShardHeader.parse(next(host.glob(f"volumes/*/sectors/*/{root}")).read_bytes()[:HEADER_SIZE]).epoch
 
 
-def check_hosts(volume: Volume, base: Path, *, moved: bool = False) -> None:
-    """Every shard on a host is on record there, as one of a live sector; what is recorded is there. No value or map belongs to nobody.
-
-    `moved`: hosts may have one too many of a live sector.
-    """
+def check_hosts(volume: Volume) -> None:
+    """Every shard on a host is on record there, as one of a live sector; what is recorded is there. No value or map belongs to nobody."""
     named: dict[tuple[int, str], int] = {}
     for key, raw in volume.store.scan(SECTOR, prefix_end(SECTOR), 1_000_000):
         sector_id = read_u64(key, 1)
@@ -663,11 +653,8 @@ def check_hosts(volume: Volume, base: Path, *, moved: bool = False) -> None:
             for number, root in there
             if (number, root) in named or _epoch_of(volume, number, root) >= int.from_bytes(raw, "big")
         }
-    if moved:
-        roots = {root for _, root in named}
-        there = {(number, root) for number, root in there if (number, root) in named or root not in roots}
     assert there == named.keys(), f"on hosts and unknown: {there - named.keys()}; known and missing: {named.keys() - there}"
-    assert held == there or (moved and held >= there), f"holders on record: {held ^ there}"
+    assert held == there, f"holders on record: {held ^ there}"
     inodes = [volume.namespace._inodes.get(read_u64(key, 1)).rec for key, _ in volume.store.scan(INODE, prefix_end(INODE), 1_000_000)]
     for prefix, owned, what in ((VALUE, {rec.value for rec in inodes}, "values"), (MAP, {rec.map for rec in inodes}, "maps")):
         stored = {read_u64(key, 1) for key, _ in volume.store.scan(prefix, prefix_end(prefix), 1_000_000)}

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from storage.checking import Finding, check_volume
 from storage.errors import NotFound, Unavailable
+from storage.host_io import Placed
 from storage.hosts.faults import shards_only
 from storage.interfaces import Batch, Buffer, SealedShard
 from storage.metadata.keys import LOST, SECTOR, UNDERREPLICATED, prefix_end, read_u64, u32, u64
@@ -113,11 +114,11 @@ async def test_a_host_lost_while_a_sector_is_on_its_way_there_is_a_copy_that_is_
         real, under_way, go_on = volume.host_io.write_sealed, trio.Event(), trio.Event()
         hosts: list[int] = []
 
-        async def slowly(contract_id: str, shard: SealedShard) -> None:
+        async def slowly(contract_id: str, shard: SealedShard, placed: list[Placed] | None = None) -> None:
             hosts.append(volume.contractor.contract(contract_id).host_number)
             under_way.set()
             await go_on.wait()
-            await real(contract_id, shard)
+            await real(contract_id, shard, placed)
 
         monkeypatch.setattr(volume.host_io, "write_sealed", slowly)
         async with trio.open_nursery() as nursery:

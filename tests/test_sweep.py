@@ -6,16 +6,20 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from storage.errors import Unavailable
+from storage.host_io import Placed
 from storage.hosts.faults import shards_only
 from storage.hosts.holders import holders_key
-from storage.interfaces import Batch
-from storage.metadata.keys import FREED, HOLDERS, LOCAL, SECTOR, prefix_end, u64
+from storage.interfaces import Batch, SealedShard
+from storage.metadata.keys import FREED, HOLDERS, LOCAL, SECTOR, prefix_end, read_u64, u64
 from storage.seams import Seams
 from storage.sectors import sweep as sweep_module
-from storage.sectors.records import VERSION, SectorRecord, ShardRecord
+from storage.sectors.records import VERSION, SectorRecord, ShardRecord, decode_sector
+from storage.sectors.redundancy import layout_of
 from storage.sectors.sweep import SweepCounts
+from storage.sectors.upload import Upload
 from storage.wiring import open_volume
 from tests.fakes import Crash, CrashAt
 from tests.host_rig import FaultyOpener
@@ -294,3 +298,108 @@ async def test_a_damaged_note_means_one_sweep_more(tmp_path: Path) -> None:
         assert sweeper.owed() == [1]
         assert await sweeper.sweep() == []
         assert sweeper.owed() == []
+
+
+async def test_a_copy_too_many_of_a_live_sector_goes_once_the_sector_lacks_nothing(tmp_path: Path) -> None:
+    """A crash between the put and the record of a copy more (repair, a new host being filled) leaves one on no record."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 3), "2")
+    async with opened(tmp_path / "v") as volume:
+        value, data = new_value(volume), noise(5000)
+        await append(volume, value, data)
+        await volume.flush()
+        await volume.sectors.wait_uploads()
+        ((key, raw),) = volume.store.scan(SECTOR, prefix_end(SECTOR), 100)
+        sector_id = read_u64(key, 1)
+        (shard,) = decode_sector(raw, sector_id).shards
+    (third,) = {1, 2, 3} - set(shard.hosts)
+    root = shard.root.hex()
+    (copy,) = (tmp_path / f"host{shard.hosts[0] - 1}").rglob(root)
+    too_many = tmp_path / f"host{third - 1}" / copy.relative_to(tmp_path / f"host{shard.hosts[0] - 1}")
+    too_many.parent.mkdir(parents=True, exist_ok=True)
+    too_many.write_bytes(copy.read_bytes())
+    await write_and_die(tmp_path / "v")
+    async with opened(tmp_path / "v") as volume:
+        # Not while one of those on record is bad, nor while somebody puts one there.
+        volume.reconciler.bad = lambda _sector_id: {shard.hosts[0]}
+        assert await sweeper_of(volume).sweep() == []
+        volume.reconciler.bad = volume.damages.hosts
+        with volume.deleter.spared(shard.root, third):
+            assert await sweeper_of(volume).sweep() == []
+        # Nor while a superblock may name it.
+        assert await sweeper_of(volume, TestGate(ours=False)).sweep() != []
+        assert too_many.exists()
+        sweeper = sweeper_of(volume)
+        assert await sweeper.sweep() == []
+        assert not too_many.exists()
+        assert copy.exists()
+        # Nothing is left for the next process: it need not list a single name.
+        assert sweeper.owed() == []
+        assert sweeper.settle()
+        volume.sectors.cache._blocks.clear()
+        assert await contents(volume, value) == data
+
+
+async def test_what_is_on_hosts_before_the_quorum_is_on_no_record_so_that_a_crash_leaves_it_to_the_sweep(tmp_path: Path) -> None:
+    """Breaks if a contract is said to hold a shard before anything names it: with the record of holders, no sweep would look at it."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 2), "2")
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with opened(tmp_path / "v", seams=Seams(failpoints=_Dead("host_io.write.before_apply", 2))) as volume:
+            put, there = volume.host_io.write_sealed, trio.Event()
+
+            async def write_sealed(contract_id: str, shard: SealedShard, placed: list[Placed] | None = None) -> None:
+                if volume.contractor.contract(contract_id).host_number == 2:
+                    await there.wait()
+                    await volume.store.commit()
+                await put(contract_id, shard, placed)
+                there.set()
+
+            volume.host_io.write_sealed = write_sealed  # type: ignore[method-assign]
+            await append(volume, new_value(volume), noise(5000))
+            await volume.flush()
+    assert crashed_in(caught.value)
+    assert len(shards_on(tmp_path / "host0")) == len(shards_on(tmp_path / "host1")) == 1
+    async with opened(tmp_path / "v") as volume:
+        assert await sweeper_of(volume).sweep() == []
+        assert shards_on(tmp_path / "host0") == shards_on(tmp_path / "host1") == []
+
+
+async def test_a_shard_that_is_put_again_is_not_deleted_for_the_attempt_before(tmp_path: Path) -> None:
+    """I2: it is on its host, and on no record before the others are, too. Breaks if it is not spared up to then."""
+    opener = FaultyOpener()
+    urls = host_dirs(tmp_path, 2)
+    await make(tmp_path / "v", urls, "2")
+    async with open_volume(tmp_path / "v", passphrase=PASSPHRASE, options=QUIET, opener=opener) as volume, trio.open_nursery() as nursery:
+        volume.deleter.gate = TestGate()
+        sector_id = await volume.sectors.allocate_sector()
+        layout = layout_of("2", 100)
+        shards = [volume.host_io.seal([noise(100)], sector_id)]
+
+        def attempt() -> Upload:
+            upload = Upload(volume.sectors._way, sector_id, "2", layout, lambda: None)
+            upload.start(shards, nursery)
+            return upload
+
+        opener.faults[urls[1]].gone = "unplugged"
+        with pytest.raises(Unavailable):
+            await attempt().wait_quorum()
+        assert volume.deleter.pending() == 1
+        opener.faults[urls[1]].gone = None
+        await volume.hosts.retry_once()
+        put, there, go_on = volume.host_io.write_sealed, trio.Event(), trio.Event()
+
+        async def write_sealed(contract_id: str, shard: SealedShard, placed: list[Placed] | None = None) -> None:
+            if volume.contractor.contract(contract_id).host_number == 2:
+                await go_on.wait()
+            await put(contract_id, shard, placed)
+            there.set()
+
+        volume.host_io.write_sealed = write_sealed  # type: ignore[method-assign]
+        again = attempt()
+        await there.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        await volume.deleter.drain()
+        go_on.set()
+        await again.wait_quorum()
+        await volume.deleter.drain()
+        assert volume.deleter.pending() == 0
+        assert shards_on(tmp_path / "host0") == shards_on(tmp_path / "host1") == [shards[0].root]

@@ -193,7 +193,7 @@ async def _check_garbage(patient: Patient) -> None:
 
 
 async def _check_holders(patient: Patient) -> None:
-    """Shards on record that neither a sector nor the queue has: a crash leaves them, and a sweep finds them."""
+    """Shards on record as held by a contract that neither a sector nor the queue has: those of a lost host are left so."""
     patient.stage("holders")
     unknown = 0
     async for tally in windows(patient.store, HOLDERS, lambda key: holder_number(key[1:33], read_u32(key, 33))):

@@ -7,6 +7,7 @@ is still to be deleted on. Entries above the gate's released sequence stay, and 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,17 +42,23 @@ class Deleter:
         self.gate: HistoryGate | None = None
         self._wake = trio.Event()
         self._wake.set()
-        #: (root, host) of shards that are being put there now.
-        self._spared: set[tuple[bytes, int]] = set()
+        #: (root, host) of shards that are being put there now, and by how many.
+        self._spared: Counter[tuple[bytes, int]] = Counter()
 
     @contextmanager
     def spared(self, root: bytes, host: int) -> Iterator[None]:
         """While a shard is being put on a host once more: an earlier one's deletion waits, and then finds that the record names it."""
-        self._spared.add((root, host))
+        self._spared[root, host] += 1
         try:
             yield
         finally:
-            self._spared.discard((root, host))
+            self._spared[root, host] -= 1
+            if not self._spared[root, host]:
+                del self._spared[root, host]
+
+    def sparing(self, root: bytes, host: int) -> bool:
+        """Is the shard being put on the host now?"""
+        return (root, host) in self._spared
 
     def _wanted(self, sector_id: int, root: bytes, host: int) -> bool:
         """Is the shard on that host one that the sector's record names (again)?"""
@@ -150,7 +157,7 @@ class Deleter:
         through = [contract for contract in on_host if contract.active(now)] or on_host[-1:]
         for contract in through:
             # No await from here to the lock under which HostIO deletes: what is put there from now on is put after the deletion.
-            if (root, host) in self._spared:
+            if self.sparing(root, host):
                 return False
             try:
                 if self._wanted(sector_id, root, host):

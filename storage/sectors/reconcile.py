@@ -159,6 +159,20 @@ class Reconciler:
         wanted = msgspec.msgpack.encode(sorted(self._standing.keeping()))
         return self._store.get(_KEEPING) != wanted or bool(self._store.scan(UNDERREPLICATED, prefix_end(UNDERREPLICATED), 1))
 
+    def surplus(self, sector_id: int, root: bytes, host: int) -> bool:
+        """For the sweep: is a shard of the sector on this host, where its record does not name it, one that nobody needs? No await.
+
+        Not while something is missing or at the sector, whoever is at it: it may be what is being put, or what is left. Corrupt.
+        """
+        raw = self._store.get(SECTOR + u64(sector_id))
+        record = decode_sector(raw, sector_id) if raw is not None else None
+        shard = next((one for one in record.shards if one.root == root), None) if record is not None else None
+        if record is None or shard is None or host in shard.hosts:
+            return False
+        if sector_id in self._busy or self.uploading(sector_id) or self._deleter.sparing(root, host):
+            return False
+        return self._plan(sector_id, record, self._standing.keeping()).done
+
     def fill(self, batch: Batch) -> None:
         """In `batch`: a host was added, and is to get its share of what there is."""
         batch.put(_FILL, b"")

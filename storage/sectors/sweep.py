@@ -7,10 +7,13 @@ no holders record (`r`). It deletes only (I5) what was sealed
 - for this volume, by an epoch of this history: number and salt are on record;
 - by an *earlier* epoch than the current one, though not before the latest recovery (below): so nothing this process has on its way is ever
   touched, and, since nothing is sealed under an earlier epoch any more, what is on no record now never will be;
-- under a sector id that this epoch owns, with no sector on record under it, and no freed sector that names the root (the deleter's turn);
+- under a sector id that this epoch owns, and no freed sector names the root (the deleter's turn);
+- with no sector on record under that id, or one that has all it needs on other hosts, and does not name this one: a crash between the put
+  and the record of one copy more, when shards are made again or moved, leaves such;
 
 and only through the same gate as the deleter (I3): once every kept superblock generation is of the current epoch, hence does not know the
-shard either, and after the host's own superblock was found ours. Everything else stays, and is counted.
+shard there either (what a record has named since has a holders record until it is deleted), and after the host's own superblock was found
+ours. Everything else stays, and is counted.
 
 When: a host is owed a sweep of the epochs below E unless it is on record that it has none of their orphans. That is put on record when a
 sweep of it ends, and when a volume is closed and every put on the host was answered and recorded (`settle`); so it costs nothing after
@@ -24,10 +27,10 @@ number in decimal digits:
 | 4 | swept: no orphans of epochs below this one |
 | 4 | target of the sweep under way, 0 if none is: it will raise `swept` to this |
 | 2 | next of the 256 directories of shards it has to look at |
-| 1 | 1 if it has met a shard that a sector, live or freed, names, but not as being on this host |
+| 1 | 1 if it has met a shard that a sector names, freed or lacking something, but not as being on this host |
 
-The last: a copy that was put and not recorded, which may be adopted when the sector's copies are made complete again, and is an orphan once
-the sector is gone. So such a host is owed another sweep at the next open.
+The last: a copy that was put and not recorded, which may be adopted when the sector's copies are made complete again, and is one too many
+after that. So such a host is owed another sweep at the next open.
 
 It runs in the background: 256 directories a host, one after the other with a pause in between, one header at a time; not more than
 `PAGE` names are in memory besides what the host's own listing holds. A host that fails is tried again later, from where it was.
@@ -37,7 +40,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -116,11 +119,12 @@ class Sweeper:
         contractor: Contractor,
         host_io: HostIO,
         gate: HistoryGate,
+        surplus: Callable[[int, bytes, int], bool],
         seams: Seams,
         *,
         pause: float = PAUSE,
     ) -> None:
-        """After the current epoch has begun: what is owed depends on it."""
+        """After the current epoch has begun: what is owed depends on it. `surplus`: see `Reconciler.surplus`."""
         self._store = store
         self._volume_id = volume_id
         self._epochs = epochs
@@ -128,6 +132,7 @@ class Sweeper:
         self._contractor = contractor
         self._host_io = host_io
         self._gate = gate
+        self._surplus = surplus
         self._seams = seams
         self._pause = pause
         self._current = epochs.current.number
@@ -278,7 +283,7 @@ class Sweeper:
                 self.counts.kept += 1
                 continue
             if self._is_ours(header):
-                if not self._on_record(header.sector_id):
+                if self._unneeded(root, header.sector_id, number):
                     orphans[root] = header.sector_id
                 else:
                     named = True
@@ -299,7 +304,12 @@ class Sweeper:
         for root, sector_id in orphans.items():
             if self._store.failure is not None:
                 raise Fenced(self._store.failure)
-            if self._recorded(root, sector_id, number):
+            # Once more, right before: adding a copy of an old sector may have come in between. No await from here to the lock under which
+            # HostIO deletes: what is put there from now on is put after the deletion.
+            if self._store.get(holders_key(check_root(root), number)) is not None:
+                continue
+            if not self._unneeded(root, sector_id, number):
+                named = True
                 continue
             if number in self._host_io.undeletable():
                 # Asking for the others would get the same answer: another sweep is owed, by whoever may delete.
@@ -322,21 +332,22 @@ class Sweeper:
             return False
         return owner.number == header.epoch
 
-    def _recorded(self, root: str, sector_id: int, number: int) -> bool:
-        """Looked at once more, right before: adding a copy of an old sector is the one thing that may have come in between."""
-        held = self._store.get(holders_key(check_root(root), number)) is not None
-        return held or self._on_record(sector_id)
-
-    def _on_record(self, shard_id: int) -> bool:
-        """Is there a sector one of whose shards has this id? They have consecutive ids, the sector's own first."""
+    def _unneeded(self, root: str, shard_id: int, number: int) -> bool:
+        """Is there no sector that has a shard of this id, or one that has no need of it on this host? They have consecutive ids, the
+        sector's own first."""
         found = self._store.scan(SECTOR, SECTOR + u64(shard_id) + b"\0", 1, reverse=True)
-        if not found or len(found[0][0]) != 9:
-            return bool(found)  # a damaged key: it may be anything
+        if not found:
+            return True
+        if len(found[0][0]) != 9:
+            return False  # a damaged key: it may be anything
         sector_id = read_u64(found[0][0], 1)
         try:
-            return any(shard.shard_id == shard_id for shard in decode_sector(found[0][1], sector_id).shards) or sector_id == shard_id
+            record = decode_sector(found[0][1], sector_id)
+            if sector_id != shard_id and all(shard.shard_id != shard_id for shard in record.shards):
+                return True
+            return self._surplus(sector_id, check_root(root), number)
         except Corrupt:
-            return True
+            return False
 
     async def _leave_freed(self, orphans: dict[str, int]) -> bool:
         """Take out what a freed sector names: its time has not come. True if there was any."""

@@ -2,6 +2,8 @@
 
 As many shards at a time as there are places for, each to the next best host after a failure. At write quorum the record stands and the
 writer goes on (I2); the rest follow. What was put and is named by nobody is queued for deletion.
+
+Up to the quorum nothing on record says what is on hosts already, so that the sweep finds what a crash leaves there.
 """
 
 from __future__ import annotations
@@ -9,13 +11,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
 import trio
 
 from storage.errors import Fenced, FusefsError, NoSpace, Unavailable
-from storage.host_io import HostIO
+from storage.host_io import HostIO, Placed
 from storage.interfaces import Batch, MetadataStore, SealedShard
 from storage.metadata.keys import SECTOR, u64
 from storage.sectors.deleter import Deleter
@@ -56,6 +59,10 @@ class Upload:
         self._shards: list[SealedShard] = []
         #: Per shard, the hosts that have it.
         self._hosts: list[list[int]] = [[] for _ in range(layout.shards)]
+        #: What is on hosts, and not on record yet.
+        self._placed: list[Placed] = []
+        #: An earlier attempt may have queued the deletion of what is put there again: it waits until the record has it, or all have ended.
+        self._spared = ExitStack()
         self._done = 0
         self._errors: list[FusefsError] = []
         self._running = 0
@@ -93,8 +100,10 @@ class Upload:
     async def _put(self, shard: int, contract_id: str, host: int) -> None:
         try:
             while True:
+                sealed = self._shards[shard]
+                self._spared.enter_context(self._way.deleter.spared(bytes.fromhex(sealed.root), host))
                 try:
-                    await self._way.host_io.write_sealed(contract_id, self._shards[shard])
+                    await self._way.host_io.write_sealed(contract_id, sealed, self._placed)
                     self._stored(shard, host)
                     return
                 except FusefsError as error:
@@ -114,6 +123,7 @@ class Upload:
         self._done += 1
         if self._done < self._layout.spec.write_quorum:
             return
+        self._hold()
         # After quorum the sector may have been freed already, while this shard was on its way: then it goes the way of the others.
         if self._quorum and self._way.store.get(SECTOR + u64(self.sector_id)) is None:
             self._drop([self._record(shard, [host])])
@@ -122,6 +132,12 @@ class Upload:
         self._way.landed(self.sector_id, self._replication, self._layout.length, shards, full=self._done >= self._layout.spec.hosts_needed)
         self._quorum = True
         self._decided.set()
+
+    def _hold(self) -> None:
+        """In one step with the record, or the queue, that names them."""
+        self._way.host_io.hold(self._placed)
+        # The list stays the same: puts under way append to it.
+        self._placed.clear()
 
     def _record(self, shard: int, hosts: list[int]) -> ShardRecord:
         sealed = self._shards[shard]
@@ -141,6 +157,7 @@ class Upload:
         if not self._quorum and self._done:
             # Nothing points to these: they are deleted, like a freed sector's.
             try:
+                self._hold()
                 self._drop([self._record(number, hosts) for number, hosts in enumerate(self._hosts) if hosts])
             except FusefsError as error:
                 log.warning("sector %d: shards that nothing points to stay on their hosts: %s", self.sector_id, error)
@@ -148,6 +165,7 @@ class Upload:
             what = "shards" if self._layout.spec.coded else "copies"
             self._way.note(f"sector {self.sector_id} has {self._done} of {wanted} {what}: {'; '.join(map(str, self._errors))}")
         self._decided.set()
+        self._spared.close()
         # Whoever made it is in there, and it holds a sector's bytes: nothing of that waits for the collector of cycles.
         ended, self._ended = self._ended, _nothing
         ended()
