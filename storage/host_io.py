@@ -53,7 +53,7 @@ log = logging.getLogger("fusefs.hosts")
 T = TypeVar("T")
 
 #: Up to this many bytes are verified in the event loop: 20 us of AES-GCM, where a hop into a thread costs 85.
-INLINE = 8 * (BLOCK + TAG_SIZE) + 1024
+INLINE = 4 * (BLOCK + TAG_SIZE) + 1024
 #: From this many bytes on, what is opened gets memory of its own, which is used again.
 LARGE = 1024 * 1024
 #: The same of what is sealed.
@@ -61,9 +61,9 @@ LENT = 256 * 1024
 #: Bytes of such memory that are kept, of each: of the sectors that are read ahead, or are on their way to hosts, at a time.
 KEPT = 24 * 1024 * 1024
 #: Blocks that a look at a shard checks: 64 KiB, since most of what a look costs is the same for one.
-LOOKED = 4
+LOOKED = 2
 #: Bytes that are read and opened at a time: whole blocks.
-STEP = 16 * (BLOCK + TAG_SIZE)
+STEP = 8 * (BLOCK + TAG_SIZE)
 #: Seconds a read of a few blocks is waited for in the event loop. Where that was in vain the next read goes straight to a thread; where
 #: it is again, the next two, and so on up to so many.
 POLLED = 0.0005

@@ -1,6 +1,6 @@
 """Sealed shards: what hosts hold. Any range of one can be read and checked by itself.
 
-A shard is a header, then blocks of 16 KiB of plaintext, each AES-256-GCM with the header as associated data and followed by its tag.
+A shard is a header, then blocks of 32 KiB of plaintext, each AES-256-GCM with the header as associated data and followed by its tag.
 
 | offset | size | header field |
 |---|---|---|
@@ -16,7 +16,7 @@ A shard is a header, then blocks of 16 KiB of plaintext, each AES-256-GCM with t
 
 | offset | size | then, for block b = 0, 1, ... |
 |---|---|---|
-| 64 + b * 16400 | n | ciphertext of plaintext [b * 16384, b * 16384 + n), n = 16384, less for the last block only |
+| 64 + b * 32784 | n | ciphertext of plaintext [b * 32768, b * 32768 + n), n = 32768, less for the last block only |
 | ... + n | 16 | tag; key: the epoch's sector key; nonce: sector id (8) + b (4) |
 
 All integers are big-endian. An empty plaintext has one block of 0 bytes, so that it too ends in a tag: nothing unauthenticated verifies.
@@ -27,7 +27,7 @@ cut-off, extended, moved, swapped or foreign shard does not verify, nor does a b
 I1: one (key, sector id) seals exactly one (header, plaintext). This module does not know what was sealed before; `HostIO.seal` does.
 
 Speed on one core (AMD EPYC, 2.4 GHz), 4 MiB, page faults of the new buffer included: seal 1.3 ms (3.3 GB/s), open 1.3 ms, root 1.3 ms.
-AES-GCM lets go of the GIL once per block of 64 KiB: all of this belongs into a thread.
+AES-GCM lets go of the GIL once per block: all of this belongs into a thread.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ from storage.buffers import aligned
 from storage.errors import BadArgument, Corrupt
 from storage.interfaces import Buffer
 
-#: What a disk takes 134 us to find, of 64 KiB, and seals in 0.5 ms for each 4 MiB, it finds in 70 and seals in 0.65: docs/performance.md.
-BLOCK = 16384
+#: Large enough that sealing threads do not quarrel with the event loop over the interpreter's lock, which each block lets go and takes
+#: again; small enough that a random read does not wait for much of the disk: docs/performance.md has 16, 32 and 64 KiB beside each other.
+BLOCK = 32768
 HEADER_SIZE = 64
 TAG_SIZE = 16
 #: Of one shard, in bytes: bounds what a hostile or damaged header can make a reader allocate.

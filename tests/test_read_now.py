@@ -154,7 +154,7 @@ async def test_where_requests_take_long_a_miss_brings_its_neighbours(tmp_path: P
         file.write(b"rotten")
     async with opened(tmp_path / "v") as volume:
         fetched = watch_fetches(volume, monkeypatch)
-        for block in (2, 0, 1, 3):
+        for block in (TOGETHER - 1, *range(TOGETHER)):
             assert await volume.values.read(value, block * BLOCK + 5, 10) == data[block * BLOCK + 5 :][:10]
             assert sum(fetched.values()) == TOGETHER * (BLOCK + TAG_SIZE)
         # What is wrong with a neighbour is told to who asks for that.
@@ -165,8 +165,8 @@ async def test_where_requests_take_long_a_miss_brings_its_neighbours(tmp_path: P
 
 
 async def test_a_disk_is_waited_for_at_once_while_nobody_wants_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    await make(tmp_path / "v", host_dirs(tmp_path, 1))
-    data = noise(SECTOR_SIZE - 4096)
+    await make(tmp_path / "v", host_dirs(tmp_path, 1), sector_size=2 * SECTOR_SIZE)
+    data = noise(2 * SECTOR_SIZE - 4096)
     async with opened(tmp_path / "v") as volume:
         value = new_value(volume)
         await append(volume, value, data)

@@ -38,9 +38,9 @@ PREFETCHES = 5
 AHEAD = 4
 AHEAD_NEAR = 2
 #: Blocks that are read in the event loop at most, where they are at hand.
-SOON = 8
+SOON = 4
 #: Blocks that are asked for together where a request takes far longer than they do: of a host that is not a disk of this machine.
-TOGETHER = 4
+TOGETHER = 2
 #: Sectors whose roots are remembered; about 10 MB.
 ROOTS = 65536
 
