@@ -49,7 +49,7 @@ def events_of_trio() -> int | None:
         from trio._core._run import GLOBAL_RUN_CONTEXT
     except ImportError:
         return None
-    events = getattr(getattr(GLOBAL_RUN_CONTEXT.runner, "io_manager", None), "_epoll", None)
+    events = getattr(getattr(getattr(GLOBAL_RUN_CONTEXT, "runner", None), "io_manager", None), "_epoll", None)
     return events.fileno() if isinstance(events, select.epoll) else None
 
 

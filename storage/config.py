@@ -4,7 +4,7 @@ A document (storage/documents.py) with these fields:
 
 | field | value |
 |---|---|
-| `format`, `format_version` | `fusefs volume`, 1: the version of everything in the directory |
+| `format`, `format_version` | `fusefs volume`, 2: of all there is in the directory and on hosts; 1, before any release, is refused |
 | `volume_id` | 32 hexadecimal digits, random |
 | `sector_size` | plaintext bytes of a full sector: 64 KiB to 32 MiB, a multiple of 4096 |
 | `replication` | for what is not told otherwise: "2", "4+2" |
@@ -27,7 +27,7 @@ from storage.seams import Failpoints
 
 CONFIG_FILE = "volume.json"
 FORMAT = "fusefs volume"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 DEFAULT_SECTOR_SIZE = 4 * 1024 * 1024
 MIN_SECTOR_SIZE = 64 * 1024
@@ -98,8 +98,13 @@ def encode_config(config: VolumeConfig) -> bytes:
 
 
 def parse_config(raw: bytes, name: str = "volume.json") -> VolumeConfig:
-    """Corrupt if damaged; BadArgument if of a newer format or of something else's."""
+    """Corrupt if damaged; BadArgument if of a newer or older format, or of something else's."""
     config = decode_document(raw, VolumeConfig, FORMAT, FORMAT_VERSION, name, foreign=BadArgument)
+    if config.format_version < FORMAT_VERSION:
+        raise BadArgument(
+            f"{name} has format version {config.format_version}: an earlier fusefs made the volume, before the first release, and this one "
+            f"(version {FORMAT_VERSION}) cannot read it; copy the files out with that one"
+        )
     try:
         _check(config)
     except BadArgument as error:

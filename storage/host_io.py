@@ -568,21 +568,20 @@ class HostIO:
             self._seams.failpoints.hit("host_io.write.before_apply")
             stored = Placed(number, root, contract.lineage, version, locked_ns)
             if placed is None:
-                self.hold([stored])
+                self.hold(stored)
             else:
                 placed.append(stored)
 
-    def hold(self, placed: Iterable[Placed]) -> None:
-        """Contracts hold these from now on. No await: applied in one step with what points to them."""
-        for one in placed:
-            key = holders_key(one.root, one.host_number)
-            holders = decode_holders(self._store.get(key), one.root)
-            holders.write(one.lineage)
-            holders.stored_version, holders.locked_ns = one.stored_version, one.locked_ns
-            batch = Batch()
-            batch.put(key, holders.encode())
-            self._store.apply(batch)
-            self._unsettled[one.host_number] -= 1
+    def hold(self, placed: Placed) -> None:
+        """The contract holds it from now on. No await: applied in one step with what points to it."""
+        key = holders_key(placed.root, placed.host_number)
+        holders = decode_holders(self._store.get(key), placed.root)
+        holders.write(placed.lineage)
+        holders.stored_version, holders.locked_ns = placed.stored_version, placed.locked_ns
+        batch = Batch()
+        batch.put(key, holders.encode())
+        self._store.apply(batch)
+        self._unsettled[placed.host_number] -= 1
 
     async def adopt(self, contract_id: str, sector_root: str) -> None:
         """The contract holds the root from now on: its host has it already. Applied to the metadata store."""

@@ -510,9 +510,9 @@ class SectorManager(Protocol):
         possible."""
         ...
 
-    def read_now(self, sector_id: int, offset: int, length: int) -> Buffer | None:
-        """A range that lies within the sector, if all of it is in the block cache, or comes from a disk of this machine before anybody else
-        wants anything, within less than a step of the event loop may take; None otherwise."""
+    def read_now(self, sector_id: int, offset: int, length: int, *, wait: bool = True) -> Buffer | None:
+        """A range that lies within the sector, if all of it is in the block cache, or, with `wait`, comes from a disk of this machine
+        before anybody else wants anything, within less than a step of the event loop may take; None otherwise."""
         ...
 
     async def allocate_sector(self, replication: str = "1") -> int:

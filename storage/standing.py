@@ -80,6 +80,10 @@ class Standing:
         else:
             batch.delete(LEAVING + u32(number))
 
+    def here(self, number: int) -> bool:
+        """Can it be used now?"""
+        return self._registry.available(number)
+
     def gone(self, number: int) -> bool:
         """Away for longer than the grace."""
         since = self._away_since.get(number)

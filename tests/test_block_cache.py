@@ -102,6 +102,25 @@ def test_what_is_remembered_of_it_is_bounded(cache: BlockCache, monkeypatch: pyt
     assert len(cache._wanted) == 3
 
 
+def test_what_was_passed_forgotten_and_is_passed_once_more_is_let_go_of_once(cache: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.sectors.cache.REMEMBERED", 3)
+    (kept,) = roots_of(1, 1)
+
+    def wanted_and_streamed(root: bytes) -> None:
+        cache.put(root, 1, bytes(BLOCK))
+        stream(cache, [root], 2)
+
+    wanted_and_streamed(kept)
+    # It is not remembered any more, but still here.
+    for root in roots_of(2, 3):
+        cache.put(root, 1, bytes(BLOCK))
+    cache.passed(kept)
+    stream(cache, roots_of(3, 8), 2)
+    for root in roots_of(4, 12):
+        wanted_and_streamed(root)
+    assert cache.size == sum(len(data) for data in cache._blocks.values())
+
+
 def test_what_was_passed_goes_like_everything_else_where_others_want_the_room(cache: BlockCache) -> None:
     roots = roots_of(1, 9)
     stream(cache, roots, 2)

@@ -10,6 +10,7 @@ import hashlib
 import random
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -211,11 +212,11 @@ async def test_whatever_happens_before_a_crash_nothing_promised_is_lost(tmp_path
     sealed: dict[tuple[bytes, int], bytes] = {}
     real_seal = sealing.seal
 
-    def watched(key: bytes, header: ShardHeader, data: list[Buffer]) -> Buffer:
+    def watched(key: bytes, header: ShardHeader, data: list[Buffer], lend: Callable[[int], memoryview]) -> Buffer:
         # I1, over all lives of the volume.
         content = hashlib.sha256(header.encode() + b"".join(data)).digest()
         assert sealed.setdefault((key, header.sector_id), content) == content
-        return real_seal(key, header, data)
+        return real_seal(key, header, data, lend)
 
     monkeypatch.setattr(host_io, "seal", watched)
     monkeypatch.setattr(shipping, "RETRY_FIRST", 0.02)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -83,8 +84,27 @@ async def test_a_new_process_flushes_the_names_of_directories_an_earlier_one_may
     await (await opened(tmp_path / "h")).put("a/b", b"1")
     failpoints = RecordingFailpoints()
     await (await opened(tmp_path / "h", make_seams(failpoints=failpoints))).put("a/c", b"1")
-    # One flush of the root is for both "a" and "~tmp".
-    assert failpoints.hits.count("host.put.before_parent_sync") == 1
+    assert failpoints.hits.count("host.put.before_parent_sync") == 2
+
+
+async def test_directories_that_shards_are_spread_over_are_flushed_together(tmp_path: Path) -> None:
+    earlier = await opened(tmp_path / "h")
+    for digits in ("00", "a0", "ff"):
+        await earlier.put(f"sectors/{digits}/x", b"1")
+    failpoints = RecordingFailpoints()
+    host = await opened(tmp_path / "h", make_seams(failpoints=failpoints))
+    await host.put("sectors/a0/y", b"1")
+    # "sectors", "a0" (and all beside it), "~tmp".
+    assert failpoints.hits.count("host.put.before_parent_sync") == 3
+    for digits in ("00", "ff", "a0"):
+        await host.put(f"sectors/{digits}/y", b"1")
+    assert failpoints.hits.count("host.put.before_parent_sync") == 3
+    # One that is new, and one that was there and has gone meanwhile.
+    await host.put("sectors/b1/y", b"1")
+    assert failpoints.hits.count("host.put.before_parent_sync") == 4
+    shutil.rmtree(tmp_path / "h/sectors/00")
+    await host.put("sectors/00/z", b"1")
+    assert failpoints.hits.count("host.put.before_parent_sync") == 5
 
 
 async def test_what_a_conditional_put_may_rely_on_is_flushed_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

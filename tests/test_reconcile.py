@@ -433,7 +433,7 @@ async def test_after_a_crash_in_the_middle_the_next_process_goes_on_and_nothing_
     urls = host_dirs(tmp_path, 3)
     await make(tmp_path / "volume", urls, replication="2")
     async with opened(tmp_path / "volume") as volume:
-        content = await fill(volume, 16)
+        content = await fill(volume, 48)
         # Enough for three crashes, wherever hosts' latencies have put the sectors.
         fullest = max(range(3), key=lambda at: len(there(urls[at])))
     for _ in range(3):

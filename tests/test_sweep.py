@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
-from storage.errors import Unavailable
+from storage.errors import NoSpace, Unavailable
 from storage.host_io import Placed
 from storage.hosts.faults import shards_only
 from storage.hosts.holders import holders_key
@@ -300,6 +301,13 @@ async def test_a_damaged_note_means_one_sweep_more(tmp_path: Path) -> None:
         assert sweeper.owed() == []
 
 
+class Overtaken(TestGate):
+    """Ours when asked first, and not any more when asked again."""
+
+    async def confirm(self, host_number: int) -> bool:
+        return await super().confirm(host_number) and self.asked == 1
+
+
 async def test_a_copy_too_many_of_a_live_sector_goes_once_the_sector_lacks_nothing(tmp_path: Path) -> None:
     """A crash between the put and the record of a copy more (repair, a new host being filled) leaves one on no record."""
     await make(tmp_path / "v", host_dirs(tmp_path, 3), "2")
@@ -327,6 +335,15 @@ async def test_a_copy_too_many_of_a_live_sector_goes_once_the_sector_lacks_nothi
             assert await sweeper_of(volume).sweep() == []
         # Nor while a superblock may name it.
         assert await sweeper_of(volume, TestGate(ours=False)).sweep() != []
+        assert too_many.exists()
+        # Nor where that is so only since the page was begun.
+        overtaken = Overtaken()
+        assert await sweeper_of(volume, overtaken).sweep() != []
+        assert overtaken.asked == 2 and too_many.exists()
+        # Nor while one of those that still count does not answer.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(volume.standing, "here", lambda number: number != shard.hosts[0])
+            assert await sweeper_of(volume).sweep() == []
         assert too_many.exists()
         sweeper = sweeper_of(volume)
         assert await sweeper.sweep() == []
@@ -361,6 +378,38 @@ async def test_what_is_on_hosts_before_the_quorum_is_on_no_record_so_that_a_cras
     async with opened(tmp_path / "v") as volume:
         assert await sweeper_of(volume).sweep() == []
         assert shards_on(tmp_path / "host0") == shards_on(tmp_path / "host1") == []
+
+
+async def test_a_shard_that_went_to_another_host_because_it_could_not_be_recorded_fills_one_place(tmp_path: Path) -> None:
+    """I3: a sector that lacks a shard is not told to be whole, because another shard is on two hosts."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 5), "2+2")
+    async with opened(tmp_path / "v") as volume, trio.open_nursery() as nursery:
+        sector_id = await volume.sectors.allocate_sector("2+2")
+        layout = layout_of("2+2", 1000)
+        shards, _ = volume.sectors._seal(sector_id, layout, [noise(1000)])
+        told: list[tuple[bool, list[int]]] = []
+
+        def landed(sector_id: int, replication: str, length: int, records: list[ShardRecord], *, full: bool) -> None:
+            told.append((full, [len(record.hosts) for record in records]))
+            if len(told) == 1:
+                raise NoSpace("more changes wait than the journal can hold")
+
+        put = volume.host_io.write_sealed
+
+        async def write_sealed(contract_id: str, shard: SealedShard, placed: list[Placed] | None = None) -> None:
+            if shard.root == shards[3].root:
+                await trio.sleep(0.05)
+                raise Unavailable("no host takes this one")
+            await put(contract_id, shard, placed)
+
+        volume.host_io.write_sealed = write_sealed  # type: ignore[method-assign]
+        ended = trio.Event()
+        upload = Upload(replace(volume.sectors._way, landed=landed), sector_id, "2+2", layout, ended.set)
+        upload.start(shards, nursery)
+        with trio.fail_after(30):
+            await ended.wait()
+        assert told[-1][1][3] == 0 and sorted(told[-1][1]) == [0, 1, 1, 2]
+        assert not any(full for full, _ in told)
 
 
 async def test_a_shard_that_is_put_again_is_not_deleted_for_the_attempt_before(tmp_path: Path) -> None:

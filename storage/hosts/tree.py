@@ -56,8 +56,10 @@ T = TypeVar("T")
 MIN_DIRECT = 256 * 1024
 #: The most that is read so at a time, whole: a sealed sector of the usual size. In small pieces a disk gives half of it, for twice the CPU.
 MOST_DIRECT = 4 * 1024 * 1024 + 64 * 1024
-#: Bytes of buffers for that which are kept: for as many threads as read sectors ahead.
-DIRECT_KEPT = 5 * MOST_DIRECT
+#: To read into, of all hosts: for as many threads as read sectors ahead.
+PIECES = Buffers(5 * MOST_DIRECT)
+#: Digits of the directories that a volume's shards are spread over: all there are become known as durable with one flush of their parent.
+FAN_DIGITS = 2
 
 #: Raises Abandoned if nobody wants the change any more.
 Wanted = Callable[[], None]
@@ -79,10 +81,12 @@ class Tree:
         self.url = url
         self._hit = failpoints.hit
         self._identity = identity
-        #: Until the filesystem refuses it.
-        self._direct = True
+        #: Until the filesystem refuses it, of a file at least: one may refuse to read what it writes.
+        self._direct = self._direct_reads = True
         #: Directories ("a/b/") whose names are known to be durable in their parents: flushed once by this process.
         self._durable: set[str] = set()
+        #: How often something was taken out of it.
+        self._removed = 0
         #: Directories that may have names which are not durable, though this process has listed them or made them.
         self._doubtful: set[str] = set()
         #: Directories this process has flushed since it last renamed something into them.
@@ -90,8 +94,6 @@ class Tree:
         self._held = Held()
         #: To read into, for `get_range_in`.
         self._steps = Buffers(STEPS)
-        #: The same past the page cache.
-        self._pieces = Buffers(DIRECT_KEPT)
         #: For `read_now`, which only the event loop calls.
         self._now = memoryview(bytearray(MAX_NOW))
 
@@ -141,7 +143,7 @@ class Tree:
             # Not a held one: what is read like this is not asked for again soon. And without advice: read as a stream, the kernel reads
             # it ahead in large pieces, which takes half of the time.
             wanted = max(0, min(length, size - offset))
-            done = self._take_direct(fd, offset, wanted, step, take) if self._direct and wanted >= MIN_DIRECT else 0
+            done = self._take_direct(fd, offset, wanted, step, take) if self._direct_reads and wanted >= MIN_DIRECT else 0
             if done == wanted:
                 return done
             view = self._steps.lend(step)
@@ -168,7 +170,7 @@ class Tree:
         most = max(MOST_DIRECT, (step + 2 * ALIGNMENT) // ALIGNMENT * ALIGNMENT)
         while done < length:
             skip = (offset + done) % ALIGNMENT
-            view = self._pieces.lend(min(most, -(-(skip + length - done) // ALIGNMENT) * ALIGNMENT))
+            view = PIECES.lend(min(most, -(-(skip + length - done) // ALIGNMENT) * ALIGNMENT))
             got = min(self._read_direct(fd, view, offset + done - skip) - skip, length - done)
             if got < length - done:
                 got -= got % step
@@ -185,9 +187,12 @@ class Tree:
             fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
             return os.preadv(fd, [view], offset)
         except OSError as error:
+            if error.errno == errno.ENOMEM:
+                # No memory in one piece, maybe; not that this filesystem cannot do it.
+                return 0
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-            self._direct = False
+            self._direct_reads = False
             return 0
         finally:
             fcntl.fcntl(fd, fcntl.F_SETFL, flags)
@@ -270,6 +275,7 @@ class Tree:
                             os.rmdir(name, dir_fd=directory)
                 with suppress(OSError):
                     os.rmdir(parts[-1], dir_fd=above)
+                self._removed += 1
                 self._durable.clear()
                 _sync_directory(above)
             finally:
@@ -498,18 +504,23 @@ class Tree:
                 try:
                     child = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
                 except FileNotFoundError:
+                    self._removed += 1
                     self._durable.discard(path)
                     with suppress(FileExistsError):
                         os.mkdir(part, 0o700, dir_fd=fd)
                     child = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
                 try:
                     if path not in self._durable:
-                        # One flush is for all that is there by now, which is more than one where an earlier process made them.
+                        # One flush is for all that is there by now, where an earlier process made them.
                         above = path[: -len(part) - 1]
-                        there = os.listdir(fd)
+                        removed = self._removed
+                        there = os.listdir(fd) if len(part) == FAN_DIGITS else []
                         self._hit("host.put.before_parent_sync")
                         _sync_directory(fd)
-                        self._durable.update(f"{above}{name}/" for name in there)
+                        self._durable.add(path)
+                        # Not where one of them may have gone, and come back, since the flush.
+                        if removed == self._removed:
+                            self._durable.update(f"{above}{name}/" for name in there)
                 except BaseException:
                     os.close(child)
                     raise

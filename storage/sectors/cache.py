@@ -150,7 +150,8 @@ class BlockCache:
         plain = self._blocks.get((root, WHOLE))
         if plain is None:
             return
-        passed = self._passed if root in self._wanted and root not in self._once else self._once
+        # Never in both: each would let go of it.
+        passed = self._passed if root in self._passed or (root in self._wanted and root not in self._once) else self._once
         for gone, size in passed.add(root, len(plain)):
             self.size -= size
             del self._blocks[gone, WHOLE]

@@ -68,9 +68,9 @@ def _library() -> ctypes.CDLL | None:
         brought = importlib.metadata.files(_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         brought = []
-    # The wheel's own; where pyeclib was built here, the system's.
-    paths = [str(file.locate()) for file in brought if file.name.startswith("libisal")] + [find_library("isal")]
-    for path in filter(None, paths):
+    paths = [str(file.locate()) for file in brought if file.name.startswith("libisal")]
+    # The wheel's own; where pyeclib was built here, the system's, which takes looking for.
+    for path in paths or filter(None, [find_library("isal")]):
         try:
             library = ctypes.CDLL(path)
             library.gf_gen_cauchy1_matrix.restype = library.ec_init_tables.restype = library.ec_encode_data.restype = None

@@ -105,8 +105,8 @@ class SectorManager:
     async def insecure_read_sector_at(self, sector_id: int, offset: int, length: int) -> bytes:
         return await self._reader.read_range(sector_id, offset, length)
 
-    def read_now(self, sector_id: int, offset: int, length: int) -> Buffer | None:
-        return self._reader.read_now(sector_id, offset, length)
+    def read_now(self, sector_id: int, offset: int, length: int, *, wait: bool = True) -> Buffer | None:
+        return self._reader.read_now(sector_id, offset, length, wait=wait)
 
     def cached(self, sector_id: int, offset: int) -> bool:
         """True if the byte at `offset` of the sector is in the block cache, or on the local disk."""

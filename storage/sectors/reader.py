@@ -95,8 +95,9 @@ class SectorReader:
         root = record.shards[part.shard].root
         return (root, part.offset // BLOCK) in self._cache or (self.staging is not None and self.staging.has(root))
 
-    def read_now(self, sector_id: int, offset: int, length: int) -> Buffer | None:
-        """A range that lies within a sector that is one shard, out of the cache or at once from a disk; None: not so, or not there."""
+    def read_now(self, sector_id: int, offset: int, length: int, *, wait: bool = True) -> Buffer | None:
+        """A range that lies within a sector that is one shard, out of the cache or, with `wait`, at once from a disk; None: not so, or not
+        there."""
         known = self._roots.get(sector_id)
         if known is None:
             raw = self._store.get(SECTOR + u64(sector_id))
@@ -112,7 +113,7 @@ class SectorReader:
         if not root or offset + length > end:
             return None
         found = self._cache.read(root, offset, length)
-        return found if found is not None else self._read_at_once(sector_id, offset, length)
+        return self._read_at_once(sector_id, offset, length) if found is None and wait else found
 
     def _read_at_once(self, sector_id: int, offset: int, length: int) -> bytes | None:
         """Of a sector that is one shard: from a disk that answers while one waits for it; what it was asked for is cached."""
@@ -192,7 +193,8 @@ class SectorReader:
             start, plain = await self._fetch_about(sector_id, record, layout, part.shard, start, count)
             for at in range(0, len(plain), BLOCK):
                 block = start + at // BLOCK
-                blocks[block] = piece = plain[at : at + BLOCK]
+                # Of its own: a view would keep all that came with it.
+                blocks[block] = piece = bytes(plain[at : at + BLOCK])
                 self._cache.put(root, block, piece)
         begin = part.offset - first * BLOCK
         if first == last:
@@ -210,8 +212,8 @@ class SectorReader:
             if end - start > count:
                 try:
                     return start, await self._fetch(sector_id, record, layout, number, start, end - start)
-                except Corrupt:
-                    # Maybe only of what nobody has asked for.
+                except (Corrupt, Unavailable):
+                    # Maybe only of what nobody has asked for, which cannot be made again now.
                     pass
         return first, await self._fetch(sector_id, record, layout, number, first, count)
 

@@ -171,7 +171,9 @@ class Reconciler:
             return False
         if sector_id in self._busy or self.uploading(sector_id) or self._deleter.sparing(root, host):
             return False
-        return self._plan(sector_id, record, self._standing.keeping()).done
+        plan = self._plan(sector_id, record, self._standing.keeping())
+        # Not on the word of a host that is away just now, though it still counts: this one may be all there is besides.
+        return plan.done and all(map(self._standing.here, plan.hosts))
 
     def fill(self, batch: Batch) -> None:
         """In `batch`: a host was added, and is to get its share of what there is."""

@@ -311,6 +311,14 @@ class Sweeper:
             if not self._unneeded(root, sector_id, number):
                 named = True
                 continue
+            if self._record_of(sector_id) is not None:
+                # Of a live sector. Another machine's record may have come to name this copy since the page was begun, and where something
+                # hung, that is long ago: asked again for each, and everything else looked at again after it.
+                if not await self._gate.confirm(number):
+                    raise Unavailable(f"host {host.url} does not confirm that its superblock is ours")
+                if self._store.get(holders_key(check_root(root), number)) is not None or not self._unneeded(root, sector_id, number):
+                    named = True
+                    continue
             if number in self._host_io.undeletable():
                 # Asking for the others would get the same answer: another sweep is owed, by whoever may delete.
                 self.counts.kept += 1
@@ -333,21 +341,23 @@ class Sweeper:
         return owner.number == header.epoch
 
     def _unneeded(self, root: str, shard_id: int, number: int) -> bool:
-        """Is there no sector that has a shard of this id, or one that has no need of it on this host? They have consecutive ids, the
-        sector's own first."""
-        found = self._store.scan(SECTOR, SECTOR + u64(shard_id) + b"\0", 1, reverse=True)
-        if not found:
-            return True
-        if len(found[0][0]) != 9:
-            return False  # a damaged key: it may be anything
-        sector_id = read_u64(found[0][0], 1)
+        """Is there no sector that has a shard of this id, or one that has no need of it on this host?"""
         try:
-            record = decode_sector(found[0][1], sector_id)
-            if sector_id != shard_id and all(shard.shard_id != shard_id for shard in record.shards):
-                return True
-            return self._surplus(sector_id, check_root(root), number)
+            sector_id = self._record_of(shard_id)
+            return sector_id is None or self._surplus(sector_id, check_root(root), number)
         except Corrupt:
             return False
+
+    def _record_of(self, shard_id: int) -> int | None:
+        """The sector that has a shard of this id, if there is one: they have consecutive ids, the sector's own first. Corrupt."""
+        found = self._store.scan(SECTOR, SECTOR + u64(shard_id) + b"\0", 1, reverse=True)
+        if not found:
+            return None
+        if len(found[0][0]) != 9:
+            raise Corrupt("a damaged key of a sector: it may be any")
+        sector_id = read_u64(found[0][0], 1)
+        record = decode_sector(found[0][1], sector_id)
+        return sector_id if sector_id == shard_id or any(shard.shard_id == shard_id for shard in record.shards) else None
 
     async def _leave_freed(self, orphans: dict[str, int]) -> bool:
         """Take out what a freed sector names: its time has not come. True if there was any."""

@@ -120,7 +120,8 @@ class Upload:
 
     def _stored(self, shard: int, host: int) -> None:
         self._hosts[shard].append(host)
-        self._done += 1
+        # Places that are filled: a shard that went to another host after it could not be recorded fills one all the same (I3).
+        self._done = sum(min(len(hosts), self._layout.hosts_each) for hosts in self._hosts)
         if self._done < self._layout.spec.write_quorum:
             return
         self._hold()
@@ -135,9 +136,10 @@ class Upload:
 
     def _hold(self) -> None:
         """In one step with the record, or the queue, that names them."""
-        self._way.host_io.hold(self._placed)
-        # The list stays the same: puts under way append to it.
-        self._placed.clear()
+        # The list stays the same: puts under way append to it. One by one: what is held is not to be held again where the next is refused.
+        while self._placed:
+            self._way.host_io.hold(self._placed[0])
+            del self._placed[0]
 
     def _record(self, shard: int, hosts: list[int]) -> ShardRecord:
         sealed = self._shards[shard]

@@ -323,7 +323,9 @@ class Values:
                 extent = found[0]
                 self._places.add(found)
             length = min(extent.end, stop) - at
-            piece = self._sectors.read_now(extent.sector_id, extent.position + at - extent.offset, length)
+            # Only what lies in one piece is worth waiting for right here: a step of the event loop may not wait for one after the other.
+            whole = at == offset and at + length == stop
+            piece = self._sectors.read_now(extent.sector_id, extent.position + at - extent.offset, length, wait=whole)
             if piece is None:
                 return None
             at += length
