@@ -16,6 +16,7 @@ import pyfuse3
 from fusefs.base import HandlerBase, check_name, negative_entry
 from fusefs.entries import entry_of
 from fusefs.guard import guarded
+from fusefs.listings import FETCH_MOST
 from storage.errors import NotFound, NotPermitted
 
 log = logging.getLogger(__name__)
@@ -161,6 +162,11 @@ class DirectoryHandlers(HandlerBase):
                 return
             if self.listings.ended:
                 self.listings.done(ino, after)
+                return
+            if len(sent) >= FETCH_MOST:
+                # A program that asks for a megabyte gets it in several replies: others have their turn in between.
+                self.listings.full(ino, after, len(sent))
+                self.receiver.give_way()
                 return
             page = self.listings.more(ino, after)
 

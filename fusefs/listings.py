@@ -16,9 +16,10 @@ from storage import Listed, Namespace
 
 log = logging.getLogger(__name__)
 
-#: Entries fetched at first, and the bounds of it later: what a READDIRPLUS of 4 KiB takes, of 32 KiB (Linux 6.18 asks for so much), and of
-#: 1 MiB would take. What is fetched and does not fit is fetched again for the next reply, so it is learnt from each how many fit.
-FETCH_FIRST, FETCH_LEAST, FETCH_MOST = 204, 30, 1024
+#: Entries fetched at first, and the bounds of it later: what a READDIRPLUS of 4 KiB takes, of 32 KiB (Linux 6.18 asks for so much for most
+#: programs), and what takes a millisecond, a step of the event loop. What is fetched and does not fit is fetched again for the next reply,
+#: so it is learnt from each how many fit.
+FETCH_FIRST, FETCH_LEAST, FETCH_MOST = 204, 30, 256
 
 Page = Listed[pyfuse3.EntryAttributes]
 NOTHING: Page = Listed((), (), (), ())

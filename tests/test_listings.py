@@ -253,6 +253,17 @@ async def test_what_a_reply_took_is_pinned_once_for_each_entry(monkeypatch: pyte
     assert rig.ns._lifetime._pins == expected
 
 
+async def test_a_reply_with_room_for_all_takes_no_longer_than_a_step_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    operations = handlers(filled(1000))
+    names: list[bytes] = []
+    at = 0
+    while took := await read(operations, monkeypatch, at, 1_000_000):
+        assert len(took) < 2 * FETCH_MOST
+        at = took[-1][2]
+        names += [name for name, _, _ in took]
+    assert names == [b".", b"..", *(b"%03d" % number for number in range(1000))]
+
+
 @pytest.mark.parametrize("error", [Corrupt("damaged, on purpose"), NotFound("gone, on purpose")])
 async def test_entries_of_a_reply_that_ends_in_an_error_are_pinned_if_they_are_sent(
     monkeypatch: pytest.MonkeyPatch, error: FusefsError
