@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -58,9 +59,12 @@ def main(
     seaweed = Seaweed(base)
     try:
         try:
-            result = runner.measure(runner.chosen(base, seaweed, systems, works), rounds, works, sizes, say)
+            chosen = runner.chosen(base, seaweed, systems, works)
+            result = runner.measure(chosen, rounds, works, sizes, say, lambda so_far: _write(so_far, output, say))
         finally:
             seaweed.stop()
+        # Once more with the rest, which can take long, and fail.
+        _write(result, output, say)
         if ladder:
             runner.add_ladder(result, base, sizes)
         if counts:
@@ -70,16 +74,21 @@ def main(
     finally:
         shutil.rmtree(base, ignore_errors=True)
     report.show(result, console)
+    _write(result, output, say)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "bench.json").write_text(result.as_json() + "\n")
-        (output / "README.md").write_text(markdown.page(result, shlex.join(["scripts/bench", *sys.argv[1:]])))
-        try:
-            report.plot(result, output / "bench.png")
-        except ImportError:
-            say("no plot: matplotlib is not installed (scripts/bootstrap measure)")
-        else:
-            say(f"written to {os.path.relpath(output, ROOT)}")
+        say(f"written to {os.path.relpath(output, ROOT)}")
+
+
+def _write(result: report.Run, output: Path | None, say: Callable[[str], None]) -> None:
+    if output is None:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "bench.json").write_text(result.as_json() + "\n")
+    (output / "README.md").write_text(markdown.page(result, shlex.join(["scripts/bench", *sys.argv[1:]])))
+    try:
+        report.plot(result, output / "bench.png")
+    except ImportError:
+        say("no plot: matplotlib is not installed (scripts/bootstrap measure)")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from scripts.benchmarks import growth, ladder, syncing
@@ -13,6 +14,7 @@ from scripts.benchmarks.report import Run
 from scripts.benchmarks.seaweed import FusefsSeaweed, ObstoreAlone, Seaweed
 from scripts.benchmarks.systems import ON_SEAWEEDFS, PEERS, Disk, Failed, Fusefs, Null, System, run
 from scripts.benchmarks.works import GROUPS, Sizes
+from storage.errors import FusefsError
 
 Say = Callable[[str], None]
 
@@ -48,8 +50,10 @@ def machine() -> dict[str, str]:
     }
 
 
-def measure(systems: list[System], rounds: int, groups: Sequence[str], sizes: Sizes, say: Say) -> Run:
-    """The rounds. What fails is left out, and said."""
+def measure(
+    systems: list[System], rounds: int, groups: Sequence[str], sizes: Sizes, say: Say, keep: Callable[[Run], object] | None = None
+) -> Run:
+    """The rounds. What fails is left out, and said. `keep` is called after each with what there is: whoever is interrupted has that."""
     result = Run(machine())
     running: list[System] = []
     try:
@@ -80,6 +84,8 @@ def measure(systems: list[System], rounds: int, groups: Sequence[str], sizes: Si
                     except (Failed, OSError, RuntimeError) as error:
                         result.left_out[system.name] = f"{group}: {error}"
                 say(f"round {number + 1} of {rounds}: {group}")
+            if keep is not None:
+                keep(result)
         for system in running:
             if system.encrypted and system.name not in result.left_out:
                 result.memory[system.name] = system.memory()
@@ -102,7 +108,12 @@ def add_ladder(result: Run, base: Path, sizes: Sizes) -> None:
 
 def add_growth(result: Run, base: Path, counts: Sequence[int], appends: int, say: Say) -> None:
     """What must not grow."""
-    for count in counts:
-        result.growth[f"{count} files"] = growth.grown(base, count)
-        say(f"volume of {count} files")
-    result.growth[f"{appends} appends"] = growth.appended(base, appends)
+    works: dict[str, Callable[[], dict[str, float]]] = {f"{count} files": partial(growth.grown, base, count) for count in counts}
+    works[f"{appends} appends"] = partial(growth.appended, base, appends)
+    for name, work in works.items():
+        try:
+            result.growth[name] = work()
+        except (Failed, FusefsError, OSError) as error:
+            # What was measured before stays worth having.
+            result.left_out[name] = str(error)
+        say(f"volume with {name}")
