@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import asdict, dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -191,14 +192,16 @@ def plot(run: Run, path: Path) -> None:
     names = [name for name in run.rates if name != "disk"]
     figure, axes = pyplot.subplots(figsize=(12, 0.62 * len(measures) + 2))
     height = 0.8 / max(1, len(names))
+    # Not the red of fusefs.
+    others = cycle(color for at, color in enumerate(matplotlib.color_sequences["tab10"]) if at != 3)
     for place, name in enumerate(names):
         values = [(run.median(name, measure) or 0) / (run.median("disk", measure) or 1) for measure in measures]
         at = [row + 0.4 - height * (place + 0.5) for row in range(len(measures))]
-        color = "#c0392b" if name == "fusefs" else None
+        color = "#c0392b" if name == "fusefs" else next(others)
         star = "*" if run.syncs.get(name) is False else ""
         axes.barh(at, values, height=height, label=name + star, color=color)
     axes.set_yticks(range(len(measures)), measures)
-    axes.invert_yaxis()
+    axes.set_ylim(len(measures) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xlabel("rate, relative to the bare disk (1.0); *: its fsync does not reach the disk")
