@@ -19,7 +19,7 @@ from storage.sectors.cache import JUST_PASSED
 from storage.sectors.reader import AHEAD, AHEAD_NEAR, PREFETCHES, TOGETHER
 from storage.values import places
 from storage.values.places import Places
-from storage.values.records import Extent
+from storage.values.records import Extent, extents_between
 from tests.rig import QUIET, append, free, host_dirs, make, new_value, noise, opened
 from tests.rig import SECTOR as SECTOR_SIZE
 from tests.test_redundancy import watch_fetches
@@ -423,3 +423,31 @@ def test_places_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             assert known.find(value, at * 10 + 5) == Extent(value, at * 10, at + 1, 0, 10)
     assert sum(known.find(value, 195) is not None for value in range(1, 10)) == 3
     assert sum(known.find(9, at * 10) is not None for at in range(20)) <= 4
+
+
+async def test_what_lies_in_several_sectors_is_not_waited_for_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece could take as long as one may: only what lies in one is waited for."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    data = noise(3 * SECTOR_SIZE)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    async with opened(tmp_path / "v") as volume:
+        volume.host_io.more_coming = lambda: False
+        end = extents_between(volume.store, value, 0, 1, 1)[0].end
+        for at in (end - 5, 5):
+            assert await volume.values.read(value, at, 10) == data[at : at + 10]
+        volume.sectors.cache._blocks.clear()
+        looked = 0
+
+        def never(*_: object) -> None:
+            nonlocal looked
+            looked += 1
+
+        monkeypatch.setattr("storage.hosts.tree.Tree.read_now", never)
+        monkeypatch.setattr("storage.hosts.tree.Tree.holds", lambda *_: True)
+        assert volume.values.read_now(value, end - 5, 10) is None
+        assert looked == 0
+        assert volume.values.read_now(value, 5, 10) is None
+        assert looked > 0

@@ -46,8 +46,8 @@ STALE_SECONDS = 86400.0
 MAX_NOW = 132 * 1024
 #: Bytes of buffers to read into that are kept.
 STEPS = 2 * 1024 * 1024
-#: Up to this size an object's tag is its BLAKE3: superblocks, which are put conditionally, have less. Above, its inode, size and time,
-#: which cost neither reading nor hashing.
+#: Up to this size an object's tag is its BLAKE3. Above, its inode, size and time, which cost neither reading nor hashing: nobody compares
+#: the tags of shards, and superblocks are only ever put where there is none.
 MAX_HASHED = 128 * 1024
 
 T = TypeVar("T")
