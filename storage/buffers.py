@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 
 #: Of memory, offset and length: what every filesystem and disk is content with (a page; many ask for 512 bytes).
 ALIGNMENT = 4096
@@ -21,4 +22,4 @@ def aligned(size: int) -> memoryview:
 
 def is_aligned(data: object) -> bool:
     """Whether `data` is what `aligned` gave, or `lending.Buffers`, or a view of it, which may begin anywhere."""
-    return isinstance(data, memoryview) and isinstance(data.obj, (Aligned, ctypes.Array))
+    return isinstance(data, memoryview) and isinstance(data.obj, (Aligned, ctypes.Array, mmap.mmap))

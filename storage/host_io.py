@@ -17,8 +17,8 @@ from typing import Generic, TypeVar
 
 import trio
 
-from storage.buffers import aligned
 from storage.contractor import Contractor
+from storage.coprocess.client import COPROCESS
 from storage.epochs import Epochs
 from storage.errors import BadArgument, Corrupt, Expired, NoSpace, NotFound, NotPermitted, Unavailable
 from storage.hosts.holders import decode_holders, holders_key
@@ -28,7 +28,6 @@ from storage.hosts.locked_shards import LockedShards
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, Buffer, Host, MetadataStore, QuickHost, SealedShard
 from storage.keys import Keys
-from storage.lending import Buffers
 from storage.sealing import (
     BLOCK,
     HEADER_SIZE,
@@ -56,10 +55,6 @@ T = TypeVar("T")
 INLINE = 4 * (BLOCK + TAG_SIZE) + 1024
 #: From this many bytes on, what is opened gets memory of its own, which is used again.
 LARGE = 1024 * 1024
-#: The same of what is sealed.
-LENT = 256 * 1024
-#: Bytes of such memory that are kept, of each: of the sectors that are read ahead, or are on their way to hosts, at a time.
-KEPT = 24 * 1024 * 1024
 #: Blocks that a look at a shard checks: 64 KiB, since most of what a look costs is the same for one.
 LOOKED = 2
 #: Bytes that are read and opened at a time: whole blocks.
@@ -132,11 +127,6 @@ class HostIO:
         #: Per host: puts of shards that are on no record (yet), because they are under way, or their answer never came.
         self._unsettled: Counter[int] = Counter()
         self._stopped = False
-        #: For what is opened, and for what is sealed.
-        self._buffers = Buffers(KEPT)
-        self._sealing = Buffers(KEPT)
-        #: One thread at a time opens what it has read: each wants the interpreter's lock for each block, and the event loop wants it, too.
-        self._opening = threading.Lock()
         #: Per host, where it did not answer soon: reads for which it is not waited in the event loop now, and were the last time.
         self._polling: dict[int, tuple[int, int]] = {}
         self._quick_hosts: dict[int, tuple[Host, QuickHost | None]] = {}
@@ -198,7 +188,7 @@ class HostIO:
         if header.plaintext_length == 0:
             at, size = HEADER_SIZE, sealed_length(0) - HEADER_SIZE
         many_blocks = size > INLINE and offset % BLOCK == 0
-        lend = self._buffers.lend if size >= LARGE else _lend_small
+        lend = COPROCESS.arena.lend if size >= LARGE else _lend_small
 
         def verify(raw: Buffer) -> Buffer:
             key = self._epochs.key_for(sector_id, self._keys)
@@ -206,7 +196,7 @@ class HostIO:
                 return open_shard(key, header, header.encode() + bytes(raw))
             if not many_blocks:
                 return open_range(key, header, offset, length, raw)
-            opening = Opening(key, header, offset, length, lend)
+            opening = Opening(key, header, offset, length, lend, COPROCESS.open_into)
             opening.take(memoryview(raw))
             return opening.plain()
 
@@ -214,13 +204,8 @@ class HostIO:
             if many_blocks and isinstance(host, QuickHost):
                 # Read and opened by one thread, a few blocks at a time, which so stay in the processor's cache. With memory of its own for
                 # each attempt: one that hangs, and that nobody waits for any more, may go on one day.
-                opening = Opening(self._epochs.key_for(sector_id, self._keys), header, offset, length, lend)
-
-                def take(pieces: memoryview) -> None:
-                    with self._opening:
-                        opening.take(pieces)
-
-                return _Opened(await host.get_range_in(name, at, size, STEP, take), opening.plain())
+                opening = Opening(self._epochs.key_for(sector_id, self._keys), header, offset, length, lend, COPROCESS.open_into)
+                return _Opened(await host.get_range_opened(name, at, size, STEP, opening), opening.plain())
             return await host.get_range(name, at, size)
 
         plain = await self._fetch(number, sector_root, sector_id, blocks, (at, size), size, verify)
@@ -526,9 +511,7 @@ class HostIO:
         header = self._epochs.header_for(self._volume_id, sector_id, length)
         if header.epoch != self._epochs.current.number:
             raise BadArgument(f"sector {sector_id}: its id was reserved in epoch {header.epoch}, nothing new is sealed under it (I1)")
-        lend = self._sealing.lend if length >= LENT else aligned
-        sealed = seal(self._epochs.key_for(sector_id, self._keys), header, data, lend)
-        root = root_of(sealed)
+        sealed, root = COPROCESS.seal(self._epochs.key_for(sector_id, self._keys), header, data)
         # Before anybody but this function has the sealed bytes.
         self._sealed.spend(sector_id, bytes.fromhex(root))
         return SealedShard(root, sector_id, length, sealed)

@@ -307,6 +307,25 @@ class TidyHost(Protocol):
         ...
 
 
+class RangeOpening(Protocol):
+    """Sealed blocks that are opened as they come: `sealing.Opening`."""
+
+    #: Of the sector; its encoded header; where the range begins in the plaintext.
+    key: bytes
+    header: bytes
+    offset: int
+    #: What is opened goes there.
+    target: memoryview
+
+    def take(self, blocks: memoryview) -> None:
+        """The next of them, whole but for the shard's last. Blocking. Corrupt."""
+        ...
+
+    def done(self) -> None:
+        """Somebody else has opened all of them into `target`."""
+        ...
+
+
 @runtime_checkable
 class QuickHost(Protocol):
     """A host that may be so near that handing its answers on costs more than having them."""
@@ -320,10 +339,9 @@ class QuickHost(Protocol):
         be soon where the host could start fetching them, so it may be worth asking again. Never waits, never raises."""
         ...
 
-    async def get_range_in(self, name: str, offset: int, length: int, step: int, take: Callable[[memoryview], object]) -> int:
-        """As `get_range`, in pieces of one or more times `step` bytes, of which only the last may be shorter: `take` is called with one
-        after the other, in the thread that reads; they are good until it returns. Returns how many bytes there were. Raises what `take`
-        does, too."""
+    async def get_range_opened(self, name: str, offset: int, length: int, step: int, opening: RangeOpening) -> int:
+        """As `get_range`, given to `opening`, one or more times `step` bytes at a time, of which only the last may be shorter. Returns how
+        many bytes there were. Raises what `opening` does, too; only its `plain` tells whether they were all."""
         ...
 
 

@@ -308,15 +308,27 @@ class Opener:
 class Opening:
     """As `open_range`, of blocks that are many, a few of them at a time, as they come: into memory that `lend` gives for so many bytes."""
 
-    def __init__(self, key: bytes, expected: ShardHeader, offset: int, length: int, lend: Callable[[int], memoryview]) -> None:
-        """`offset` is where a block begins, within the shard."""
+    def __init__(
+        self,
+        key: bytes,
+        expected: ShardHeader,
+        offset: int,
+        length: int,
+        lend: Callable[[int], memoryview],
+        open_into: OpenInto | None = None,
+    ) -> None:
+        """`offset` is where a block begins, within the shard. `open_into`: in place of `open_blocks_into`."""
         first, count, _, self._size = block_range(offset, length, expected.plaintext_length)
         if offset % BLOCK or not count:
             raise BadArgument(f"sector {expected.sector_id}: no blocks begin at {offset}")
-        self._key, self._expected, self._first, self._length = key, expected, first, length
-        self._plain = lend(self._size - count * TAG_SIZE)
+        self.key, self.header, self.offset = key, expected.encode(), offset
+        self._expected = expected
+        self._first, self._length = first, length
+        #: What is opened goes there.
+        self.target = lend(self._size - count * TAG_SIZE)
         #: Blocks that are open; bytes that were taken.
         self._count = self._taken = 0
+        self._open_into = open_into or open_blocks_into
 
     def take(self, blocks: memoryview) -> None:
         """The next sealed blocks, of which only the shard's last may be short. Corrupt: they are not these."""
@@ -324,15 +336,19 @@ class Opening:
         if self._taken > self._size or (self._taken < self._size and self._taken % _SEALED_BLOCK):
             raise self._incomplete()
         count, begin = -(-len(blocks) // _SEALED_BLOCK), self._count * BLOCK
-        plain = self._plain[begin : begin + len(blocks) - count * TAG_SIZE]
-        _open_into(self._key, self._expected, self._first + self._count, blocks, plain)
+        plain = self.target[begin : begin + len(blocks) - count * TAG_SIZE]
+        self._open_into(self.key, self._expected, self._first + self._count, blocks, plain)
         self._count += count
+
+    def done(self) -> None:
+        """Somebody else has opened all of it into `target`."""
+        self._taken = self._size
 
     def plain(self) -> memoryview:
         """Once everything was taken. Corrupt: something is missing."""
         if self._taken != self._size:
             raise self._incomplete()
-        return self._plain.toreadonly()[: self._length]
+        return self.target.toreadonly()[: self._length]
 
     def _incomplete(self) -> Corrupt:
         return Corrupt(f"sector {self._expected.sector_id}: {self._taken} bytes from block {self._first} on instead of {self._size}")
@@ -349,11 +365,15 @@ def _open(key: bytes, expected: ShardHeader, first_block: int, blocks: memoryvie
             raise _damaged(expected, first_block) from None
     out = io.BytesIO(bytes(len(blocks) - count * TAG_SIZE))
     with out.getbuffer() as plain:
-        _open_into(key, expected, first_block, blocks, plain)
+        open_blocks_into(key, expected, first_block, blocks, plain)
     return out.getvalue()
 
 
-def _open_into(key: bytes, expected: ShardHeader, first_block: int, blocks: memoryview, plain: memoryview) -> None:
+#: As `open_blocks_into`.
+OpenInto = Callable[[bytes, ShardHeader, int, memoryview, memoryview], None]
+
+
+def open_blocks_into(key: bytes, expected: ShardHeader, first_block: int, blocks: memoryview, plain: memoryview) -> None:
     """As `_open`, into `plain`, of which nothing may be used where it raises Corrupt."""
     # For each block as little Python as there can be: other threads have to wait for it.
     decrypt, nonce_of = _cipher(key).decrypt_into, _NONCE.pack

@@ -18,6 +18,9 @@ from typing import Any, Protocol, TypeVar
 import outcome
 import trio
 
+from storage.failpoints import Failpoints as Failpoints
+from storage.failpoints import NoFailpoints as NoFailpoints
+
 T = TypeVar("T")
 
 #: Threads that may work for, or hang in, one place: a little more than what an open host needs for itself (storage/hosts/slots.py).
@@ -82,14 +85,6 @@ class Worker(Protocol):
 
     def close(self) -> None:
         """End the thread once it has done what it was asked; nothing may be asked of it afterwards."""
-        ...
-
-
-class Failpoints(Protocol):
-    """Named places at which a test may crash, fail or pause the program."""
-
-    def hit(self, name: str) -> None:
-        """Called at the place called `name`, from the event loop or a thread. Usually does nothing."""
         ...
 
 
@@ -209,13 +204,6 @@ class InlineWorker:
         return await self.run(fn, *args)
 
     def close(self) -> None:
-        return None
-
-
-class NoFailpoints:
-    """Production: nothing ever fails on purpose."""
-
-    def hit(self, name: str) -> None:  # noqa: ARG002 (the Protocol's)
         return None
 
 

@@ -13,6 +13,7 @@ import trio
 
 from storage.config import VolumeConfig, load_config
 from storage.contractor import Contractor
+from storage.coprocess.client import COPROCESS
 from storage.epochs import Epochs
 from storage.errors import BadArgument, FusefsError, Unavailable
 from storage.files import Files
@@ -138,6 +139,8 @@ async def with_layers(
             )
             volume = Volume(path, config, options, seams)
             async with trio.open_nursery() as nursery:
+                # It takes a moment until it is there; the first sector should find it.
+                nursery.start_soon(seams.threads.run, COPROCESS.start)
                 await _wire(volume, store, keys, nursery, opener, create=create, tails=tails, passed_over=passed_over)
                 try:
                     yield volume

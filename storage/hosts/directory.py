@@ -7,7 +7,7 @@ What becomes of changes that were given up: see `slots`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import TypeVar
 
 import trio
@@ -16,7 +16,7 @@ from storage.errors import BadArgument, Busy
 from storage.hosts.layout import check_name, check_prefix
 from storage.hosts.slots import Slots
 from storage.hosts.tree import Locked, Tree
-from storage.interfaces import Buffer, HostCapabilities, HostSpace, Level
+from storage.interfaces import Buffer, HostCapabilities, HostSpace, Level, RangeOpening
 from storage.seams import Seams
 
 T = TypeVar("T")
@@ -61,9 +61,9 @@ class DirectoryHost:
             raise BadArgument(f"host {self.url}: {name}: {length} bytes at {offset} is no range")
         return await self._slots.read(self._tree.get_range, name, check_name(name), offset, length)
 
-    async def get_range_in(self, name: str, offset: int, length: int, step: int, take: Callable[[memoryview], object]) -> int:
+    async def get_range_opened(self, name: str, offset: int, length: int, step: int, opening: RangeOpening) -> int:
         """See `interfaces.QuickHost`."""
-        return await self._slots.read(self._tree.get_range_in, check_name(name), offset, length, step, take)
+        return await self._slots.read(self._tree.get_range_opened, check_name(name), offset, length, step, opening)
 
     def get_range_now(self, name: str, offset: int, length: int) -> memoryview | None:
         """See `interfaces.QuickHost`."""

@@ -16,13 +16,10 @@ from typing import Any, TypeVar
 
 import trio
 
+from storage.abandoned import Abandoned
 from storage.errors import Unavailable
 
 T = TypeVar("T")
-
-
-class Abandoned(Exception):
-    """The caller has given up meanwhile; nothing was changed. Nobody is there to hear it."""
 
 
 class Slots:

@@ -29,14 +29,16 @@ from typing import TypeVar
 
 from blake3 import blake3
 
+from storage.abandoned import Abandoned, Wanted
 from storage.buffers import ALIGNMENT, is_aligned
+from storage.coprocess.client import COPROCESS
+from storage.coprocess.wire import Directory
 from storage.errors import BadArgument, Busy, Corrupt, FusefsError, NoSpace, NotFound, Unavailable
+from storage.failpoints import Failpoints, NoFailpoints
 from storage.hosts.held import Held, HeldFile
 from storage.hosts.layout import is_component
-from storage.hosts.slots import Abandoned
-from storage.interfaces import Buffer, HostSpace
+from storage.interfaces import Buffer, HostSpace, RangeOpening
 from storage.lending import Buffers
-from storage.seams import Failpoints
 
 TEMPORARY = "~tmp"
 LOCK = "~lock"
@@ -61,8 +63,6 @@ PIECES = Buffers(5 * MOST_DIRECT)
 #: Digits of the directories that a volume's shards are spread over: all there are become known as durable with one flush of their parent.
 FAN_DIGITS = 2
 
-#: Raises Abandoned if nobody wants the change any more.
-Wanted = Callable[[], None]
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -81,6 +81,10 @@ class Tree:
         self.url = url
         self._hit = failpoints.hit
         self._identity = identity
+        #: What is large and in the arena is put and read by the coprocess; not where a test wants to be there at each step.
+        self._outside = isinstance(failpoints, NoFailpoints)
+        #: As the coprocess is told of it: another one where directories may have gone, of which it knows that they are durable.
+        self._directory = Directory(path, url, *identity, 0)
         #: Until the filesystem refuses it, of a file at least: one may refuse to read what it writes.
         self._direct = self._direct_reads = True
         #: Directories ("a/b/") whose names are known to be durable in their parents: flushed once by this process.
@@ -158,6 +162,11 @@ class Tree:
                 if got < len(piece):
                     break  # cut off meanwhile
             return done
+
+    def get_range_opened(self, parts: list[str], offset: int, length: int, step: int, opening: RangeOpening) -> int:
+        """As `get_range_in`, opened."""
+        size = COPROCESS.read(self._directory, parts, offset, length, step, opening) if self._outside else None
+        return size if size is not None else self.get_range_in(parts, offset, length, step, opening.take)
 
     def _take_direct(self, fd: int, offset: int, length: int, step: int, take: Callable[[memoryview], object]) -> int:
         """As `get_range_in`, past the page cache: whole steps, and the rest if it got there. Returns how many bytes were taken.
@@ -277,6 +286,7 @@ class Tree:
                     os.rmdir(parts[-1], dir_fd=above)
                 self._removed += 1
                 self._durable.clear()
+                self._directory = self._directory.after_removal()
                 _sync_directory(above)
             finally:
                 os.close(above)
@@ -292,7 +302,21 @@ class Tree:
 
     def put(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted) -> str:
         """Failpoints, in order: host.put.before_write, before_fsync, before_rename, before_dirsync, done (and before_parent_sync)."""
-        return self._put(parts, data, temporary, wanted, conditional=False, expected=None)
+        tag = self._put_outside(parts, data, temporary, wanted) if self._outside else None
+        return tag if tag is not None else self._put(parts, data, temporary, wanted, conditional=False, expected=None)
+
+    def _put_outside(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted) -> str | None:
+        """By the coprocess, out of the arena; None: it is to be done here."""
+        name, path = "/".join(parts), "/".join(parts[:-1])
+        self._held.drop(name)
+        # As where it is done here: until it is known to be flushed, what is listed there may not be durable.
+        self._doubt(parts[:-1])
+        tag = COPROCESS.put(self._directory, parts, data, temporary, wanted)
+        if tag is not None:
+            self._doubtful.discard(path)
+            self._flushed.add(path)
+            self._held.drop(name)
+        return tag
 
     def put_if(self, parts: list[str], data: Buffer, temporary: str, expected: str | None, wanted: Wanted) -> str:
         """As `put`, with the same failpoints. Locked if another process is in the middle of a change."""

@@ -36,7 +36,7 @@ PREFETCHES = 5
 #: Sectors fetched ahead of a sequential reader; and from a disk of this machine, which two keep busy: more of them take turns for the
 #: interpreter's lock, which the event loop wants as well, and need more memory.
 AHEAD = 4
-AHEAD_NEAR = 2
+AHEAD_NEAR = 4
 #: Blocks that are read in the event loop at most, where they are at hand.
 SOON = 4
 #: Blocks that are asked for together where a request takes far longer than they do: of a host that is not a disk of this machine.

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
+from storage.coprocess.client import COPROCESS
 from storage.errors import Corrupt
 from storage.interfaces import Buffer
-from storage.lending import Buffers
 from storage.replication import Replication, parse_replication
 from storage.sectors.isal import encoder
 from storage.sectors.label import LABEL_SIZE, Label
@@ -30,8 +30,6 @@ from storage.sectors.label import LABEL_SIZE, Label
 ALIGNMENT = 32
 #: Bytes before each of pyeclib's fragments.
 _HEADER = 80
-#: Bytes of buffers that are kept: of the sectors that are sealed or on their way at a time.
-KEPT = 24 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +70,6 @@ class _Coded:
         self._driver = ECDriver(k=k, m=m, ec_type="isa_l_rs_cauchy")
         self._headers = lru_cache(maxsize=64)(self._make_headers)
         self._encoder = encoder(k, m, self._parity)
-        #: For pieces: a sector's go back when its last shard is sealed and nobody reads it any more.
-        self._buffers = Buffers(KEPT)
 
     def _make_headers(self, piece: int) -> list[bytes]:
         """pyeclib's headers of fragments of so many bytes: they say nothing of the contents."""
@@ -88,14 +84,14 @@ class _Coded:
         return [fragment[_HEADER:] for fragment in fragments[self._k :]]
 
     def pieces(self, parts: Sequence[Buffer], piece: int) -> list[list[Buffer]]:
-        whole, at = self._buffers.lend(self._k * piece), 0
+        whole, at = COPROCESS.arena.lend(self._k * piece), 0
         for part in parts:
             view = memoryview(part).cast("B")
             whole[at : at + len(view)] = view
             at += len(view)
         whole[at:] = bytes(len(whole) - at)
         if self._encoder is not None:
-            coded = self._buffers.lend(self._m * piece)
+            coded = COPROCESS.arena.lend(self._m * piece)
             self._encoder.encode(whole, coded)
             parity = [coded[number * piece : (number + 1) * piece].toreadonly() for number in range(self._m)]
         else:

@@ -1,0 +1,13 @@
+"""What a change raises that nobody wants any more. See storage/hosts/slots.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Abandoned(Exception):
+    """The caller has given up meanwhile; nothing was changed. Nobody is there to hear it."""
+
+
+#: Raises Abandoned if nobody wants the change any more.
+Wanted = Callable[[], None]

@@ -1,0 +1,182 @@
+"""The arena: large buffers in memory that the coprocess sees, too. Lent, and used again, as in storage/lending.py.
+
+One memory file (memfd_create(2)), mapped once by each process. It is cut into slots of one size; only pages that were written to take memory.
+A slot that comes back is the next to be lent, since its pages are at hand; beyond `keep` bytes of those, the pages of the one that waited
+longest go back to the kernel.
+
+Where there is no such memory, or no slot left, what is lent is private, and is sealed and opened by threads of this process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+
+from storage.interfaces import Buffer
+from storage.lending import Buffers
+
+log = logging.getLogger("fusefs.coprocess")
+
+#: Bytes: a sealed sector of the usual size, with room for reading it in whole blocks of a disk.
+SLOT = 4 * 1024 * 1024 + 64 * 1024
+#: 660 MB of address space, not of memory.
+SLOTS = 160
+#: Bytes of pages that are kept at hand: of the sectors that are sealed, put, read and opened at a time.
+KEEP = 64 * 1024 * 1024
+#: Buffers that one pwritev(2) takes (IOV_MAX).
+_PIECES = 1024
+
+#: Where something stands in the memory file: offset and length in bytes.
+Place = tuple[int, int]
+
+
+class _Memory:
+    """A memory file and its slots."""
+
+    def __init__(self, slots: int) -> None:
+        """OSError: forbidden here, or there is not enough address space."""
+        self.size = slots * SLOT
+        self.fd = os.memfd_create("fusefs", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, self.size)
+            self.mapped = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.begin = ctypes.addressof(ctypes.c_char.from_buffer(self.mapped))
+        # Only single operations of the deques, which need no lock: an object's end may come in the middle of anything, in any thread.
+        #: Slots whose pages are at hand, the last one back last; and those that have none.
+        self.warm: deque[int] = deque()
+        self.cold: deque[int] = deque(range(slots))
+
+    def free(self) -> int | None:
+        """A slot nobody has."""
+        for slots in (self.warm, self.cold):
+            try:
+                return slots.pop()
+            except IndexError:
+                continue
+        return None
+
+    def back(self, slot: int, keep: int) -> None:
+        """Nobody has it any more."""
+        self.warm.append(slot)
+        while len(self.warm) * SLOT > keep:
+            try:
+                oldest = self.warm.popleft()
+            except IndexError:
+                break  # another thread took it
+            self.mapped.madvise(mmap.MADV_REMOVE, oldest * SLOT, SLOT)
+            self.cold.append(oldest)
+
+
+class Arena:
+    """See the module. From any thread."""
+
+    def __init__(self, keep: int = KEEP, slots: int = SLOTS) -> None:
+        self._keep = keep
+        self._slots = slots
+        self._private = Buffers(keep)
+        self._making = threading.Lock()
+        self._memory: _Memory | None = None
+        self._tried = False
+
+    @property
+    def file(self) -> Place | None:
+        """Descriptor and size of the memory file; None: there is none."""
+        memory = self._made()
+        return None if memory is None else (memory.fd, memory.size)
+
+    def _made(self) -> _Memory | None:
+        if not self._tried:
+            with self._making:
+                if not self._tried:
+                    try:
+                        self._memory = _Memory(self._slots)
+                    except OSError as error:
+                        log.info("no memory to share with a second process (%s): threads seal and open sectors", error)
+                    self._tried = True
+        return self._memory
+
+    def lend(self, size: int) -> memoryview:
+        """`size` bytes, at least one, to be written to; what is in them is anything."""
+        memory = self._made()
+        slot = memory.free() if memory is not None and size <= SLOT else None
+        if memory is None or slot is None:
+            return self._private.lend(size)
+        # An object of its own for each loan: views hold on to it, and its end is the end of the loan.
+        loan = (ctypes.c_char * size).from_buffer(memory.mapped, slot * SLOT)
+        weakref.finalize(loan, memory.back, slot, self._keep).atexit = False
+        return memoryview(loan).cast("B")
+
+    def place(self, data: Buffer) -> Place | None:
+        """Where `data` stands in the memory file; None: it does not."""
+        memory = self._memory
+        if memory is None or not len(data):
+            return None
+        at = _address(data) - memory.begin
+        return (at, len(data)) if 0 <= at <= memory.size - len(data) else None
+
+    def fill(self, target: memoryview, pieces: Sequence[Buffer]) -> bool:
+        """Copy `pieces` to the beginning of what was lent, letting go of the interpreter's lock once for many of them. False: it does not
+        stand in the memory file, or there is no memory left."""
+        memory, place = self._memory, self.place(target)
+        if memory is None or place is None:
+            return False
+        at = place[0]
+        for start in range(0, len(pieces), _PIECES):
+            some = pieces[start : start + _PIECES]
+            wanted = sum(map(len, some))
+            try:
+                if os.pwritev(memory.fd, some, at) != wanted:
+                    return False
+            except OSError as error:
+                log.debug("the memory file takes no more: %s", error)
+                return False
+            at += wanted
+        return True
+
+    def forget(self) -> None:
+        """In a forked child: what was lent before stays as it is, and belongs to both; what is lent from now on is its own."""
+        self._making = threading.Lock()
+        self._memory, self._tried = None, False
+
+    @property
+    def free_slots(self) -> int:
+        """That nobody has."""
+        memory = self._made()
+        return 0 if memory is None else len(memory.warm) + len(memory.cold)
+
+
+class _View(ctypes.Structure):
+    """`Py_buffer` (Python's C API, stable since 3.11)."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+def _address(data: Buffer) -> int:
+    """Where it begins; also of what cannot be written to, of which ctypes tells nothing."""
+    view = _View()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(data), ctypes.byref(view), 0)
+    try:
+        return view.buf or 0
+    finally:
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(view))

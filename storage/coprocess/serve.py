@@ -1,0 +1,122 @@
+"""The coprocess's own side: a thread for each channel, which does one thing after the other. See the package.
+
+Imports little: to start it takes CPU from whoever waits for the first sector.
+"""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import socket
+import threading
+from functools import lru_cache
+
+from storage.abandoned import Abandoned
+from storage.coprocess.arena import Place
+from storage.coprocess.client import COPROCESS
+from storage.coprocess.wire import MOST, Answer, Directory, Done, Failed, Go, Open, Put, Read, Request, Seal, Wanted, decode_request, encode
+from storage.errors import FusefsError
+from storage.failpoints import NoFailpoints
+from storage.hosts.tree import Tree
+from storage.sealing import Opening, ShardHeader, open_blocks_into, root_of, seal
+
+#: Only one thread opens at a time: more only take the interpreter's lock from each other.
+_opening = threading.Lock()
+
+
+@lru_cache(maxsize=256)
+def _tree(directory: Directory) -> Tree:
+    return Tree(directory.path, directory.url, NoFailpoints(), (directory.device, directory.inode))
+
+
+def _open_into(key: bytes, expected: ShardHeader, first: int, blocks: memoryview, plain: memoryview) -> None:
+    with _opening:
+        open_blocks_into(key, expected, first, blocks, plain)
+
+
+class Channel:
+    """One thread's."""
+
+    def __init__(self, channel: socket.socket, memory: memoryview) -> None:
+        self._channel, self._memory = channel, memory
+
+    def serve(self) -> None:
+        """Until the other end is closed, by whatever: then nobody waits for what is being done, either."""
+        try:
+            with self._channel:
+                while packet := self._channel.recv(MOST):
+                    request = decode_request(packet)
+                    if isinstance(request, Go):
+                        break  # asked for nothing
+                    self._channel.send(encode(self._answer(request)))
+        except OSError:
+            return
+
+    def _answer(self, request: Request) -> Answer:
+        try:
+            if isinstance(request, Seal):
+                return self._seal(request)
+            if isinstance(request, Open):
+                return self._open(request)
+            return self._put(request) if isinstance(request, Put) else self._read(request)
+        except (FusefsError, Abandoned) as error:
+            return Failed(type(error).__name__, str(error))
+        except Exception as error:  # noqa: BLE001  a bug: the other side raises it
+            return Failed("", f"in the process that seals sectors: {error!r}")
+
+    def _at(self, place: Place) -> memoryview:
+        return self._memory[place[0] : place[0] + place[1]]
+
+    def _seal(self, request: Seal) -> Done:
+        target = self._at(request.sealed)
+        plain = [self._at(place) for place in request.plain]
+        return Done(root_of(seal(request.key, ShardHeader.parse(request.header), plain, lambda size: target[:size])))
+
+    def _open(self, request: Open) -> Done:
+        header = ShardHeader.parse(request.header)
+        _open_into(request.key, header, request.first_block, self._at(request.sealed), self._at(request.plain))
+        return Done()
+
+    def _put(self, request: Put) -> Done:
+        return Done(_tree(request.directory).put(request.parts, self._at(request.data), request.temporary, self._wanted))
+
+    def _wanted(self) -> None:
+        """Abandoned: whoever wanted the change has given up, or is gone."""
+        self._channel.send(encode(Wanted()))
+        packet = self._channel.recv(MOST)
+        answer = decode_request(packet) if packet else None
+        if not isinstance(answer, Go) or not answer.wanted:
+            raise Abandoned
+
+    def _read(self, request: Read) -> Done:
+        target = self._at(request.plain)
+        opening = Opening(
+            request.key, ShardHeader.parse(request.header), request.plain_offset, len(target), lambda _size: target, _open_into
+        )
+        size = _tree(request.directory).get_range_in(request.parts, request.offset, request.length, request.step, opening.take)
+        opening.plain()
+        return Done("", size)
+
+
+def main(control: int, memory: int, size: int) -> None:
+    """Until `control`, on which new channels come, is closed at the other end. Never returns."""
+    # It asks nobody itself.
+    COPROCESS.wanted = False
+    gc.freeze()
+    mapped = memoryview(mmap.mmap(memory, size, mmap.MAP_SHARED))
+    os.close(memory)
+    with socket.socket(fileno=control) as channels:
+        channels.send(encode(Done()))
+        while True:
+            try:
+                packet, descriptors, _, _ = socket.recv_fds(channels, 1, 1)
+            except OSError:
+                break
+            if not packet:
+                break
+            for descriptor in descriptors:
+                channel = Channel(socket.socket(fileno=descriptor), mapped)
+                threading.Thread(target=channel.serve, daemon=True).start()
+    # Nobody is left to be told of what threads are still doing.
+    os._exit(0)

@@ -1,0 +1,116 @@
+"""What the two processes tell each other: one packet of a SOCK_SEQPACKET socket for each message, MessagePack. Never on a disk or a network:
+both run the same version.
+
+On a channel a request is answered by one `Done` or `Failed`; a put asks `Wanted` before the step that counts, and gets `Go`.
+
+| message | fields, in order |
+|---|---|
+| `Seal` | places of the plaintext's pieces; place of the sealed shard; key; encoded header |
+| `Open` | place of sealed blocks; place of their plaintext; number of the first; key; encoded header |
+| `Put` | directory; parts of the object's path; place; name of the temporary file |
+| `Read` | directory; parts of the object's path; offset and length there; bytes of a step; place of the plaintext; its offset; key; header |
+| `Wanted` | |
+| `Go` | is it? |
+| `Done` | the root of what was sealed, or the tag of what was put; how many bytes were read |
+| `Failed` | class of storage.errors, or `Abandoned`; message |
+
+A place is offset and length in the arena. A directory is a directory host's path and URL, its device and inode when it was opened,
+and how often directories were removed there: what was known of them then is forgotten.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from storage.coprocess.arena import Place
+
+#: The longest packet: a path of 4 KiB, and a thousand pieces.
+MOST = 64 * 1024
+
+
+class Directory(msgspec.Struct, array_like=True, frozen=True):
+    """See the module."""
+
+    path: str
+    url: str
+    device: int
+    inode: int
+    removals: int
+
+    def after_removal(self) -> Directory:
+        """The same, in which directories may have been removed."""
+        return msgspec.structs.replace(self, removals=self.removals + 1)
+
+
+class Seal(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """See the module."""
+
+    plain: list[Place]
+    sealed: Place
+    key: bytes
+    header: bytes
+
+
+class Open(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """See the module."""
+
+    sealed: Place
+    plain: Place
+    first_block: int
+    key: bytes
+    header: bytes
+
+
+class Put(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """See the module."""
+
+    directory: Directory
+    parts: list[str]
+    data: Place
+    temporary: str
+
+
+class Read(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """See the module."""
+
+    directory: Directory
+    parts: list[str]
+    offset: int
+    length: int
+    step: int
+    plain: Place
+    plain_offset: int
+    key: bytes
+    header: bytes
+
+
+class Go(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """See the module."""
+
+    wanted: bool
+
+
+class Wanted(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """See the module."""
+
+
+class Done(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """See the module."""
+
+    name: str = ""
+    size: int = 0
+
+
+class Failed(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """See the module."""
+
+    kind: str
+    message: str
+
+
+Request = Seal | Open | Put | Read
+Answer = Wanted | Done | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_request = msgspec.msgpack.Decoder(Request | Go).decode
+decode_answer = msgspec.msgpack.Decoder(Answer).decode
