@@ -296,6 +296,11 @@ class HostIO:
         self._hostdb.succeeded(number, "read", size, time.perf_counter() - started)
         return blocks
 
+    @property
+    def beside(self) -> bool:
+        """Are sectors opened by another process, so that the event loop is not kept from its work?"""
+        return COPROCESS.there
+
     def near(self, number: int) -> bool:
         """Is the host so near that what is read from it again costs little?"""
         return self._quick(number) is not None

@@ -6,7 +6,8 @@
 - Files that take long come first: with a file at a time on each core, neither then waits for the other at the end.
 
 Tests are coroutines or plain functions: pytest-trio's `trio_mode` is on (pyproject.toml). `tests` is a package:
-`from tests.fakes import ...`.
+`from storage.coprocess.client import COPROCESS
+from tests.fakes import ...`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from storage.coprocess.client import COPROCESS
 
 # The machine may be busy with another worker's tests: how long an example takes says nothing.
 settings.register_profile("busy machine", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -154,6 +157,8 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     session = secrets.token_hex(8)
     os.environ[SESSION_VARIABLE] = session
     yield
+    # This process's own ends with it, which is too late here.
+    COPROCESS.close()
     deadline = time.monotonic() + GRACE_S
     while (mounts := fusefs_mounts(base)) or (processes := processes_of(session)):
         if time.monotonic() > deadline:

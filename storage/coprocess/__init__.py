@@ -3,8 +3,8 @@
 Why: an interpreter has one lock, and each system call and each block that is sealed lets it go and takes it back. Threads that seal and put
 sectors so kept the event loop waiting for as long as it worked (docs/performance.md). A process of its own has its own lock.
 
-Vocabulary: the *arena* is memory both processes see, from which large buffers are lent; a *place* is where in it something stands; a *channel*
-is a socket on which one thread here asks for one thing at a time, and one thread there answers.
+Vocabulary: the *arena* is memory both processes see, from which large buffers are lent; a *place* is where in it something stands; a
+*channel* is a socket on which one thread here asks for one thing at a time, and one thread there answers.
 
       this process                                                 the coprocess (serve)
         a thread: copies plaintext into the arena --- Seal ------->  seals it, in the arena        }
@@ -14,7 +14,7 @@ is a socket on which one thread here asks for one thing at a time, and one threa
         a view of the arena                       <-- Done ---------
 
 Invariants:
-- It is of no consequence: it decides nothing, holds nothing that is not in the arena, and whatever it is asked for can be done here as well.
+- It is of no consequence: it decides nothing, holds nothing that is not in the arena, and whatever it is asked for can be done here, too.
   Where there is none, it has died, or does not answer, everything goes on in threads of this process.
 - What it does is done by the same code (storage/sealing.py, storage/hosts/tree.py), on the same bytes: the same nonce never seals anything
   else (I1), and a put it was killed in the middle of is done again.

@@ -1,8 +1,8 @@
 """The arena: large buffers in memory that the coprocess sees, too. Lent, and used again, as in storage/lending.py.
 
-One memory file (memfd_create(2)), mapped once by each process. It is cut into slots of one size; only pages that were written to take memory.
-A slot that comes back is the next to be lent, since its pages are at hand; beyond `keep` bytes of those, the pages of the one that waited
-longest go back to the kernel.
+One memory file (memfd_create(2)), mapped once by each process. It is cut into slots of one size; only pages that were written to take
+memory. A slot that comes back is the next to be lent, since its pages are at hand; beyond `keep` bytes of those, the pages of the one that
+waited longest go back to the kernel.
 
 Where there is no such memory, or no slot left, what is lent is private, and is sealed and opened by threads of this process.
 """
@@ -96,12 +96,12 @@ class Arena:
     def _made(self) -> _Memory | None:
         if not self._tried:
             with self._making:
-                if not self._tried:
+                if not self._tried and self._slots:
                     try:
                         self._memory = _Memory(self._slots)
                     except OSError as error:
                         log.info("no memory to share with a second process (%s): threads seal and open sectors", error)
-                    self._tried = True
+                self._tried = True
         return self._memory
 
     def lend(self, size: int) -> memoryview:

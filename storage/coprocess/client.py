@@ -1,4 +1,4 @@
-"""This process's side: starts the coprocess, and asks it. For threads; only `Arena.lend` and `start` are quick enough for the event loop."""
+"""This process's side: starts the coprocess, and asks it. For threads: on the event loop only what the arena does."""
 
 from __future__ import annotations
 
@@ -82,10 +82,15 @@ class Coprocess:
 
     # ---- its life
 
+    @property
+    def there(self) -> bool:
+        """Can it be asked now?"""
+        running = self._running
+        return self.wanted and running is not None and running.ready
+
     def start(self) -> bool:
         """Start it, unless it is there; until it says that it is, what is to be done is done here. Does not wait for it. True: it is."""
-        running = self._running
-        if running is not None and running.ready:
+        if self.there:
             return True
         if not self.wanted or monotonic() < self._not_before:
             return False

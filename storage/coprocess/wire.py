@@ -1,4 +1,4 @@
-"""What the two processes tell each other: one packet of a SOCK_SEQPACKET socket for each message, MessagePack. Never on a disk or a network:
+"""What the two processes tell each other: one packet of a SOCK_SEQPACKET socket for each message, MessagePack. On no disk or network:
 both run the same version.
 
 On a channel a request is answered by one `Done` or `Failed`; a put asks `Wanted` before the step that counts, and gets `Go`.
@@ -8,7 +8,7 @@ On a channel a request is answered by one `Done` or `Failed`; a put asks `Wanted
 | `Seal` | places of the plaintext's pieces; place of the sealed shard; key; encoded header |
 | `Open` | place of sealed blocks; place of their plaintext; number of the first; key; encoded header |
 | `Put` | directory; parts of the object's path; place; name of the temporary file |
-| `Read` | directory; parts of the object's path; offset and length there; bytes of a step; place of the plaintext; its offset; key; header |
+| `Read` | directory; parts of the path; offset and length there; bytes of a step; place of the plaintext; its offset; key; header |
 | `Wanted` | |
 | `Go` | is it? |
 | `Done` | the root of what was sealed, or the tag of what was put; how many bytes were read |

@@ -36,7 +36,7 @@ PREFETCHES = 5
 #: Sectors fetched ahead of a sequential reader; and from a disk of this machine, which two keep busy: more of them take turns for the
 #: interpreter's lock, which the event loop wants as well, and need more memory.
 AHEAD = 4
-AHEAD_NEAR = 4
+AHEAD_NEAR = 2
 #: Blocks that are read in the event loop at most, where they are at hand.
 SOON = 4
 #: Blocks that are asked for together where a request takes far longer than they do: of a host that is not a disk of this machine.
@@ -233,7 +233,7 @@ class SectorReader:
             shards = self.record(sector_id).shards
         except (NotFound, Corrupt):
             return AHEAD
-        return AHEAD_NEAR if all(self._near(shard) for shard in shards) else AHEAD
+        return AHEAD_NEAR if not self._host_io.beside and all(self._near(shard) for shard in shards) else AHEAD
 
     def _near(self, shard: ShardRecord) -> bool:
         """Is it on a disk of this machine?"""
