@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from scripts.benchmarks import processes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PASSPHRASE = "a passphrase for benchmarks"  # noqa: S105  nothing is protected by it
@@ -53,8 +58,10 @@ def run(command: Sequence[str | Path], *, text: str | None = None, **settings: s
 
 def is_mounted(path: Path) -> bool:
     """Is something mounted there?"""
-    with open("/proc/self/mounts", encoding="utf-8") as mounts:
-        return any(line.split()[1] == str(path) for line in mounts)
+    # proc(5): these four stand as \ooo.
+    escaped = re.sub(rb"[ \t\n\\]", lambda match: b"\\%03o" % match[0][0], os.fsencode(path))
+    with open("/proc/self/mounts", "rb") as mounts:
+        return any(line.split(b" ")[1] == escaped for line in mounts)
 
 
 def drop_caches() -> None:
@@ -123,38 +130,23 @@ class System(ABC):
         """Unmounted and gone, whatever state it is in."""
         if is_mounted(self.mountpoint):
             subprocess.run(["umount", "-l", self.mountpoint], check=False, capture_output=True)
-        for pid in self.processes():
-            try:
-                os.kill(pid, 9)
-            except ProcessLookupError:
-                pass
+        self.kill()
         shutil.rmtree(self.base, ignore_errors=True)
 
     def processes(self) -> list[int]:
-        """Those that serve it: whoever has the mount point in its command line."""
-        found = []
-        for entry in os.scandir("/proc"):
-            if entry.name.isdecimal() and int(entry.name) != os.getpid():
-                try:
-                    with open(f"/proc/{entry.name}/cmdline", "rb") as file:
-                        # Some write their own title over it, in one piece.
-                        words = file.read().replace(b"\0", b" ").split()
-                except OSError:
-                    continue
-                if os.fsencode(self.mountpoint) in words:
-                    found.append(int(entry.name))
-        return found
+        """Those that serve it: whoever has the mount point in its command line, and what that started."""
+        return processes.serving(self.mountpoint)
+
+    def kill(self) -> None:
+        """Its processes, with SIGKILL."""
+        for pid in self.processes():
+            # One may end because another has.
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def memory(self) -> int:
-        """Anonymous memory of its processes, bytes."""
-        total = 0
-        for pid in self.processes():
-            try:
-                with open(f"/proc/{pid}/status", encoding="ascii") as file:
-                    total += sum(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-            except OSError:
-                continue
-        return total
+        """Anonymous and shared memory of its processes, bytes; what several of them map is counted once."""
+        return processes.memory(self.processes())
 
     def _wait(self, *, mounted: bool) -> None:
         deadline = time.monotonic() + SECONDS
