@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,10 +22,12 @@ from scripts.benchmarks.works import QUICK
 from tests.cli_runner import ROOT
 
 
-def test_a_quick_run_measures_the_disk_and_fusefs_alike_and_leaves_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "scripts.benchmarks", "--quick", "--rounds", "1", "--no-ladder", "--on", tmp_path]
+def benchmarked(directory: Path, *options: str) -> dict[str, Any]:
+    """What a quick run on that directory found out: it ended well, left no system out, and nothing in the directory but its output."""
+    output = directory / "out"
+    command = [sys.executable, "-m", "scripts.benchmarks", "--quick", "--rounds", "1", "--no-ladder", *options]
     done = subprocess.run(
-        [*command, "--system", "disk", "--system", "fusefs", "--group", "latency", "--output", tmp_path / "out"],
+        [*command, "--on", directory, "--output", output],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -32,30 +35,24 @@ def test_a_quick_run_measures_the_disk_and_fusefs_alike_and_leaves_nothing(tmp_p
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert os.listdir(directory) == ["out"]
+    found: dict[str, Any] = json.loads((output / "bench.json").read_text())
     assert found["left_out"] == {}
+    return found
+
+
+def test_a_quick_run_measures_the_disk_and_fusefs_alike_and_leaves_nothing(tmp_path: Path) -> None:
+    found = benchmarked(tmp_path, "--system", "disk", "--system", "fusefs", "--group", "latency")
     assert set(found["rates"]) == {"disk", "fusefs"}
     assert all(rates["append to seen, us"][0] > 0 for rates in found["rates"].values())
     # What the benchmark itself checks: fsync reaches the disk, and what was fsync'd survives a kill -9.
     assert found["survives"] == {"fusefs": True}
     assert found["syncs"]["fusefs"] in (True, None)
     assert found["memory"]["fusefs"] > 1 << 20
-    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_volume_on_seaweedfs_is_measured_beside_obstore_alone_and_the_cluster_is_gone_afterwards(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "scripts.benchmarks", "--quick", "--rounds", "1", "--no-ladder", "--on", tmp_path]
-    done = subprocess.run(
-        [*command, "--group", "staging", "--output", tmp_path / "out"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert found["left_out"] == {}
+    found = benchmarked(tmp_path, "--group", "staging")
     measured = {name: set(rates) for name, rates in found["rates"].items()}
     both = {"write into staging", "upload behind"}
     assert measured == {"disk": {"write into staging"}, "fusefs seaweedfs": both, "obstore alone": {"upload behind"}}
@@ -65,7 +62,6 @@ def test_a_volume_on_seaweedfs_is_measured_beside_obstore_alone_and_the_cluster_
     }
     assert all(floor["reached"] > 0 for floor in found["floors"])
     assert found["survives"] == {"fusefs seaweedfs": True}
-    assert os.listdir(tmp_path) == ["out"]
     assert [words for words in command_lines() if f"={tmp_path}/".encode() in words] == []
 
 

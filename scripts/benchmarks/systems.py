@@ -56,6 +56,11 @@ def run(command: Sequence[str | Path], *, text: str | None = None, **settings: s
         return said
 
 
+def program(name: str) -> str:
+    """The one that was installed beside this Python, else the machine's."""
+    return shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or name
+
+
 def is_mounted(path: Path) -> bool:
     """Is something mounted there?"""
     # proc(5): these four stand as \ooo.
@@ -163,14 +168,10 @@ class System(ABC):
             time.sleep(0.005)
 
 
-class Disk(System):
-    """The filesystem the others stand on."""
+class Unmounted(System):
+    """One that mounts nothing: `path` is a directory of the disk."""
 
-    name = "disk"
     encrypted = False
-
-    def does(self, group: str) -> bool:
-        return group == ON_SEAWEEDFS or super().does(group)
 
     def make(self) -> None:
         return
@@ -180,12 +181,22 @@ class Disk(System):
 
     def start(self) -> None:
         self.mountpoint.mkdir(parents=True)
+        self.make()
 
     def unmount(self) -> None:
         return
 
     def cold(self) -> None:
         drop_caches()
+
+
+class Disk(Unmounted):
+    """The filesystem the others stand on."""
+
+    name = "disk"
+
+    def does(self, group: str) -> bool:
+        return group == ON_SEAWEEDFS or super().does(group)
 
     def version(self) -> str:
         kind = run(["findmnt", "-n", "-o", "FSTYPE", "-T", self.base.parent]).strip()
@@ -296,7 +307,7 @@ class Juicefs(System):
     def __init__(self, base: Path) -> None:
         super().__init__(base)
         self._meta = f"sqlite3://{self.base / 'meta.db'}"
-        self._command = shutil.which("juicefs", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "juicefs"
+        self._command = program("juicefs")
 
     def make(self) -> None:
         key = self.base / "key.pem"
@@ -341,7 +352,7 @@ class RcloneCrypt(System):
 
     def __init__(self, base: Path) -> None:
         super().__init__(base)
-        self._command = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "rclone"
+        self._command = program("rclone")
 
     def make(self) -> None:
         (self.base / "data").mkdir()
