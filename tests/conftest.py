@@ -6,8 +6,7 @@
 - Files that take long come first: with a file at a time on each core, neither then waits for the other at the end.
 
 Tests are coroutines or plain functions: pytest-trio's `trio_mode` is on (pyproject.toml). `tests` is a package:
-`from storage.coprocess.client import COPROCESS
-from tests.fakes import ...`.
+`from tests.fakes import ...`.
 """
 
 from __future__ import annotations

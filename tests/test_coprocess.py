@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
 import random
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,12 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage.abandoned import Abandoned
-from storage.coprocess import client
+from storage.coprocess import client, serve
 from storage.coprocess.arena import SLOT, Arena
 from storage.coprocess.client import LEAST, PIECES, Coprocess
+from storage.coprocess.wire import Failed, Read, directory
 from storage.errors import Corrupt, NotFound, Unavailable
 from storage.hosts.directory import DirectoryHost
 from storage.hosts.layout import check_name
+from storage.hosts.tree import Tree
 from storage.interfaces import Buffer
 from storage.sealing import BLOCK, HEADER_SIZE, TAG_SIZE, Opening, ShardHeader, block_range, open_shard, root_of, seal
 from storage.seams import Seams
@@ -262,6 +268,8 @@ async def test_killed_at_any_time_it_takes_nothing_with_it(coprocess: Coprocess,
             for number in range(3):
                 nursery.start_soon(works, number)
     assert len(killed) >= 3
+    # What it was putting when it was killed is not left there for ever.
+    assert os.listdir(tmp_path / "h" / "~tmp") == []
     assert open_shard(KEY, header(size), (tmp_path / "h" / "v/sectors/00/aabb").read_bytes()) == data
 
 
@@ -285,6 +293,158 @@ def test_one_that_does_not_answer_is_not_waited_for_for_ever(
     while alive(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+async def test_one_that_hangs_does_not_keep_a_host_from_answering(
+    coprocess: Coprocess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by a debugger, say. Disks may take as long as they like, so that it is not known by the time an answer takes."""
+    monkeypatch.setattr(client, "LOOK", 1)
+    monkeypatch.setattr(client, "TIMEOUT", 1)
+    size = 1 << 20
+    host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
+    sealed, _ = coprocess.seal(KEY, header(size), [noise(size)])
+    await host.put(NAME, sealed)
+    assert coprocess.pid is not None
+    os.kill(coprocess.pid, signal.SIGSTOP)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            for _ in range(6):
+                nursery.start_soon(opened, coprocess, host, size)
+            nursery.start_soon(host.put, NAME + "cc", sealed)
+    assert (tmp_path / "h" / (NAME + "cc")).read_bytes() == sealed
+    assert not coprocess.there
+
+
+async def test_one_that_waits_for_a_disk_is_waited_for(coprocess: Coprocess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LOOK", 1)
+    size, pid = 1 << 20, coprocess.pid
+    host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
+    sealed, _ = coprocess.seal(KEY, header(size), [noise(size)])
+    await host.put(NAME, sealed)
+    # It waits for a lock, as it may for a disk.
+    lock = os.open(tmp_path / "h" / "~lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(host.put, NAME + "dd", sealed)
+        await trio.sleep(3.5)
+        assert not (tmp_path / "h" / (NAME + "dd")).exists()
+        os.close(lock)
+    assert (tmp_path / "h" / (NAME + "dd")).read_bytes() == sealed
+    assert coprocess.there and coprocess.pid == pid
+
+
+@pytest.mark.parametrize("what", ["memfd_create is missing", "no descriptors", "a thousand descriptors"])
+def test_descriptors(what: str, coprocess: Coprocess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, or none."""
+    size = 1 << 20
+    expected = seal(KEY, header(size), [noise(size)])
+    if what == "memfd_create is missing":
+        # As of a Python that was built for an old glibc.
+        monkeypatch.delattr(os, "memfd_create")
+        other = Coprocess(Arena())
+        other.wanted = True
+        assert other.seal(KEY, header(size), [noise(size)])[0] == expected
+        assert other.pid is None
+    elif what == "no descriptors":
+
+        def none_left(*_: object) -> None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        monkeypatch.setattr(socket, "socketpair", none_left)
+        assert coprocess.seal(KEY, header(size), [noise(size)])[0] == expected
+        assert coprocess.there
+        coprocess.close()
+        assert coprocess.seal(KEY, header(size), [noise(size)])[0] == expected
+        assert not coprocess.there
+    else:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        monkeypatch.setattr(client, "PAUSE", 0.0)
+        coprocess.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+        held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+        try:
+            bring(coprocess)
+            assert coprocess.seal(KEY, header(size), [noise(size)])[0] == expected
+            assert coprocess.there
+        finally:
+            for fd in held:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_one_that_cannot_start_says_why_and_is_tried_less_and_less(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho a line >&2\necho no such module >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    coprocess, clock = Coprocess(Arena()), 1000.0
+    coprocess.wanted = True
+    monkeypatch.setattr(client, "monotonic", lambda: clock)
+    pauses: list[float] = []
+    with caplog.at_level(logging.WARNING, "fusefs.coprocess"):
+        while len(pauses) < 9:
+            before = len(caplog.records)
+            deadline = time.monotonic() + 20
+            while len(caplog.records) == before:
+                assert not coprocess.start()
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            pauses.append(coprocess._not_before - clock)
+            clock = coprocess._not_before
+    assert pauses == [30, 60, 120, 240, 480, 960, 1920, 3600, 3600]
+    assert all("no such module" in record.message and "a line" not in record.message for record in caplog.records)
+
+
+async def test_after_a_change_it_did_not_end_directories_are_flushed_again(
+    coprocess: Coprocess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I2: it may have made them anew, after somebody else had removed them, and have died before it flushed their names."""
+    size = 1 << 20
+    host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
+    sealed, _ = coprocess.seal(KEY, header(size), [noise(size)])
+    # Known to be durable here, and there.
+    await host.put(NAME, b"small")
+    await host.put(NAME, sealed)
+    flushed: list[str] = []
+
+    def spied(fd: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{fd}"))
+
+    def dies(*_: object, **__: object) -> client.Done:
+        (tmp_path / "h" / NAME).unlink()
+        (tmp_path / "h" / NAME).parent.rmdir()
+        (tmp_path / "h" / NAME).parent.mkdir()
+        raise client.Gone
+
+    monkeypatch.setattr("storage.hosts.tree._sync_directory", spied)
+    monkeypatch.setattr(coprocess, "ask", dies)
+    await host.put(NAME, sealed)
+    assert (tmp_path / "h" / NAME).read_bytes() == sealed
+    assert str(tmp_path / "h" / "v" / "sectors") in flushed
+    assert str(tmp_path / "h" / "v" / "sectors" / "aa") in flushed
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE, errno.EIO])
+def test_what_it_has_not_enough_of_is_no_error_of_the_disk(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that asks may have more; it does it then."""
+
+    def refuse(*_: object) -> None:
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise Unavailable("no") from error
+
+    monkeypatch.setattr(Tree, "get_range_in", refuse)
+    memory = memoryview(bytearray(100_000))
+    request = Read(
+        directory("/nowhere", "dir:/nowhere", (0, 0)), ["a"], 64, BLOCK + TAG_SIZE, BLOCK, (0, BLOCK), 0, KEY, header(BLOCK).encode()
+    )
+    answer = serve.Channel(socket.socket(), memory)._answer(request)
+    assert isinstance(answer, Failed)
+    assert answer.kind == ("Unavailable" if number == errno.EIO else "Gone")
 
 
 @pytest.mark.parametrize("refused", ["memfd_create", "Popen", "executable"])
@@ -312,10 +472,13 @@ def test_where_there_can_be_none_threads_do_it(refused: str, monkeypatch: pytest
 
 def test_it_knows_no_passphrase(coprocess: Coprocess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEFS_PASSPHRASE", "correct horse battery staple")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
     coprocess.close()
     bring(coprocess)
-    assert b"FUSEFS_" not in Path(f"/proc/{coprocess.pid}/environ").read_bytes()
-    assert b"LANG" in Path(f"/proc/{coprocess.pid}/environ").read_bytes() or "LANG" not in os.environ
+    environment = Path(f"/proc/{coprocess.pid}/environ").read_bytes()
+    assert b"horse" not in environment and b"secret" not in environment
+    assert b"LC_ALL=C.UTF-8" in environment.split(b"\0")
 
 
 def test_a_forked_child_has_memory_and_a_process_of_its_own(coprocess: Coprocess) -> None:
@@ -340,6 +503,31 @@ def test_a_forked_child_has_memory_and_a_process_of_its_own(coprocess: Coprocess
         assert coprocess.seal(KEY, header(size), [noise(size)])[0] == expected
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert coprocess.there
+
+
+def test_what_a_forked_child_lets_go_of_stays_its_parents() -> None:
+    """Else pages that the parent has lent again would become zeros under it."""
+    arena = Arena(keep=2 * SLOT, slots=8)
+    inherited = [arena.lend(1000) for _ in range(8)]
+    ready, go = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(go)
+            arena.forget()
+            # Once the parent has lent them again.
+            os.read(ready, 1)
+            inherited.clear()
+        finally:
+            os._exit(0)
+    inherited.clear()
+    again = [arena.lend(SLOT) for _ in range(8)]
+    for view in again:
+        view[:] = b"x" * SLOT
+    os.close(go)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert all(view == b"x" * SLOT for view in again)
+    os.close(ready)
 
 
 # ---- its end

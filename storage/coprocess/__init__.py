@@ -19,5 +19,7 @@ Invariants:
 - What it does is done by the same code (storage/sealing.py, storage/hosts/tree.py), on the same bytes: the same nonce never seals anything
   else (I1), and a put it was killed in the middle of is done again.
 - It ends with this process, whatever that ends by: its channels are closed then.
+- It knows what it is told with each request, keys included, and nothing else: no passphrase, no credentials. Who may look into one of the
+  two processes (root, and their user as far as ptrace(2) is allowed; the arena, of /proc/PID/fd, in any case) may look into the other.
 - One for each process, however many volumes are open; started when the first large sector is sealed or read.
 """

@@ -40,8 +40,15 @@ class _Memory:
     """A memory file and its slots."""
 
     def __init__(self, slots: int) -> None:
-        """OSError: forbidden here, or there is not enough address space."""
+        """OSError: there is no such thing here, it is forbidden, or there is not enough address space."""
+        if not hasattr(os, "memfd_create"):
+            raise OSError("this Python knows no memfd_create")
+        if _strict():
+            # Pages of a file are accounted for when they are written to, and whoever gets none is killed.
+            raise OSError("vm.overcommit_memory is 2")
         self.size = slots * SLOT
+        #: Another process's: this one has come from it by fork.
+        self.foreign = False
         self.fd = os.memfd_create("fusefs", os.MFD_CLOEXEC)
         try:
             os.ftruncate(self.fd, self.size)
@@ -66,6 +73,9 @@ class _Memory:
 
     def back(self, slot: int, keep: int) -> None:
         """Nobody has it any more."""
+        if self.foreign:
+            # The other may have lent it again.
+            return
         self.warm.append(slot)
         while len(self.warm) * SLOT > keep:
             try:
@@ -115,6 +125,14 @@ class Arena:
         weakref.finalize(loan, memory.back, slot, self._keep).atexit = False
         return memoryview(loan).cast("B")
 
+    def lend_private(self, size: int) -> memoryview:
+        """As `lend`, of memory that only this process sees."""
+        return self._private.lend(size)
+
+    def spare(self, size: int) -> memoryview | None:
+        """As `lend`, of the memory file, for what can as well be elsewhere. None: half of it is in use, or there is none."""
+        return self.lend(size) if 2 * self.free_slots >= self._slots > 0 else None
+
     def place(self, data: Buffer) -> Place | None:
         """Where `data` stands in the memory file; None: it does not."""
         memory = self._memory
@@ -144,14 +162,26 @@ class Arena:
 
     def forget(self) -> None:
         """In a forked child: what was lent before stays as it is, and belongs to both; what is lent from now on is its own."""
-        self._making = threading.Lock()
-        self._memory, self._tried = None, False
+        memory, self._memory = self._memory, None
+        self._making, self._tried = threading.Lock(), False
+        if memory is not None:
+            memory.foreign = True
+            os.close(memory.fd)
 
     @property
     def free_slots(self) -> int:
         """That nobody has."""
         memory = self._made()
         return 0 if memory is None else len(memory.warm) + len(memory.cold)
+
+
+def _strict() -> bool:
+    """Does the kernel promise no more memory than it has (proc(5), overcommit_memory)?"""
+    try:
+        with open("/proc/sys/vm/overcommit_memory", "rb") as file:
+            return file.read().strip() == b"2"
+    except OSError:
+        return False
 
 
 class _View(ctypes.Structure):

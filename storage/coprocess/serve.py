@@ -5,6 +5,7 @@ Imports little: to start it takes CPU from whoever waits for the first sector.
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 import os
@@ -15,7 +16,23 @@ from functools import lru_cache
 from storage.abandoned import Abandoned
 from storage.coprocess.arena import Place
 from storage.coprocess.client import COPROCESS
-from storage.coprocess.wire import MOST, Answer, Directory, Done, Failed, Go, Open, Put, Read, Request, Seal, Wanted, decode_request, encode
+from storage.coprocess.wire import (
+    MOST,
+    Answer,
+    Directory,
+    Done,
+    Failed,
+    Go,
+    Open,
+    Ping,
+    Put,
+    Read,
+    Request,
+    Seal,
+    Wanted,
+    decode_request,
+    encode,
+)
 from storage.errors import FusefsError
 from storage.failpoints import NoFailpoints
 from storage.hosts.tree import Tree
@@ -57,11 +74,18 @@ class Channel:
         try:
             if isinstance(request, Seal):
                 return self._seal(request)
+            if isinstance(request, Ping):
+                return Done()
             if isinstance(request, Open):
                 return self._open(request)
             return self._put(request) if isinstance(request, Put) else self._read(request)
         except (FusefsError, Abandoned) as error:
-            return Failed(type(error).__name__, str(error))
+            # What this process has not enough of the other may have.
+            cause = error.__cause__
+            wants = isinstance(cause, OSError) and cause.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+            return Failed("Gone" if wants else type(error).__name__, str(error))
+        except MemoryError:
+            return Failed("Gone", "no memory")
         except Exception as error:  # noqa: BLE001  a bug: the other side raises it
             return Failed("", f"in the process that seals sectors: {error!r}")
 

@@ -31,8 +31,8 @@ from blake3 import blake3
 
 from storage.abandoned import Abandoned, Wanted
 from storage.buffers import ALIGNMENT, is_aligned
-from storage.coprocess.client import COPROCESS
-from storage.coprocess.wire import Directory
+from storage.coprocess.client import COPROCESS, Gone
+from storage.coprocess.wire import directory as directory_of
 from storage.errors import BadArgument, Busy, Corrupt, FusefsError, NoSpace, NotFound, Unavailable
 from storage.failpoints import Failpoints, NoFailpoints
 from storage.hosts.held import Held, HeldFile
@@ -84,7 +84,7 @@ class Tree:
         #: What is large and in the arena is put and read by the coprocess; not where a test wants to be there at each step.
         self._outside = isinstance(failpoints, NoFailpoints)
         #: As the coprocess is told of it: another one where directories may have gone, of which it knows that they are durable.
-        self._directory = Directory(path, url, *identity, 0)
+        self._directory = directory_of(path, url, identity)
         #: Until the filesystem refuses it, of a file at least: one may refuse to read what it writes.
         self._direct = self._direct_reads = True
         #: Directories ("a/b/") whose names are known to be durable in their parents: flushed once by this process.
@@ -311,12 +311,28 @@ class Tree:
         self._held.drop(name)
         # As where it is done here: until it is known to be flushed, what is listed there may not be durable.
         self._doubt(parts[:-1])
-        tag = COPROCESS.put(self._directory, parts, data, temporary, wanted)
+        try:
+            tag = COPROCESS.put(self._directory, parts, data, temporary, wanted)
+        except Gone:
+            # Nobody works on it any more.
+            self._unsure(parts[:-1])
+            with suppress(FusefsError, OSError), self._root() as root:
+                os.unlink(f"{TEMPORARY}/{temporary}", dir_fd=root)
+            return None
+        except BaseException:
+            self._unsure(parts[:-1])
+            raise
         if tag is not None:
             self._doubtful.discard(path)
             self._flushed.add(path)
             self._held.drop(name)
         return tag
+
+    def _unsure(self, parts: list[str]) -> None:
+        """The coprocess has not said what became of its change: it may have made directories that are not durable, and renamed."""
+        self._doubt(parts)
+        self._removed += 1
+        self._durable.clear()
 
     def put_if(self, parts: list[str], data: Buffer, temporary: str, expected: str | None, wanted: Wanted) -> str:
         """As `put`, with the same failpoints. Locked if another process is in the middle of a change."""
@@ -530,6 +546,7 @@ class Tree:
                 except FileNotFoundError:
                     self._removed += 1
                     self._durable.discard(path)
+                    self._directory = self._directory.after_removal()
                     with suppress(FileExistsError):
                         os.mkdir(part, 0o700, dir_fd=fd)
                     child = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)

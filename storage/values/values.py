@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
+from storage.coprocess.client import COPROCESS
 from storage.errors import Corrupt, Fenced, FusefsError, NotFound, Unavailable
 from storage.history.objects import Tail as LogTail
 from storage.interfaces import Batch, Buffer, FlushProgress, FlushReport, MetadataStore, TailPiece
@@ -42,6 +43,10 @@ ALLOWANCE = 32 * 1024
 ROOM_WAIT = 30.0
 #: Seconds between two looks whether a full disk is full still.
 FULL_INTERVAL = 3.0
+#: Appends of this size and more, to values of that size and more, go to where the coprocess can seal them.
+LARGE, STREAM = 64 * 1024, 1024 * 1024
+#: Bytes of such memory that a value gets at a time.
+BLOCK = 4 * 1024 * 1024
 #: Sequential streams remembered for read-ahead.
 STREAMS = 128
 
@@ -278,9 +283,11 @@ class Values:
         if tail is None:
             record = self._record(value_id)
             tail = self._tails[value_id] = Tail(value_id, record.owner, record.replication, record.sealed)
-        offset = tail.size
+        offset, size = tail.size, len(data)
+        if size >= LARGE and offset >= STREAM:
+            data = _shared(tail, data)
         tail.buffer.append(data)
-        self.shipper.accepted(tail, len(data))
+        self.shipper.accepted(tail, size)
         return offset
 
     # ------------------------------------------------------------------------------------------------------------
@@ -571,3 +578,16 @@ class Values:
             nursery.start_soon(self._reclaimer.run)
             nursery.start_soon(self._merger.run)
             nursery.start_soon(self.rewriter.run)
+
+
+def _shared(tail: Tail, data: Buffer) -> Buffer:
+    """The same bytes, where the coprocess sees them."""
+    size, block = len(data), tail.block
+    if block is None or len(block) < size:
+        block = COPROCESS.arena.spare(BLOCK) if size <= BLOCK else None
+        if block is None:
+            tail.block = None
+            return data
+    block[:size] = data
+    tail.block = block[size:]
+    return block[:size].toreadonly()
