@@ -495,6 +495,10 @@ class HostIO(Protocol):
         different use."""
         ...
 
+    def seal_all(self, plaintexts: Sequence[Sequence[Buffer]], sector_id: int) -> list[SealedShard]:
+        """As `seal`, of several under `sector_id` and the ids that follow."""
+        ...
+
     async def write_sealed(self, contract_id: str, shard: SealedShard) -> None:
         """Store a sealed shard under its root; durable on the host when it returns."""
         ...

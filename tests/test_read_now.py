@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from storage.coprocess.arena import Arena
-from storage.coprocess.client import COPROCESS
+from storage.coprocess.client import DISKS, SEALING
 from storage.errors import Corrupt, NotFound
 from storage.host_io import SPUN
 from storage.lending import huge
@@ -323,11 +323,12 @@ async def test_a_long_file_goes_through_the_same_memory_and_no_view_of_it_is_ove
         await append(volume, value, data)
         await volume.flush()
     monkeypatch.setattr("storage.lending.huge", counted)
-    # The coprocess knows another one.
-    monkeypatch.setattr(COPROCESS, "wanted", False)
+    # The coprocesses know another one.
+    monkeypatch.setattr(DISKS, "wanted", False)
+    monkeypatch.setattr(SEALING, "wanted", False)
     slots = 64 if shared else 0
     arena = Arena(slots=slots)
-    monkeypatch.setattr(COPROCESS, "arena", arena)
+    monkeypatch.setattr("storage.host_io.ARENA", arena)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=20 * size)) as volume:
         held: list[tuple[int, memoryview]] = []
         at = 0
@@ -347,7 +348,7 @@ async def test_a_long_file_goes_through_the_same_memory_and_no_view_of_it_is_ove
         # What was just passed, what is ahead (and sealed bytes of it), what is read, and what is held here; else it was used before.
         if shared:
             assert arena._memory is not None
-            made += slots - len(arena._memory.cold)
+            made += sum(slots - len(kind.cold) for kind in arena._memory.kinds)
         assert 0 < made <= JUST_PASSED // size + 2 * PREFETCHES + 1 + count // 8 < count
 
 
@@ -396,7 +397,8 @@ async def test_a_disk_of_this_machine_is_read_fewer_sectors_ahead_and_one_thread
         opening -= 1
 
     # Where a second process opens them, none of this holds anybody up.
-    monkeypatch.setattr(COPROCESS, "wanted", False)
+    monkeypatch.setattr(DISKS, "wanted", False)
+    monkeypatch.setattr(SEALING, "wanted", False)
     monkeypatch.setattr("storage.coprocess.client.open_blocks_into", watched)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=20 * size)) as volume:
         assert await volume.values.read(value, 0, 4 * BLOCK) == data[: 4 * BLOCK]

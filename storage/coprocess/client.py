@@ -33,6 +33,7 @@ from storage.coprocess.wire import (
     Read,
     Request,
     Seal,
+    Shard,
     Wanted,
     decode_answer,
     encode,
@@ -46,6 +47,8 @@ log = logging.getLogger("fusefs.coprocess")
 LEAST = 256 * 1024
 #: Pieces of a sector's plaintext that are told one by one, where they stand in the arena already.
 PIECES = 64
+#: Bytes of a piece that is told as it is.
+TOLD = 256
 #: Seconds in which it seals or opens a sector, or says that it is well, however busy the machine is.
 TIMEOUT = 30
 #: Seconds after which one that is busy with a disk is asked whether it is well.
@@ -54,15 +57,21 @@ LOOK = 10
 PAUSE, PAUSE_MOST = 30.0, 3600.0
 
 
+#: Key, header and plaintext in pieces.
+Job = tuple[bytes, ShardHeader, Sequence[Buffer]]
+
+
 class Gone(Exception):
     """It does not answer: what it was asked for is to be done here."""
 
 
 class Coprocess:
-    """See the package. One for each process: `COPROCESS`."""
+    """See the package. Two for each process: `SEALING` and `DISKS`."""
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, work: str = "seals sectors") -> None:
+        """`work`: what it does, for messages."""
         self.arena = arena
+        self._work = work
         #: False: everything is done here. With one core there is nothing to be gained.
         self.wanted = several_cores()
         #: Guards what follows.
@@ -118,7 +127,7 @@ class Coprocess:
             self._process = Process(memory)
         except (OSError, ValueError) as error:
             self._put_off()
-            log.warning("no second process can be started (%s): threads seal and open sectors", error)
+            log.warning("no process that %s can be started (%s): threads do it", self._work, error)
 
     def _put_off(self) -> None:
         self._pause = min(2 * self._pause or PAUSE, PAUSE_MOST)
@@ -134,7 +143,8 @@ class Coprocess:
         self._ending.append(process)
         said = process.last_words()
         log.warning(
-            "the process that seals sectors is gone (%s%s): threads do it, and another is started in %.0f s",
+            "the process that %s is gone (%s%s): threads do it, and another is started in %.0f s",
+            self._work,
             why,
             f": {said}" if said else "",
             self._pause,
@@ -249,23 +259,42 @@ class Coprocess:
 
     def seal(self, key: bytes, header: ShardHeader, data: Sequence[Buffer]) -> tuple[Buffer, str]:
         """The sealed shard of `data`, and its root. As `sealing.seal`."""
-        total = header.plaintext_length
-        if total >= LEAST and sum(map(len, data)) == total and self.start():
-            plain, sealed = self._places(data), self.arena.lend(sealed_length(total))
+        return self.seal_all([(key, header, data)])[0]
+
+    def seal_all(self, jobs: Sequence[Job]) -> list[tuple[Buffer, str]]:
+        """As `seal`, of each."""
+        total = sum(header.plaintext_length for _, header, _ in jobs)
+        if total >= LEAST and self.start():
+            made = self._sealed_there(jobs)
+            if made is not None:
+                return made
+        return [self._sealed_here(*job) for job in jobs]
+
+    def _sealed_there(self, jobs: Sequence[Job]) -> list[tuple[Buffer, str]] | None:
+        held, shards = [], []
+        for key, header, data in jobs:
+            plain, sealed = self._places(data), self.arena.lend(sealed_length(header.plaintext_length))
             target = self.arena.place(sealed)
-            if plain is not None and target is not None:
-                places, _held = plain
-                try:
-                    return sealed.toreadonly(), self.ask(Seal(places, target, key, header.encode()), limit=TIMEOUT).name
-                except Gone as error:
-                    log.debug("sealed here: %s", error)
-        made = seal(key, header, data, self.arena.lend_private if total >= LEAST else aligned)
+            if plain is None or target is None or sum(map(len, data)) != header.plaintext_length:
+                return None
+            # What was lent for it is held until the other process is done.
+            held.append((sealed, plain[1]))
+            shards.append(Shard(plain[0], target, key, header.encode()))
+        try:
+            roots = self.ask(Seal(shards), limit=TIMEOUT).names
+        except Gone as error:
+            log.debug("sealed here: %s", error)
+            return None
+        return [(sealed.toreadonly(), root) for (sealed, _), root in zip(held, roots, strict=True)]
+
+    def _sealed_here(self, key: bytes, header: ShardHeader, data: Sequence[Buffer]) -> tuple[Buffer, str]:
+        made = seal(key, header, data, self.arena.lend_private if header.plaintext_length >= LEAST else aligned)
         return made, root_of(made)
 
-    def _places(self, data: Sequence[Buffer]) -> tuple[list[Place], memoryview | None] | None:
+    def _places(self, data: Sequence[Buffer]) -> tuple[list[Place | bytes], memoryview | None] | None:
         """Where the pieces of `data` stand in the arena, in order; what stands elsewhere is copied there, into what is lent for it, to be
-        held for as long as the places are used. None: there is no room."""
-        found = [self.arena.place(piece) for piece in data] if len(data) <= PIECES else [None] * len(data)
+        held for as long as the places are used; or is told, if it is small. None: there is no room."""
+        found = [self._place(piece) for piece in data] if len(data) <= PIECES else [None] * len(data)
         missing = [piece for piece, place in zip(data, found, strict=True) if place is None]
         at, copy = 0, None
         if missing:
@@ -273,16 +302,20 @@ class Coprocess:
             if not self.arena.fill(copy, missing):
                 return None
             at, _ = self.arena.place(copy) or (0, 0)
-        places: list[Place] = []
+        places: list[Place | bytes] = []
         for piece, place in zip(data, found, strict=True):
             if place is None:
                 place = at, len(piece)
                 at += len(piece)
-            if places and sum(places[-1]) == place[0]:
-                places[-1] = places[-1][0], places[-1][1] + place[1]
-            else:
+            last = places[-1] if places else b""
+            if isinstance(place, bytes) or isinstance(last, bytes) or sum(last) != place[0]:
                 places.append(place)
+            else:
+                places[-1] = last[0], last[1] + place[1]
         return places, copy
+
+    def _place(self, piece: Buffer) -> Place | bytes | None:
+        return bytes(piece) if len(piece) <= TOLD else self.arena.place(piece)
 
     def open_into(self, key: bytes, expected: ShardHeader, first: int, blocks: memoryview, plain: memoryview) -> None:
         """As `sealing.open_blocks_into`."""
@@ -290,7 +323,8 @@ class Coprocess:
             source = self._places([blocks])
             if source is not None:
                 try:
-                    self.ask(Open(source[0][0], target, first, key, expected.encode()), limit=TIMEOUT)
+                    (place,) = source[0]
+                    self.ask(Open(place, target, first, key, expected.encode()), limit=TIMEOUT)  # type: ignore[arg-type]
                     return
                 except Gone as error:
                     log.debug("opened here: %s", error)
@@ -302,7 +336,8 @@ class Coprocess:
         place = self.arena.place(data) if len(data) >= LEAST else None
         if place is None or not self.start():
             return None
-        return self.ask(Put(directory, parts, place, temporary), wanted=wanted).name
+        (tag,) = self.ask(Put(directory, parts, place, temporary), wanted=wanted).names
+        return tag
 
     def read(self, directory: Directory, parts: list[str], offset: int, length: int, step: int, opening: RangeOpening) -> int | None:
         """As `Tree.get_range_in` with `opening.take`. None: it is to be done here."""
@@ -342,6 +377,29 @@ def _error(answer: Failed) -> Exception:
     return RuntimeError(answer.message)
 
 
-COPROCESS = Coprocess(Arena(slots=SLOTS if several_cores() else 0))
-atexit.register(COPROCESS.close)
-os.register_at_fork(after_in_child=COPROCESS.forget)
+ARENA = Arena(slots=SLOTS if several_cores() else 0)
+#: One seals and opens, by itself and undisturbed; the other puts and reads, with a thread for each thing. Both in one would quarrel over
+#: one interpreter's lock again: for each block that is sealed it is let go of, and whoever puts takes it.
+SEALING = Coprocess(ARENA)
+DISKS = Coprocess(ARENA, "writes to disks")
+
+
+def start() -> None:
+    """Both, so that the first sector finds them there."""
+    SEALING.start()
+    DISKS.start()
+
+
+def close() -> None:
+    """Both."""
+    SEALING.close()
+    DISKS.close()
+
+
+def _forget() -> None:
+    SEALING.forget()
+    DISKS.forget()
+
+
+atexit.register(close)
+os.register_at_fork(after_in_child=_forget)

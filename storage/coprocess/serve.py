@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from storage.abandoned import Abandoned
 from storage.coprocess.arena import Place
-from storage.coprocess.client import COPROCESS
+from storage.coprocess.client import DISKS, SEALING
 from storage.coprocess.wire import (
     MOST,
     Answer,
@@ -29,6 +29,7 @@ from storage.coprocess.wire import (
     Read,
     Request,
     Seal,
+    Shard,
     Wanted,
     decode_request,
     encode,
@@ -38,8 +39,9 @@ from storage.failpoints import NoFailpoints
 from storage.hosts.tree import Tree
 from storage.sealing import Opening, ShardHeader, open_blocks_into, root_of, seal
 
-#: Only one thread opens at a time: more only take the interpreter's lock from each other.
-_opening = threading.Lock()
+#: Only one thread seals or opens at a time: more of them take the interpreter's lock from each other, for each block, and from those that
+#: put.
+_working = threading.Lock()
 
 
 @lru_cache(maxsize=256)
@@ -48,7 +50,7 @@ def _tree(directory: Directory) -> Tree:
 
 
 def _open_into(key: bytes, expected: ShardHeader, first: int, blocks: memoryview, plain: memoryview) -> None:
-    with _opening:
+    with _working:
         open_blocks_into(key, expected, first, blocks, plain)
 
 
@@ -93,9 +95,13 @@ class Channel:
         return self._memory[place[0] : place[0] + place[1]]
 
     def _seal(self, request: Seal) -> Done:
-        target = self._at(request.sealed)
-        plain = [self._at(place) for place in request.plain]
-        return Done(root_of(seal(request.key, ShardHeader.parse(request.header), plain, lambda size: target[:size])))
+        return Done([self._seal_one(shard) for shard in request.shards])
+
+    def _seal_one(self, shard: Shard) -> str:
+        target = self._at(shard.sealed)
+        plain = [piece if isinstance(piece, bytes) else self._at(piece) for piece in shard.plain]
+        with _working:
+            return root_of(seal(shard.key, ShardHeader.parse(shard.header), plain, lambda size: target[:size]))
 
     def _open(self, request: Open) -> Done:
         header = ShardHeader.parse(request.header)
@@ -103,7 +109,7 @@ class Channel:
         return Done()
 
     def _put(self, request: Put) -> Done:
-        return Done(_tree(request.directory).put(request.parts, self._at(request.data), request.temporary, self._wanted))
+        return Done([_tree(request.directory).put(request.parts, self._at(request.data), request.temporary, self._wanted)])
 
     def _wanted(self) -> None:
         """Abandoned: whoever wanted the change has given up, or is gone."""
@@ -120,13 +126,13 @@ class Channel:
         )
         size = _tree(request.directory).get_range_in(request.parts, request.offset, request.length, request.step, opening.take)
         opening.plain()
-        return Done("", size)
+        return Done(size=size)
 
 
 def main(control: int, memory: int, size: int) -> None:
     """Until `control`, on which new channels come, is closed at the other end. Never returns."""
     # It asks nobody itself.
-    COPROCESS.wanted = False
+    DISKS.wanted = SEALING.wanted = False
     gc.freeze()
     mapped = memoryview(mmap.mmap(memory, size, mmap.MAP_SHARED))
     os.close(memory)

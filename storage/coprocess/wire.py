@@ -5,14 +5,14 @@ On a channel a request is answered by one `Done` or `Failed`; a put asks `Wanted
 
 | message | fields, in order |
 |---|---|
-| `Seal` | places of the plaintext's pieces; place of the sealed shard; key; encoded header |
+| `Seal` | of each shard: the plaintext's pieces, a place or, of small ones, the bytes; place of the sealed shard; key; encoded header |
 | `Open` | place of sealed blocks; place of their plaintext; number of the first; key; encoded header |
 | `Put` | directory; parts of the object's path; place; name of the temporary file |
 | `Read` | directory; parts of the path; offset and length there; bytes of a step; place of the plaintext; its offset; key; header |
 | `Ping` | |
 | `Wanted` | |
 | `Go` | is it? |
-| `Done` | the root of what was sealed, or the tag of what was put; how many bytes were read |
+| `Done` | the roots of what was sealed, or the tag of what was put; how many bytes were read |
 | `Failed` | class of storage.errors, `Abandoned`, or `Gone`: it cannot, and it is to be done here; message |
 
 A place is offset and length in the arena. A directory is a directory host's path and URL, its device and inode when it was opened,
@@ -54,13 +54,19 @@ def directory(path: str, url: str, identity: tuple[int, int]) -> Directory:
     return Directory(path, url, *identity, next(_removals))
 
 
-class Seal(msgspec.Struct, tag=True, array_like=True, frozen=True):
+class Shard(msgspec.Struct, array_like=True, frozen=True):
     """See the module."""
 
-    plain: list[Place]
+    plain: list[Place | bytes]
     sealed: Place
     key: bytes
     header: bytes
+
+
+class Seal(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """See the module."""
+
+    shards: list[Shard]
 
 
 class Open(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -113,7 +119,7 @@ class Wanted(msgspec.Struct, tag=True, array_like=True, frozen=True):
 class Done(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """See the module."""
 
-    name: str = ""
+    names: list[str] = []
     size: int = 0
 
 

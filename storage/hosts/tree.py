@@ -31,7 +31,7 @@ from blake3 import blake3
 
 from storage.abandoned import Abandoned, Wanted
 from storage.buffers import ALIGNMENT, is_aligned
-from storage.coprocess.client import COPROCESS, Gone
+from storage.coprocess.client import DISKS, Gone
 from storage.coprocess.wire import directory as directory_of
 from storage.errors import BadArgument, Busy, Corrupt, FusefsError, NoSpace, NotFound, Unavailable
 from storage.failpoints import Failpoints, NoFailpoints
@@ -165,7 +165,7 @@ class Tree:
 
     def get_range_opened(self, parts: list[str], offset: int, length: int, step: int, opening: RangeOpening) -> int:
         """As `get_range_in`, opened."""
-        size = COPROCESS.read(self._directory, parts, offset, length, step, opening) if self._outside else None
+        size = DISKS.read(self._directory, parts, offset, length, step, opening) if self._outside else None
         return size if size is not None else self.get_range_in(parts, offset, length, step, opening.take)
 
     def _take_direct(self, fd: int, offset: int, length: int, step: int, take: Callable[[memoryview], object]) -> int:
@@ -312,7 +312,7 @@ class Tree:
         # As where it is done here: until it is known to be flushed, what is listed there may not be durable.
         self._doubt(parts[:-1])
         try:
-            tag = COPROCESS.put(self._directory, parts, data, temporary, wanted)
+            tag = DISKS.put(self._directory, parts, data, temporary, wanted)
         except Gone:
             # Nobody works on it any more.
             self._unsure(parts[:-1])

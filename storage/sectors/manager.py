@@ -218,8 +218,7 @@ class SectorManager:
         plaintexts = layout.plaintexts(sector_id, parts)
         # What is less than half full is soon merged with others.
         lasting = 2 * layout.length > self.sector_size
-        sealed = (self._host_io.seal(plain, sector_id + number) for number, plain in enumerate(plaintexts))
-        return [replace(shard, lasting=lasting) for shard in sealed], plaintexts
+        return [replace(shard, lasting=lasting) for shard in self._host_io.seal_all(plaintexts, sector_id)], plaintexts
 
     async def wait_uploads(self, progress: FlushProgress | None = None) -> None:
         """Until none of the copies that are on their way now is any more. Each has the time limit of HostIO. What is in staging is at write

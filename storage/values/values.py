@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
-from storage.coprocess.client import COPROCESS
+from storage.coprocess.client import ARENA
 from storage.errors import Corrupt, Fenced, FusefsError, NotFound, Unavailable
 from storage.history.objects import Tail as LogTail
 from storage.interfaces import Batch, Buffer, FlushProgress, FlushReport, MetadataStore, TailPiece
@@ -584,7 +584,7 @@ def _shared(tail: Tail, data: Buffer) -> Buffer:
     """The same bytes, where the coprocess sees them."""
     size, block = len(data), tail.block
     if block is None or len(block) < size:
-        block = COPROCESS.arena.spare(BLOCK) if size <= BLOCK else None
+        block = ARENA.spare(BLOCK) if size <= BLOCK else None
         if block is None:
             tail.block = None
             return data
