@@ -46,6 +46,7 @@ from storage.sealing import (
     sealed_length,
 )
 from storage.seams import Seams
+from storage.turn import Turn
 
 log = logging.getLogger("fusefs.hosts")
 
@@ -123,7 +124,7 @@ class HostIO:
         #: Hosts whose credentials may not delete: told once.
         self._undeletable: set[int] = set()
         #: One change at a time per shard and host; an entry lives as long as somebody wants it.
-        self._changing: dict[bytes, tuple[trio.Lock, int]] = {}
+        self._changing: dict[bytes, tuple[Turn, int]] = {}
         #: Per host: puts of shards that are on no record (yet), because they are under way, or their answer never came.
         self._unsettled: Counter[int] = Counter()
         self._stopped = False
@@ -702,17 +703,20 @@ class HostIO:
     @asynccontextmanager
     async def _exclusively(self, key: bytes) -> AsyncIterator[None]:
         """One write or deletion of a shard on a host at a time: the record of holders must not part from what is there."""
-        lock, users = self._changing.get(key, (trio.Lock(), 0))
-        self._changing[key] = (lock, users + 1)
+        turn, users = self._changing.get(key) or (Turn(), 0)
+        self._changing[key] = (turn, users + 1)
         try:
-            async with lock:
+            await turn.acquire()
+            try:
                 yield
+            finally:
+                turn.release()
         finally:
-            lock, users = self._changing[key]
+            turn, users = self._changing[key]
             if users == 1:
                 del self._changing[key]
             else:
-                self._changing[key] = (lock, users - 1)
+                self._changing[key] = (turn, users - 1)
 
     def __repr__(self) -> str:
         return f"<HostIO of volume {self._volume_id.hex()[:8]}, {len(self._changing)} changes under way>"

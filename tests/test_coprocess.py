@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 
 from storage.abandoned import Abandoned
 from storage.coprocess import client, serve
-from storage.coprocess.arena import SLOT, SMALL_SLOT, Arena
+from storage.coprocess.arena import FLAGS, SLOT, SMALL_SLOT, Arena
 from storage.coprocess.client import LEAST, PIECES, Coprocess
-from storage.coprocess.wire import Failed, Read, directory
+from storage.coprocess.wire import Failed, Put, Read, directory
 from storage.errors import Corrupt, NotFound, Unavailable
 from storage.hosts.directory import DirectoryHost
 from storage.hosts.layout import check_name
@@ -201,8 +201,9 @@ async def test_what_a_disk_says_is_said_here(coprocess: Coprocess, tmp_path: Pat
     assert os.listdir(tmp_path / "h") == []
 
 
-async def test_what_is_given_up_before_the_rename_does_not_happen(coprocess: Coprocess, tmp_path: Path) -> None:
-    """Its caller may have put something else there meanwhile."""
+@pytest.mark.parametrize("how", ["asked", "told", "orphaned"])
+async def test_what_is_given_up_before_the_rename_does_not_happen(coprocess: Coprocess, tmp_path: Path, how: str) -> None:
+    """Its caller may have put something else there meanwhile; or have died, and another process has the volume."""
     size = 1 << 20
     host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
     sealed, _ = coprocess.seal(KEY, header(size), [noise(size)])
@@ -210,13 +211,44 @@ async def test_what_is_given_up_before_the_rename_does_not_happen(coprocess: Cop
     def given_up() -> None:
         raise Abandoned
 
-    with pytest.raises(Abandoned):
-        await trio.to_thread.run_sync(host._tree.put, check_name(NAME), sealed, "temporary", given_up)
+    def tell(told: Callable[[], None] | None) -> None:
+        if told is not None:
+            told()
+
+    if how == "orphaned":
+        memory = memoryview(bytearray(2 * size))
+        put = Put(host._tree._directory, check_name(NAME), (0, size), "temporary", size)
+        answer = serve.Channel(socket.socket(), memory, os.getppid() + 1)._answer(put)
+        assert answer == Failed("Abandoned", "")
+    else:
+        with pytest.raises(Abandoned):
+            await trio.to_thread.run_sync(host._tree.put, check_name(NAME), sealed, "temporary", given_up, tell if how == "told" else None)
     assert not (tmp_path / "h" / NAME).exists()
     assert os.listdir(tmp_path / "h" / "~tmp") == []
-    # Nor does it take the channel with it.
+    # Nor does it take the channel, or the flag, with it.
     await host.put(NAME, sealed)
     assert (tmp_path / "h" / NAME).read_bytes() == sealed
+
+
+async def test_a_put_that_is_cancelled_while_it_waits_does_not_happen(coprocess: Coprocess, tmp_path: Path) -> None:
+    size = 1 << 20
+    host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
+    sealed, _ = coprocess.seal(KEY, header(size), [noise(size)])
+    await host.put(NAME, sealed)
+    os.unlink(tmp_path / "h" / NAME)
+    lock = os.open(tmp_path / "h" / "~lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with trio.move_on_after(0.5) as scope:
+        await host.put(NAME, sealed)
+    assert scope.cancelled_caught
+    os.close(lock)
+    with trio.fail_after(20):
+        while host._slots.at_work:
+            await trio.sleep(0.01)
+    assert not (tmp_path / "h" / NAME).exists()
+    await host.put(NAME, sealed)
+    assert (tmp_path / "h" / NAME).read_bytes() == sealed
+    assert coprocess.arena._memory is not None and len(coprocess.arena._memory.flags) == FLAGS
 
 
 async def test_names_whose_flush_failed_there_are_flushed_before_a_superblock(
@@ -459,7 +491,7 @@ def test_what_it_has_not_enough_of_is_no_error_of_the_disk(number: int, monkeypa
     request = Read(
         directory("/nowhere", "dir:/nowhere", (0, 0)), ["a"], 64, BLOCK + TAG_SIZE, BLOCK, (0, BLOCK), 0, KEY, header(BLOCK).encode()
     )
-    answer = serve.Channel(socket.socket(), memory)._answer(request)
+    answer = serve.Channel(socket.socket(), memory, os.getppid())._answer(request)
     assert isinstance(answer, Failed)
     assert answer.kind == ("Unavailable" if number == errno.EIO else "Gone")
 

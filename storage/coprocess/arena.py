@@ -17,7 +17,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from storage.interfaces import Buffer
 from storage.lending import Buffers
@@ -30,6 +31,8 @@ SLOT, SMALL_SLOT = 4 * 1024 * 1024 + 64 * 1024, 1024 * 1024 + 64 * 1024
 SLOTS = 128
 #: Bytes of pages that are kept at hand, of each: of the sectors that are sealed, put, read and opened at a time.
 KEEP = 64 * 1024 * 1024
+#: Flags, a page of them.
+FLAGS = 4096
 #: Buffers that one pwritev(2) takes (IOV_MAX).
 _PIECES = 1024
 
@@ -81,7 +84,9 @@ class _Memory:
         small = _Slots(0, SMALL_SLOT, slots)
         #: Smallest first.
         self.kinds = (small, _Slots(small.end, SLOT, slots))
-        self.size = self.kinds[-1].end
+        #: One byte each, to tell the other process something while it is at work.
+        self.flags: deque[int] = deque(range(self.kinds[-1].end, self.kinds[-1].end + FLAGS))
+        self.size = self.kinds[-1].end + FLAGS
         self.fd = os.memfd_create("fusefs", os.MFD_CLOEXEC)
         try:
             os.ftruncate(self.fd, self.size)
@@ -194,6 +199,28 @@ class Arena:
                 return False
             at += wanted
         return True
+
+    @contextmanager
+    def flag(self) -> Iterator[tuple[int, Callable[[], None]] | None]:
+        """Where a byte stands in the memory file that is zero, and what makes it one. None: there is none left."""
+        memory = self._memory
+        try:
+            at = None if memory is None else memory.flags.pop()
+        except IndexError:
+            at = None
+        if memory is None or at is None:
+            yield None
+            return
+        mapped = memory.mapped
+        mapped[at] = 0
+
+        def set_it() -> None:
+            mapped[at] = 1
+
+        try:
+            yield at, set_it
+        finally:
+            memory.flags.append(at)
 
     def trim(self) -> None:
         """Give the kernel the pages nobody has used since this was called last. Blocking, for some milliseconds."""

@@ -16,7 +16,8 @@ from time import monotonic
 import msgspec
 
 from storage import errors
-from storage.abandoned import Abandoned
+from storage.abandoned import Abandoned, Tell
+from storage.abandoned import Wanted as Wanting
 from storage.buffers import aligned
 from storage.coprocess.arena import SLOTS, Arena, Place
 from storage.coprocess.process import Process
@@ -331,12 +332,21 @@ class Coprocess:
         with self._opening:
             open_blocks_into(key, expected, first, blocks, plain)
 
-    def put(self, directory: Directory, parts: list[str], data: Buffer, temporary: str, wanted: Callable[[], None]) -> str | None:
+    def put(self, directory: Directory, parts: list[str], data: Buffer, temporary: str, wanted: Wanting, tell: Tell | None) -> str | None:
         """As `Tree.put`. None: it is to be done here. Gone: also, and some of it may have been done."""
         place = self.arena.place(data) if len(data) >= LEAST else None
         if place is None or not self.start():
             return None
-        (tag,) = self.ask(Put(directory, parts, place, temporary), wanted=wanted).names
+        with self.arena.flag() as flag:
+            if flag is None or tell is None:
+                (tag,) = self.ask(Put(directory, parts, place, temporary, -1), wanted=wanted).names
+                return tag
+            tell(flag[1])
+            try:
+                (tag,) = self.ask(Put(directory, parts, place, temporary, flag[0])).names
+            finally:
+                # Before another gets the flag.
+                tell(None)
         return tag
 
     def read(self, directory: Directory, parts: list[str], offset: int, length: int, step: int, opening: RangeOpening) -> int | None:

@@ -44,7 +44,7 @@ class Process:
         passed = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (control, memory[0])]
         # The very modules this process has, wherever it was started, and whatever is in the directory it was started in.
         paths = [path for path in sys.path if os.path.isabs(path)]
-        arguments = f"{passed[0]}, {passed[1]}, {memory[1]}"
+        arguments = f"{passed[0]}, {passed[1]}, {memory[1]}, {os.getpid()}"
         code = f"import sys; sys.path[:] = {paths!r}; from storage.coprocess.serve import main; main({arguments})"
         try:
             return subprocess.Popen(

@@ -11,7 +11,7 @@ import mmap
 import os
 import socket
 import threading
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from storage.abandoned import Abandoned
 from storage.coprocess.arena import Place
@@ -57,8 +57,9 @@ def _open_into(key: bytes, expected: ShardHeader, first: int, blocks: memoryview
 class Channel:
     """One thread's."""
 
-    def __init__(self, channel: socket.socket, memory: memoryview) -> None:
+    def __init__(self, channel: socket.socket, memory: memoryview, parent: int) -> None:
         self._channel, self._memory = channel, memory
+        self._parent = parent
 
     def serve(self) -> None:
         """Until the other end is closed, by whatever: then nobody waits for what is being done, either."""
@@ -109,7 +110,13 @@ class Channel:
         return Done()
 
     def _put(self, request: Put) -> Done:
-        return Done([_tree(request.directory).put(request.parts, self._at(request.data), request.temporary, self._wanted)])
+        wanted = self._wanted if request.flag < 0 else partial(self._flagged, request.flag)
+        return Done([_tree(request.directory).put(request.parts, self._at(request.data), request.temporary, wanted)])
+
+    def _flagged(self, at: int) -> None:
+        """As `_wanted`. Whoever has died has set no flag, but is not this process's parent any more."""
+        if self._memory[at] or os.getppid() != self._parent:
+            raise Abandoned
 
     def _wanted(self) -> None:
         """Abandoned: whoever wanted the change has given up, or is gone."""
@@ -129,8 +136,8 @@ class Channel:
         return Done(size=size)
 
 
-def main(control: int, memory: int, size: int) -> None:
-    """Until `control`, on which new channels come, is closed at the other end. Never returns."""
+def main(control: int, memory: int, size: int, parent: int) -> None:
+    """Until `control`, on which new channels come, is closed at the other end, that of the process `parent`. Never returns."""
     # It asks nobody itself.
     DISKS.wanted = SEALING.wanted = False
     gc.freeze()
@@ -146,7 +153,7 @@ def main(control: int, memory: int, size: int) -> None:
             if not packet:
                 break
             for descriptor in descriptors:
-                channel = Channel(socket.socket(fileno=descriptor), mapped)
+                channel = Channel(socket.socket(fileno=descriptor), mapped, parent)
                 threading.Thread(target=channel.serve, daemon=True).start()
     # Nobody is left to be told of what threads are still doing.
     os._exit(0)

@@ -1,13 +1,14 @@
 """What the two processes tell each other: one packet of a SOCK_SEQPACKET socket for each message, MessagePack. On no disk or network:
 both run the same version.
 
-On a channel a request is answered by one `Done` or `Failed`; a put asks `Wanted` before the step that counts, and gets `Go`.
+On a channel a request is answered by one `Done` or `Failed`; a put that was
+given no flag asks `Wanted` before the step that counts, and gets `Go`.
 
 | message | fields, in order |
 |---|---|
 | `Seal` | of each shard: the plaintext's pieces, a place or, of small ones, the bytes; place of the sealed shard; key; encoded header |
 | `Open` | place of sealed blocks; place of their plaintext; number of the first; key; encoded header |
-| `Put` | directory; parts of the object's path; place; name of the temporary file |
+| `Put` | directory; parts of the object's path; place; name of the temporary file; place of the byte that says it is not wanted; -1: ask |
 | `Read` | directory; parts of the path; offset and length there; bytes of a step; place of the plaintext; its offset; key; header |
 | `Ping` | |
 | `Wanted` | |
@@ -86,6 +87,7 @@ class Put(msgspec.Struct, tag=True, array_like=True, frozen=True):
     parts: list[str]
     data: Place
     temporary: str
+    flag: int
 
 
 class Read(msgspec.Struct, tag=True, array_like=True, frozen=True):

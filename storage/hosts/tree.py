@@ -29,7 +29,7 @@ from typing import TypeVar
 
 from blake3 import blake3
 
-from storage.abandoned import Abandoned, Wanted
+from storage.abandoned import Abandoned, Tell, Wanted
 from storage.buffers import ALIGNMENT, is_aligned
 from storage.coprocess.client import DISKS, Gone
 from storage.coprocess.wire import directory as directory_of
@@ -300,19 +300,19 @@ class Tree:
     # Changing. Each calls `wanted` right before the step that cannot be taken back: it raises Abandoned if nobody wants it any more, so
     # that what hung somewhere before does not happen long after its caller has gone on.
 
-    def put(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted) -> str:
+    def put(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted, tell: Tell | None = None) -> str:
         """Failpoints, in order: host.put.before_write, before_fsync, before_rename, before_dirsync, done (and before_parent_sync)."""
-        tag = self._put_outside(parts, data, temporary, wanted) if self._outside else None
+        tag = self._put_outside(parts, data, temporary, wanted, tell) if self._outside else None
         return tag if tag is not None else self._put(parts, data, temporary, wanted, conditional=False, expected=None)
 
-    def _put_outside(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted) -> str | None:
+    def _put_outside(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted, tell: Tell | None) -> str | None:
         """By the coprocess, out of the arena; None: it is to be done here."""
         name, path = "/".join(parts), "/".join(parts[:-1])
         self._held.drop(name)
         # As where it is done here: until it is known to be flushed, what is listed there may not be durable.
         self._doubt(parts[:-1])
         try:
-            tag = DISKS.put(self._directory, parts, data, temporary, wanted)
+            tag = DISKS.put(self._directory, parts, data, temporary, wanted, tell)
         except Gone:
             # Nobody works on it any more.
             self._unsure(parts[:-1])
