@@ -583,7 +583,8 @@ class Values:
 def _shared(tail: Tail, data: Buffer) -> Buffer:
     """The same bytes, where the coprocess sees them."""
     size, block = len(data), tail.block
-    if block is None or len(block) < size:
+    # What goes into one sector stands together: it is told in fewer places.
+    if block is None or len(block) < size or not tail.buffer.length:
         block = ARENA.spare(BLOCK) if size <= BLOCK else None
         if block is None:
             tail.block = None
