@@ -537,6 +537,10 @@ class SectorManager(Protocol):
         before anybody else wants anything, within less than a step of the event loop may take; None otherwise."""
         ...
 
+    async def fetched(self, sector_id: int) -> None:
+        """Returns at once, unless the sector is on its way into the cache: then when it is there, or could not be had."""
+        ...
+
     async def allocate_sector(self, replication: str = "1") -> int:
         """An id unique within the volume's history, for a sector to be written with that replication: as many follow it, for itself, as
         that has distinct shards. Their reservation is durable when it returns (I1)."""
@@ -619,8 +623,8 @@ class Values(Protocol):
         """Append; returns the offset the bytes now stand at. No await happens inside. `data` is kept, so must not change: pass bytes."""
         ...
 
-    async def read(self, value_id: int, offset: int, size: int) -> bytes:
-        """Bytes [offset, offset + size), clipped to the size; tails included."""
+    async def read(self, value_id: int, offset: int, size: int) -> Buffer:
+        """Bytes [offset, offset + size), clipped to the size; tails included. Nobody changes them."""
         ...
 
     def read_now(self, value_id: int, offset: int, size: int) -> Buffer | None:
@@ -813,7 +817,7 @@ class Namespace(Protocol):
         """At the end, wherever that is when it happens; returns the file offset."""
         ...
 
-    async def read(self, ino: int, offset: int, size: int) -> bytes:
+    async def read(self, ino: int, offset: int, size: int) -> Buffer:
         """Clipped to the file's size; holes read as zeros."""
         ...
 

@@ -1,7 +1,7 @@
 """Two more processes of this program: one seals and opens, the other puts on disks and reads from them, beside the event loop.
 
-Why: an interpreter has one lock, and each system call and each block that is sealed lets it go and takes it back. Threads that sealed and put
-sectors so kept the event loop waiting for as long as it worked (docs/performance.md). A process of its own has its own lock.
+Why: an interpreter has one lock, and each system call and each block that is sealed lets it go and takes it back. Threads that sealed and
+put sectors so kept the event loop waiting for as long as it worked (docs/performance.md). A process of its own has its own lock.
 
 Vocabulary: the *arena* is memory all of them see, from which large buffers are lent; a *place* is where in it something stands; a
 *channel* is a socket on which one thread here asks for one thing at a time, and one thread there answers.

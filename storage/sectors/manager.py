@@ -116,6 +116,10 @@ class SectorManager:
         """Start bringing a whole sector into the cache, unless it is there or on its way. Never fails; False: not now, ask again."""
         return self._reader.prefetch(sector_id, self._nursery)
 
+    async def fetched(self, sector_id: int) -> None:
+        """Until the whole sector is in the cache, if it is on its way there. Bounded as a read of it is."""
+        await self._reader.fetched(sector_id)
+
     def ahead(self, sector_id: int) -> int:
         """How many sectors after this one are worth a prefetch, where somebody reads them one after the other."""
         return self._reader.ahead(sector_id)

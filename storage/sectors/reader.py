@@ -217,6 +217,12 @@ class SectorReader:
                     pass
         return first, await self._fetch(sector_id, record, layout, number, first, count)
 
+    async def fetched(self, sector_id: int) -> None:
+        """Until the sector is not on its way into the cache any more. Not a checkpoint where it is not."""
+        pending = self._fetching.get(sector_id)
+        if pending is not None:
+            await pending.wait()
+
     def passed(self, sector_id: int) -> None:
         """A sequential reader has got to the sector's end, and reads on. It need not stay where it is quickly had again: on a disk here."""
         try:

@@ -353,11 +353,16 @@ class Values:
             return None
         return b"".join(tail.buffer.read(offset - tail.buffer_start, stop - offset))
 
-    async def read(self, value_id: int, offset: int, size: int) -> bytes:
+    async def read(self, value_id: int, offset: int, size: int) -> Buffer:
         known = self._places.find(value_id, offset)
         if known is not None and 0 < size <= known.end - offset:
             # Without looking it up: nearly all that random readers miss in the cache.
             self._read_ahead(value_id, offset, offset + size, [known])
+            await self._sectors.fetched(known.sector_id)
+            now = self._sectors.read_now(known.sector_id, known.position + offset - known.offset, size, wait=False)
+            if now is not None:
+                # Without a copy.
+                return now
             try:
                 piece = await self._sectors.insecure_read_sector_at(known.sector_id, known.position + offset - known.offset, size)
                 if len(piece) == size:
