@@ -544,6 +544,7 @@ class HostIO:
         there to the caller. One who does not point to it at once gives `placed`: then it is for `hold`, and a crash before that leaves a
         shard on the host that is on no record, for the sweep.
         """
+        await trio.lowlevel.checkpoint_if_cancelled()
         await self._registry.uplink.take(len(shard.sealed))
         self._must_be_active(contract_id)
         contract = self._contractor.contract(contract_id)
@@ -614,6 +615,7 @@ class HostIO:
 
         Also through a contract that has ended. After Unavailable the release stands, and calling again unlinks.
         """
+        await trio.lowlevel.checkpoint()
         number = self._contractor.contract(contract_id).host_number
         root = check_root(sector_root)
         name, key = shard_name(self._volume_id, sector_root), holders_key(root, number)

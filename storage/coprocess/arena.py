@@ -17,8 +17,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 
 from storage.interfaces import Buffer
 from storage.lending import Buffers
@@ -119,9 +119,26 @@ class _Memory:
             oldest = slots.warm.popleft()
         except IndexError:
             return False  # another thread took it
-        self.mapped.madvise(mmap.MADV_REMOVE, oldest, slots.size)
+        # Refused where memory is locked (mlockall(2)): then it stays, and does no harm.
+        with suppress(OSError):
+            self.mapped.madvise(mmap.MADV_REMOVE, oldest, slots.size)
         slots.cold.append(oldest)
         return True
+
+
+class Flag:
+    """One byte of the memory file, to tell the other process something while it is at work."""
+
+    def __init__(self, memory: _Memory, at: int) -> None:
+        #: Where it stands.
+        self.at = at
+        self._mapped = memory.mapped
+        self._mapped[at] = 0
+        weakref.finalize(self, memory.flags.append, at).atexit = False
+
+    def set(self) -> None:
+        """The other process sees it from now on."""
+        self._mapped[self.at] = 1
 
 
 class Arena:
@@ -200,27 +217,14 @@ class Arena:
             at += wanted
         return True
 
-    @contextmanager
-    def flag(self) -> Iterator[tuple[int, Callable[[], None]] | None]:
-        """Where a byte stands in the memory file that is zero, and what makes it one. None: there is none left."""
+    def flag(self) -> Flag | None:
+        """Of the memory file, not set; lent as memory is. None: there is none left."""
         memory = self._memory
         try:
             at = None if memory is None else memory.flags.pop()
         except IndexError:
-            at = None
-        if memory is None or at is None:
-            yield None
-            return
-        mapped = memory.mapped
-        mapped[at] = 0
-
-        def set_it() -> None:
-            mapped[at] = 1
-
-        try:
-            yield at, set_it
-        finally:
-            memory.flags.append(at)
+            return None
+        return None if memory is None or at is None else Flag(memory, at)
 
     def trim(self) -> None:
         """Give the kernel the pages nobody has used since this was called last. Blocking, for some milliseconds."""

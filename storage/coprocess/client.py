@@ -58,6 +58,8 @@ LOOK = 10
 PAUSE, PAUSE_MOST = 30.0, 3600.0
 
 
+#: This process is short of something.
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 #: Key, header and plaintext in pieces.
 Job = tuple[bytes, ShardHeader, Sequence[Buffer]]
 
@@ -80,8 +82,8 @@ class Coprocess:
         self._process: Process | None = None
         self._not_before = 0.0
         self._pause = 0.0
-        #: Killed, and perhaps not ended yet.
-        self._ending: list[Process] = []
+        #: Killed, and perhaps not ended yet; with what may not be lent again until they are.
+        self._ending: list[tuple[Process, object]] = []
         #: For what is opened here: each thread wants the interpreter's lock for each block, and the event loop wants it, too.
         self._opening = threading.Lock()
 
@@ -119,7 +121,7 @@ class Coprocess:
 
     def _start(self) -> None:
         """With the lock."""
-        self._ending = [process for process in self._ending if not process.ended()]
+        self._ending = [each for each in self._ending if not each[0].ended()]
         memory = self.arena.file
         if memory is None or not sys.executable or hasattr(sys, "frozen"):
             self.wanted = False
@@ -141,7 +143,7 @@ class Coprocess:
         self._process = None
         self._put_off()
         process.close()
-        self._ending.append(process)
+        self._ending.append((process, None))
         said = process.last_words()
         log.warning(
             "the process that %s is gone (%s%s): threads do it, and another is started in %.0f s",
@@ -159,7 +161,7 @@ class Coprocess:
                 process.close()
                 # Killed, it ends at once, unless a disk hangs: then nobody waits for it.
                 if not process.ended(1.0):
-                    self._ending.append(process)
+                    self._ending.append((process, None))
 
     def forget(self) -> None:
         """In a forked child: it is the parent's."""
@@ -172,10 +174,12 @@ class Coprocess:
 
     # ---- asking
 
-    def ask(self, request: Request, *, limit: int = 0, wanted: Callable[[], None] | None = None) -> Done:
-        """Its answer; raises what it says that went wrong, and Abandoned where it asks and `wanted` raises that. Gone: it is not there any
-        more, cannot do it, or has not answered within `limit` seconds. 0: for as long as it takes, as a disk may; whoever waits for this
-        thread gives up himself, and one that is not well is noticed.
+    def ask(self, request: Request, held: object, *, limit: int = 0, wanted: Callable[[], None] | None = None) -> Done:
+        """Its answer. `held`: what was lent for it, and is not to be lent again while the process may still write there.
+
+        Raises what it says that went wrong, and Abandoned where it asks and `wanted` raises that. Gone: it is not there any more, cannot do
+        it, or has not answered within `limit` seconds. 0: for as long as it takes, as a disk may; whoever waits for this thread gives up
+        himself, and one that is not well is noticed.
         """
         try:
             packet = encode(request)
@@ -190,14 +194,10 @@ class Coprocess:
                 channel.send(encode(Go(wanted is None or _is(wanted))))
                 answer = self._received(process, channel, limit)
         except (OSError, msgspec.DecodeError) as error:
-            channel.close()
-            with self._lock:
-                self._end(process, str(error))
-            # It is done here next, in the same memory.
-            process.ended(1.0)
+            self._give_up(process, channel, str(error), held)
             raise Gone(str(error)) from error
-        except BaseException:
-            channel.close()
+        except BaseException as error:
+            self._give_up(process, channel, repr(error), held)
             raise
         process.idle.append(channel)
         if self._process is not process:
@@ -206,6 +206,15 @@ class Coprocess:
         if isinstance(answer, Failed):
             raise _error(answer)
         return answer
+
+    def _give_up(self, process: Process, channel: socket.socket, why: str, held: object) -> None:
+        """It has not answered, and may be at work: it ends, before what it works in is used by anybody else."""
+        channel.close()
+        with self._lock:
+            self._end(process, why)
+            if not process.ended(1.0):
+                # It could not be killed, or hangs in the kernel.
+                self._ending.append((process, held))
 
     def _channel(self) -> tuple[Process, socket.socket]:
         with self._lock:
@@ -220,7 +229,7 @@ class Coprocess:
                 return process, process.new_channel()
             except OSError as error:
                 # Of descriptors there may be more in a moment; if it has ended, whoever waits for it finds that out.
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                if error.errno not in _SHORT:
                     self._end(process, str(error))
                 raise Gone(str(error)) from error
 
@@ -245,9 +254,9 @@ class Coprocess:
                 return False
             try:
                 channel = process.new_channel()
-            except OSError:
-                # Unless it has ended, which whoever waits for an answer sees.
-                return True
+            except OSError as error:
+                # Of descriptors there may be more in a moment.
+                return error.errno in _SHORT
         with channel:
             channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", TIMEOUT, 0))
             try:
@@ -282,7 +291,7 @@ class Coprocess:
             held.append((sealed, plain[1]))
             shards.append(Shard(plain[0], target, key, header.encode()))
         try:
-            roots = self.ask(Seal(shards), limit=TIMEOUT).names
+            roots = self.ask(Seal(shards), held, limit=TIMEOUT).names
         except Gone as error:
             log.debug("sealed here: %s", error)
             return None
@@ -325,7 +334,7 @@ class Coprocess:
             if source is not None:
                 try:
                     (place,) = source[0]
-                    self.ask(Open(place, target, first, key, expected.encode()), limit=TIMEOUT)  # type: ignore[arg-type]
+                    self.ask(Open(place, target, first, key, expected.encode()), (source, plain), limit=TIMEOUT)  # type: ignore[arg-type]
                     return
                 except Gone as error:
                     log.debug("opened here: %s", error)
@@ -337,16 +346,16 @@ class Coprocess:
         place = self.arena.place(data) if len(data) >= LEAST else None
         if place is None or not self.start():
             return None
-        with self.arena.flag() as flag:
-            if flag is None or tell is None:
-                (tag,) = self.ask(Put(directory, parts, place, temporary, -1), wanted=wanted).names
-                return tag
-            tell(flag[1])
-            try:
-                (tag,) = self.ask(Put(directory, parts, place, temporary, flag[0])).names
-            finally:
-                # Before another gets the flag.
-                tell(None)
+        flag = None if tell is None else self.arena.flag()
+        if flag is None or tell is None:
+            (tag,) = self.ask(Put(directory, parts, place, temporary, -1), [data], wanted=wanted).names
+            return tag
+        tell(flag.set)
+        try:
+            (tag,) = self.ask(Put(directory, parts, place, temporary, flag.at), [data, flag]).names
+        finally:
+            # Before another gets the flag.
+            tell(None)
         return tag
 
     def read(self, directory: Directory, parts: list[str], offset: int, length: int, step: int, opening: RangeOpening) -> int | None:
@@ -356,7 +365,7 @@ class Coprocess:
             return None
         request = Read(directory, parts, offset, length, step, place, opening.offset, opening.key, opening.header)
         try:
-            size = self.ask(request).size
+            size = self.ask(request, opening.target).size
         except Gone:
             return None
         opening.done()

@@ -29,6 +29,7 @@ class Process:
         self._errors = os.memfd_create("fusefs-errors", os.MFD_CLOEXEC)
         try:
             self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.control.settimeout(None)
             try:
                 with theirs:
                     self.popen = self._started(theirs.fileno(), memory)
@@ -83,6 +84,8 @@ class Process:
         except BaseException:
             ours.close()
             raise
+        # Whatever this program's default is: SO_RCVTIMEO is what counts.
+        ours.settimeout(None)
         return ours
 
     def close(self) -> None:

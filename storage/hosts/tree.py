@@ -278,6 +278,7 @@ class Tree:
             except (FileNotFoundError, NotADirectoryError):
                 return
             try:
+                self._directory = self._directory.after_removal()
                 for _, _, _, directory in os.fwalk(parts[-1], topdown=False, dir_fd=above):
                     for name in os.listdir(directory):
                         with suppress(OSError):
@@ -311,8 +312,9 @@ class Tree:
         self._held.drop(name)
         # As where it is done here: until it is known to be flushed, what is listed there may not be durable.
         self._doubt(parts[:-1])
+        sent = self._directory
         try:
-            tag = DISKS.put(self._directory, parts, data, temporary, wanted, tell)
+            tag = DISKS.put(sent, parts, data, temporary, wanted, tell)
         except Gone:
             # Nobody works on it any more.
             self._unsure(parts[:-1])
@@ -322,7 +324,16 @@ class Tree:
         except BaseException:
             self._unsure(parts[:-1])
             raise
-        if tag is not None:
+        if tag is not None and sent is not self._directory:
+            # Directories were removed, or missing, meanwhile: what it knew to be durable may have been made anew.
+            self._unsure(parts[:-1])
+            with self._errors(f"writing {name}"), self._root() as root:
+                directory = self._make(root, parts[:-1])
+                try:
+                    self._flush(parts[:-1], directory)
+                finally:
+                    os.close(directory)
+        elif tag is not None:
             self._doubtful.discard(path)
             self._flushed.add(path)
             self._held.drop(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from weakref import ref
 
 import trio
 
@@ -97,6 +98,9 @@ class Values:
         #: Why the journal's files could not grow by what more appends need (the local disk is full or fails); None since they could.
         self.full: FusefsError | None = None
         self._cramped = trio.Event()
+        #: Blocks of shared memory that pieces of tails stand in.
+        self._blocks: list[ref[object]] = []
+        self._most_blocks = max(1, tail_budget // BLOCK)
         #: Bytes that may be appended before the journal's room is looked at again.
         self._allowance = 0
 
@@ -136,6 +140,7 @@ class Values:
         tail = self._tails.pop(value_id, None)
         if tail is not None:
             self.shipper.drop(tail)
+            tail.block = None
         self._reclaimer.freed(value_id)
 
     def recover(self, pieces: Mapping[int, Sequence[tuple[int, bytes]]], *, ship: bool = True) -> int:
@@ -285,10 +290,27 @@ class Values:
             tail = self._tails[value_id] = Tail(value_id, record.owner, record.replication, record.sealed)
         offset, size = tail.size, len(data)
         if size >= LARGE and offset >= STREAM:
-            data = _shared(tail, data)
+            data = self._shared(tail, data)
         tail.buffer.append(data)
         self.shipper.accepted(tail, size)
         return offset
+
+    def _shared(self, tail: Tail, data: Buffer) -> Buffer:
+        """The same bytes, where the coprocess sees them."""
+        size, block = len(data), tail.block
+        # What goes into one sector stands together: it is told in fewer places.
+        if block is None or len(block) < size or not tail.buffer.length:
+            tail.block = block = None
+            # Few of them, since a little of one is all of it: no more than the budget of tails has room for (I7).
+            self._blocks = [lent for lent in self._blocks if lent() is not None]
+            if size <= BLOCK and len(self._blocks) < self._most_blocks:
+                block = ARENA.spare(BLOCK)
+            if block is None:
+                return data
+            self._blocks.append(ref(block.obj))
+        block[:size] = data
+        tail.block = block[size:]
+        return block[:size].toreadonly()
 
     # ------------------------------------------------------------------------------------------------------------
     # Reading
@@ -583,17 +605,3 @@ class Values:
             nursery.start_soon(self._reclaimer.run)
             nursery.start_soon(self._merger.run)
             nursery.start_soon(self.rewriter.run)
-
-
-def _shared(tail: Tail, data: Buffer) -> Buffer:
-    """The same bytes, where the coprocess sees them."""
-    size, block = len(data), tail.block
-    # What goes into one sector stands together: it is told in fewer places.
-    if block is None or len(block) < size or not tail.buffer.length:
-        block = ARENA.spare(BLOCK) if size <= BLOCK else None
-        if block is None:
-            tail.block = None
-            return data
-    block[:size] = data
-    tail.block = block[size:]
-    return block[:size].toreadonly()
