@@ -22,10 +22,12 @@ from storage.sectors.manager import SectorManager
 from storage.sectors.partial import Partial
 from storage.values.packing import ENTRY_BYTES, TABLE_BYTES, TableEntry, encode_table, parse_table
 from storage.values.records import Extent, ValueRecord, decode_value, value_key
-from storage.values.shipping import Shipper
+from storage.values.shipping import BREATH, Shipper
 
 log = logging.getLogger("fusefs.values")
 
+#: Pieces from which on a merge takes in no further sector: each is some three kilobytes of objects until what moves it is taken over.
+MANY = 32_768
 #: Seconds to wait after a merge failed.
 RETRY_SECONDS = 30.0
 #: Seconds after which sectors that could not be read are tried again.
@@ -160,7 +162,12 @@ class Merger:
         """In order of (value, offset); and, with `only`, what was wrong with a sector that is left out."""
         pieces: dict[bytes, _Piece] = {}
         failure: FusefsError | None = None
-        for sector_id in sources:
+        full = False
+        weight = 0
+        for number, sector_id in enumerate(sources):
+            if only is None and number > 1 and (weight >= self._sectors.sector_size or len(pieces) >= MANY):
+                # Enough for one that is full, or for memory (I7). The others' turn comes.
+                break
             wanted = [extent for extent in only or () if extent.sector_id == sector_id]
             try:
                 data = memoryview(await self._sectors.read_sector(sector_id))
@@ -176,12 +183,32 @@ class Merger:
                 continue
             if only is not None:
                 found = [*wanted, *self._misplaced(sector_id, found)]
-            for extent in found:
+            own = 0
+            for count, extent in enumerate(found, 1):
+                if count % BREATH == 0:
+                    await trio.lowlevel.checkpoint()
                 if extent.key not in pieces and self._is_live(extent):
+                    own += self._weight(extent)
                     piece = data[extent.position : extent.position + extent.length]
                     # Of many sectors a little each: not all of them stay in memory for it.
                     pieces[extent.key] = _Piece(extent, piece if only is None else memoryview(bytes(piece)))
+            if only is None:
+                weight += own
+                if own > self._sectors.sector_size // 2:
+                    batch = Batch()
+                    self._sectors.partials.mark_full(batch, sector_id)
+                    self._store.apply(batch)
+                    full = True
+                if full:
+                    # Another group is due, without these. The rest is read all the same, to know which of it is full.
+                    pieces.clear()
+                    weight = 0
         return sorted(pieces.values(), key=lambda piece: piece.order), failure
+
+    def _weight(self, extent: Extent) -> int:
+        """Bytes of a sector that it takes, with its entry in the table."""
+        value = self._value(extent)
+        return extent.length + ENTRY_BYTES + (0 if value is None else len(self._shipper.name_of(value.owner)))
 
     def _misplaced(self, sector_id: int, extents: Collection[Extent]) -> list[Extent]:
         """Those whose value has another replication than the sector."""
