@@ -98,8 +98,9 @@ async def open_volume(
     seams = seams or Seams()
     options = options or VolumeOptions()
     config = await seams.threads.run(load_config, path)
-    # They take a moment of a core each until they are there: while keys are derived, and not while the first thing is done with the volume.
-    await seams.threads.run(coprocess.start)
+    if options.coprocesses:
+        # They take a moment of a core each: while keys are derived, and not while the first thing is done with the volume.
+        await seams.threads.run(coprocess.start)
     keyfile = await seams.threads.run(load_keyfile, path / KEY_FILE, config.volume_id)
     master = await seams.threads.run(open_slots, keyfile, passphrase)
     lock = VolumeLock(path)
