@@ -27,7 +27,7 @@ from storage.seams import Failpoints
 
 CONFIG_FILE = "volume.json"
 FORMAT = "fusefs volume"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 DEFAULT_SECTOR_SIZE = 4 * 1024 * 1024
 MIN_SECTOR_SIZE = 64 * 1024

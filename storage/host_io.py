@@ -53,13 +53,13 @@ log = logging.getLogger("fusefs.hosts")
 T = TypeVar("T")
 
 #: Up to this many bytes are verified in the event loop: 20 us of AES-GCM, where a hop into a thread costs 85.
-INLINE = 4 * (BLOCK + TAG_SIZE) + 1024
+INLINE = 8 * (BLOCK + TAG_SIZE) + 1024
 #: From this many bytes on, what is opened gets memory of its own, which is used again.
 LARGE = 1024 * 1024
 #: Blocks that a look at a shard checks: 64 KiB, since most of what a look costs is the same for one.
-LOOKED = 2
+LOOKED = 4
 #: Bytes that are read and opened at a time: whole blocks.
-STEP = 8 * (BLOCK + TAG_SIZE)
+STEP = 16 * (BLOCK + TAG_SIZE)
 #: Seconds a read of a few blocks is waited for in the event loop. Where that was in vain the next read goes straight to a thread; where
 #: it is again, the next two, and so on up to so many.
 POLLED = 0.0005
@@ -278,7 +278,9 @@ class HostIO:
             opener = Opener(self._epochs.key_for(sector_id, self._keys), header)
             known = self._openers[sector_id] = (opener, shard_name(self._volume_id, sector_root))
         opener, name = known
-        if host is None or not host.soon(name) or self._locked.known(number, sector_root):
+        if host is None or self._locked.known(number, sector_root):
+            return None
+        if not host.soon(name) and (more_coming() or not host.soon(name, SPUN)):
             return None
         _, _, at, size = block_range(first * BLOCK, count * BLOCK, plaintext_length)
         started = time.perf_counter()

@@ -330,8 +330,9 @@ class RangeOpening(Protocol):
 class QuickHost(Protocol):
     """A host that may be so near that handing its answers on costs more than having them."""
 
-    def soon(self, name: str) -> bool:
-        """Was a range of the object read a moment ago, so that `get_range_now` may answer, or start the disk?"""
+    def soon(self, name: str, patience: float = 0.0) -> bool:
+        """May `get_range_now` answer, or start the disk, since a range of the object was read a moment ago? Where none was, it may do what
+        that takes, and be waited for: no longer than `patience`, in seconds. Never raises."""
         ...
 
     def get_range_now(self, name: str, offset: int, length: int) -> memoryview | None:

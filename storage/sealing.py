@@ -1,11 +1,11 @@
 """Sealed shards: what hosts hold. Any range of one can be read and checked by itself.
 
-A shard is a header, then blocks of 32 KiB of plaintext, each AES-256-GCM with the header as associated data and followed by its tag.
+A shard is a header, then blocks of 16 KiB of plaintext, each AES-256-GCM with the header as associated data and followed by its tag.
 
 | offset | size | header field |
 |---|---|---|
 | 0 | 4 | magic `FSSH` |
-| 4 | 2 | format, 2 |
+| 4 | 2 | format, 3 |
 | 6 | 2 | codec of the blocks' plaintext: 0, as it is |
 | 8 | 16 | volume id |
 | 24 | 16 | salt of the epoch that sealed it |
@@ -16,7 +16,7 @@ A shard is a header, then blocks of 32 KiB of plaintext, each AES-256-GCM with t
 
 | offset | size | then, for block b = 0, 1, ... |
 |---|---|---|
-| 64 + b * 32784 | n | ciphertext of plaintext [b * 32768, b * 32768 + n), n = 32768, less for the last block only |
+| 64 + b * 16400 | n | ciphertext of plaintext [b * 16384, b * 16384 + n), n = 16384, less for the last block only |
 | ... + n | 16 | tag; key: the epoch's sector key; nonce: sector id (8) + b (4) |
 
 All integers are big-endian. An empty plaintext has one block of 0 bytes, so that it too ends in a tag: nothing unauthenticated verifies.
@@ -45,9 +45,9 @@ from storage.buffers import aligned
 from storage.errors import BadArgument, Corrupt
 from storage.interfaces import Buffer
 
-#: Large enough that sealing threads do not quarrel with the event loop over the interpreter's lock, which each block lets go and takes
-#: again; small enough that a random read does not wait for much of the disk: docs/performance.md has 16, 32 and 64 KiB beside each other.
-BLOCK = 32768
+#: Small enough that a random read does not wait for much of the disk; large enough that what each block costs besides its bytes does not
+#: count: docs/performance.md has 4 to 64 KiB beside each other.
+BLOCK = 16384
 HEADER_SIZE = 64
 TAG_SIZE = 16
 #: Of one shard, in bytes: bounds what a hostile or damaged header can make a reader allocate.
@@ -56,7 +56,7 @@ MAX_PLAINTEXT = 64 * 1024 * 1024
 MAX_SEALED = HEADER_SIZE + MAX_PLAINTEXT + TAG_SIZE * (MAX_PLAINTEXT // BLOCK)
 
 MAGIC = b"FSSH"
-FORMAT = 2
+FORMAT = 3
 CODEC_NONE = 0
 
 KEY_SIZE = 32

@@ -301,8 +301,8 @@ def test_what_is_no_volume_is_said_to_be_none(command: list[str], tmp_path: Path
 def test_a_newer_format_is_refused_by_name(volume: Path) -> None:
     config = volume / "volume.json"
     text = config.read_text()
-    assert '"format_version": 2' in text
-    config.write_text(text.replace('"format_version": 2', '"format_version": 3'))
+    assert '"format_version": 3' in text
+    config.write_text(text.replace('"format_version": 3', '"format_version": 4'))
     before = content(volume)
     line = fusefs("ls", volume, expect=None)
     assert line.status in (2, 9)

@@ -44,7 +44,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 def test_defaults() -> None:
     made = new_config(VOLUME, NOW)
-    assert (made.sector_size, made.replication, made.contract_days, made.format_version) == (4 * 1024 * 1024, "1", 90.0, 2)
+    assert (made.sector_size, made.replication, made.contract_days, made.format_version) == (4 * 1024 * 1024, "1", 90.0, 3)
 
 
 @pytest.mark.parametrize(
@@ -88,16 +88,17 @@ def test_what_is_no_volume_is_told_so(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_says_that_a_newer_fusefs_is_needed() -> None:
-    with pytest.raises(BadArgument, match=r"format version 3, this fusefs knows up to 2: a newer fusefs is needed$"):
-        parse_config(encode_document(msgspec.structs.replace(CONFIG, format_version=3)))
+    with pytest.raises(BadArgument, match=r"format version 4, this fusefs knows up to 3: a newer fusefs is needed$"):
+        parse_config(encode_document(msgspec.structs.replace(CONFIG, format_version=4)))
     # Also where the newer format has other fields and another checksum.
     with pytest.raises(BadArgument, match="a newer fusefs is needed"):
         parse_config(b'{"format": "fusefs volume", "format_version": 9, "sum": [1, 2]}')
 
 
-def test_what_was_made_before_the_first_release_is_refused_and_not_taken_for_damaged() -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_was_made_before_the_first_release_is_refused_and_not_taken_for_damaged(version: int) -> None:
     with pytest.raises(BadArgument, match=r"an earlier fusefs made the volume.*copy the files out with that one"):
-        parse_config(encode_document(msgspec.structs.replace(CONFIG, format_version=1)))
+        parse_config(encode_document(msgspec.structs.replace(CONFIG, format_version=version)))
 
 
 def test_every_flipped_bit_is_damage() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,77 @@ async def test_a_symbolic_link_in_the_place_of_a_held_file_is_not_followed(tmp_p
     for read in (host.get_range(NAME, 0, 4), in_steps(host, 0, 4, 3)):
         with pytest.raises(NotFound):
             await read
+
+
+async def test_a_file_that_was_not_read_lately_is_opened_while_the_event_loop_waits(tmp_path: Path) -> None:
+    host = await opened(tmp_path / "h")
+    await host.put(NAME, b"0123456789")
+    assert not host.soon(NAME)
+    # Whether a busy machine is quick enough is its own affair.
+    await until(lambda: host.soon(NAME, 0.2))
+    assert open_below(tmp_path / "h") == [str(tmp_path / "h" / NAME)]
+    assert bytes(host.get_range_now(NAME, 2, 3) or b"234") == b"234"
+    # What is missing, or leads out of the tree, is for who reads it to find out.
+    (tmp_path / "outside").write_bytes(b"secret")
+    (tmp_path / "h" / NAME).with_name("link").symlink_to(tmp_path / "outside")
+    for name in ("no/such", f"{NAME}/below", NAME[:-4] + "link"):
+        assert not host.soon(name, 0.2)
+    assert host.soon(NAME, 0.2)
+    await host.aclose()
+    await until(lambda: not any(thread.name == "fusefs-opening" for thread in threading.enumerate()))
+    assert open_below(tmp_path / "h") == []
+
+
+async def test_a_disk_that_hangs_does_not_hold_up_who_opens_briefly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = await opened(tmp_path / "h")
+    names = [f"a/{number}" for number in range(40)]
+    for name in names:
+        await host.put(name, b"x")
+    lets_go, begun = threading.Event(), []
+    open_object = tree.Tree._open_object
+
+    def hangs(self: tree.Tree, parts: list[str]) -> tuple[int, int]:
+        begun.append("/".join(parts))
+        lets_go.wait()
+        return open_object(self, parts)
+
+    monkeypatch.setattr(tree.Tree, "_open_object", hangs)
+    try:
+        # That it comes back at all is what is promised: nothing lets go before.
+        assert not any(host.soon(name, 0.001) for name in names)
+        await until(lambda: begun == names[:1])
+    finally:
+        lets_go.set()
+    await until(lambda: host.soon(names[0]))
+    await until(lambda: host.soon(names[1], 0.2))
+    await host.aclose()
+
+
+def test_where_waiting_was_in_vain_it_is_left_more_and_more_often() -> None:
+    """Else each miss on a slow disk would take its patience from everybody else."""
+    turn = threading.Semaphore(0)
+    opening = held.BriefOpening(lambda _: turn.acquire())
+    left = []
+    for _ in range(9):
+        assert not opening.open("late", 0.0)
+        pending = opening._pending
+        turn.release()
+        skipped = 0
+        while opening._left:
+            # Nobody waits for it at all.
+            assert not opening.open("next", 60.0)
+            skipped += 1
+        left.append(skipped)
+        assert pending is not None
+        assert pending.acquire(timeout=60)
+        pending.release()
+    assert left == [1, 2, 4, 8, 16, 32, 64, 64, 64]
+    turn.release()
+    assert opening.open("in time", 60.0)
+    assert not opening.open("late", 0.0)
+    assert opening._left == 1
+    turn.release()
+    opening.close()
 
 
 async def test_at_most_so_many_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,11 +284,11 @@ def test_the_golden_shard() -> None:
     data = content(BLOCK + 100)
     golden = (GOLDEN / "sealed_shard.bin").read_bytes()
     assert golden[:HEADER_SIZE].hex() == (
-        "465353480002000000112233445566778899aabbccddeeffffeeddccbbaa99887766554433221100000000030000806400000000000000070000000000000000"
+        "465353480003000000112233445566778899aabbccddeeffffeeddccbbaa99887766554433221100000000030000406400000000000000070000000000000000"
     )
     assert seal(KEY, header(len(data)), [data]) == golden
     assert open_shard(KEY, header(len(data)), golden) == data
-    assert root_of(golden) == "dcb1364a5f49315ce4dd8ab31398dc9d69b433ac663da5819e3cba34aaed52e7"
+    assert root_of(golden) == "b52b31aa3b908aef3041633c8d603094b7bafa4dd2e87ddba22853afee828d22"
 
 
 def test_whole_blocks_into_memory_of_their_own_are_the_same_and_verify() -> None:

@@ -91,9 +91,20 @@ class Coprocess:
 
     @property
     def there(self) -> bool:
-        """Can it be asked now?"""
+        """Can it be asked now? Also for the event loop: nothing here waits."""
         process = self._process
-        return self.wanted and process is not None and process.ready
+        if not self.wanted or process is None:
+            return False
+        if not process.ready and self._lock.acquire(blocking=False):
+            try:
+                if self._process is process:
+                    process.look()
+            except OSError as error:
+                # Whoever starts it anew says so.
+                log.debug("%s", error)
+            finally:
+                self._lock.release()
+        return process.ready
 
     @property
     def pid(self) -> int | None:

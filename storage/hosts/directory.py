@@ -69,9 +69,9 @@ class DirectoryHost:
         """See `interfaces.QuickHost`."""
         return self._tree.read_now(name, offset, length)
 
-    def soon(self, name: str) -> bool:
+    def soon(self, name: str, patience: float = 0.0) -> bool:
         """See `interfaces.QuickHost`."""
-        return self._tree.holds(name)
+        return self._tree.holds(name, patience)
 
     async def put(self, name: str, data: Buffer) -> str:
         parts = check_name(name)

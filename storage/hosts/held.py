@@ -7,14 +7,23 @@ once (its link count is 0).
 
 from __future__ import annotations
 
+import logging
 import os
+import queue
 import threading
 import time
+from collections.abc import Callable
+
+from storage.errors import FusefsError
+
+log = logging.getLogger("fusefs.hosts")
 
 #: Seconds.
 LIFE = 1.0
 #: Files held at a time.
 FILES = 64
+#: Files that are not opened briefly after one that took too long, at most; see `BriefOpening`.
+UNASKED = 64
 
 
 class HeldFile:
@@ -88,3 +97,60 @@ class Held:
             if self._files:
                 self._run()
         old.clear()
+
+
+class BriefOpening:
+    """Opens files to be held for the event loop, which waits for it, but never long: a disk that hangs holds up nobody.
+
+    A file that was not read lately costs a walk of some fifteen system calls. In a thread whose end the event loop is woken for, that and
+    what follows takes five times as long as the disk does; and in the event loop itself nothing may be opened, for that can hang. Where a
+    file takes longer than whoever asks for it has patience the next is not asked for, then the next two, and so on.
+    """
+
+    def __init__(self, hold: Callable[[str], object]) -> None:
+        """`hold`, in the thread, opens the named file and holds it; FusefsError."""
+        self._hold = hold
+        #: Names, each with a lock that is released when it is done; None: end. None itself until there is a thread.
+        self._names: queue.SimpleQueue[tuple[str, threading.Lock] | None] | None = None
+        #: That of the last one, while nobody has seen its end.
+        self._pending: threading.Lock | None = None
+        #: Those that are not to be asked for now, and were the last time.
+        self._left = self._pause = 0
+
+    def open(self, name: str, patience: float) -> bool:
+        """In the event loop: was it seen to end within so many seconds? Whether the file is held then is to be looked at."""
+        if self._left:
+            self._left -= 1
+            return False
+        if self._pending is not None:
+            if not self._pending.acquire(blocking=False):
+                return False
+            self._pending = None
+        if self._names is None:
+            self._names = queue.SimpleQueue()
+            threading.Thread(target=self._serve, args=(self._names,), name="fusefs-opening", daemon=True).start()
+        done = threading.Lock()
+        done.acquire()
+        self._names.put((name, done))
+        if not done.acquire(timeout=patience):
+            self._pending = done
+            self._left = self._pause = min(UNASKED, 2 * self._pause or 1)
+            return False
+        self._pause = 0
+        return True
+
+    def close(self) -> None:
+        """The thread ends, as soon as nothing hangs."""
+        if self._names is not None:
+            self._names.put(None)
+            self._names = None
+
+    def _serve(self, names: queue.SimpleQueue[tuple[str, threading.Lock] | None]) -> None:
+        while (asked := names.get()) is not None:
+            name, done = asked
+            try:
+                self._hold(name)
+            except FusefsError as error:
+                log.debug("not opened ahead of the read that says so: %s", error)
+            finally:
+                done.release()

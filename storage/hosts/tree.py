@@ -35,8 +35,8 @@ from storage.coprocess.client import DISKS, Gone
 from storage.coprocess.wire import directory as directory_of
 from storage.errors import BadArgument, Busy, Corrupt, FusefsError, NoSpace, NotFound, Unavailable
 from storage.failpoints import Failpoints, NoFailpoints
-from storage.hosts.held import Held, HeldFile
-from storage.hosts.layout import is_component
+from storage.hosts.held import BriefOpening, Held, HeldFile
+from storage.hosts.layout import check_name, is_component
 from storage.interfaces import Buffer, HostSpace, RangeOpening
 from storage.lending import Buffers
 
@@ -96,6 +96,7 @@ class Tree:
         #: Directories this process has flushed since it last renamed something into them.
         self._flushed: set[str] = set()
         self._held = Held()
+        self._briefly = BriefOpening(self._hold_named)
         #: To read into, for `get_range_in`.
         self._steps = Buffers(STEPS)
         #: For `read_now`, which only the event loop calls.
@@ -221,12 +222,19 @@ class Tree:
             return None
         return view
 
-    def holds(self, name: str) -> bool:
-        """Is it worth asking `read_now`?"""
-        return self._held.find(name) is not None
+    def holds(self, name: str, patience: float = 0.0) -> bool:
+        """For the event loop: is it worth asking `read_now`? With `patience`, seconds, a file that is not held may become so meanwhile."""
+        if self._held.find(name) is not None:
+            return True
+        return patience > 0 and self._briefly.open(name, patience) and self._held.find(name) is not None
+
+    def _hold_named(self, name: str) -> None:
+        with self._errors(f"opening {name}"):
+            self._hold(name, check_name(name))
 
     def close(self) -> None:
         """Let go of what is held."""
+        self._briefly.close()
         self._held.close()
 
     def _hold(self, name: str, parts: list[str]) -> tuple[HeldFile, int]:

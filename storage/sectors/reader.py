@@ -38,11 +38,13 @@ PREFETCHES = 5
 AHEAD = 4
 AHEAD_NEAR = 2
 #: Blocks that are read in the event loop at most, where they are at hand.
-SOON = 4
+SOON = 8
 #: Blocks that are asked for together where a request takes far longer than they do: of a host that is not a disk of this machine.
-TOGETHER = 2
+TOGETHER = 4
 #: Sectors whose roots are remembered; about 10 MB.
 ROOTS = 65536
+#: Sectors whose records are kept as they were decoded; less than 1 MB.
+RECORDS = 1024
 
 
 class SectorReader:
@@ -60,8 +62,12 @@ class SectorReader:
         self.hedging = Hedging(hostdb, seams)
         #: Sector -> the root of its one shard, b"" where it has several, and its length. None of it ever changes.
         self._roots: dict[int, tuple[bytes, int]] = {}
+        #: Sector -> its record as it was decoded last, and what it was decoded from.
+        self._records: dict[int, tuple[bytes, SectorRecord]] = {}
         #: Whole sectors on their way into the cache: others who want a block of one wait for it instead of asking again.
         self._fetching: dict[int, trio.Event] = {}
+        #: Those of them that nobody has begun with, in the order in which they are wanted.
+        self._ahead: deque[tuple[int, SectorRecord, list[int]]] = deque()
         #: The sealed bytes of a shard (sector id, number) that is still on its way to a host, for as long as they are in memory anyhow. At
         #: write quorum a sector can be read, and some of its shards are nowhere yet: without this, reading one of k+m would touch k hosts.
         self.in_flight: Callable[[int, int], SealedShard | None] = lambda _sector_id, _number: None
@@ -77,6 +83,19 @@ class SectorReader:
         if raw is None:
             raise NotFound(f"sector {sector_id} does not exist")
         return decode_sector(raw, sector_id)
+
+    def _same_record(self, sector_id: int) -> SectorRecord:
+        """As `record`, decoded only if it has changed. Whoever gets it changes nothing in it."""
+        raw = self._store.get(SECTOR + u64(sector_id))
+        known = self._records.get(sector_id)
+        if known is not None and known[0] == raw:
+            return known[1]
+        record = self.record(sector_id)
+        if raw is not None:
+            if len(self._records) >= RECORDS:
+                self._records.clear()
+            self._records[sector_id] = (raw, record)
+        return record
 
     async def _located(self, sector_id: int) -> SectorRecord:
         record = self.record(sector_id)
@@ -121,7 +140,7 @@ class SectorReader:
         if length <= 0 or last - first >= SOON or sector_id in self._fetching:
             return None
         try:
-            record = self.record(sector_id)
+            record = self._same_record(sector_id)
         except (NotFound, Corrupt):
             return None
         host = self._soon_from(sector_id, record, 0)
@@ -263,10 +282,13 @@ class SectorReader:
         if record.length * 4 > self._cache.limit or all(self._has(record.shards[part.shard], part) for part in parts):
             return True
         self._fetching[sector_id] = trio.Event()
-        nursery.start_soon(self._prefetch, sector_id, record, [part.shard for part in parts])
+        self._ahead.append((sector_id, record, [part.shard for part in parts]))
+        nursery.start_soon(self._prefetch_next)
         return True
 
-    async def _prefetch(self, sector_id: int, record: SectorRecord, shards: list[int]) -> None:
+    async def _prefetch_next(self) -> None:
+        """One of them. trio starts tasks in any order, and who reads waits for the first."""
+        sector_id, record, shards = self._ahead.popleft()
         try:
             record = await self._located(sector_id)
             layout = layout_for(record, sector_id)
