@@ -260,7 +260,7 @@ async def _mounted(volume: Volume, home: Path, state: MountState, options: Mount
             if not options.read_only:
                 nursery.start_soon(_commits, volume, operations, options.commit_interval)
                 volume.store.more_coming = operations.receiver.waiting
-            volume.host_io.more_coming = operations.receiver.waiting
+            volume.host_io.quick.more_coming = operations.receiver.waiting
             with operations.receiver.receiving():
                 await pyfuse3.main(min_tasks=IDLE_TASKS, max_tasks=MAX_TASKS)
             state.phase = "flushing"

@@ -7,8 +7,6 @@ that metadata says this sector id has. Blocking work above `INLINE` bytes is one
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -28,12 +26,13 @@ from storage.hosts.locked_shards import LockedShards
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, Buffer, Host, MetadataStore, QuickHost, SealedShard
 from storage.keys import Keys
+from storage.quick_reads import QuickReads
+from storage.sealed_ids import SealedIds
 from storage.sealing import (
     BLOCK,
     HEADER_SIZE,
     MAX_SEALED,
     TAG_SIZE,
-    Opener,
     Opening,
     ShardHeader,
     block_range,
@@ -60,15 +59,6 @@ LARGE = 1024 * 1024
 LOOKED = 4
 #: Bytes that are read and opened at a time: whole blocks.
 STEP = 16 * (BLOCK + TAG_SIZE)
-#: Seconds a read of a few blocks is waited for in the event loop. Where that was in vain the next read goes straight to a thread; where
-#: it is again, the next two, and so on up to so many.
-POLLED = 0.0005
-UNPOLLED = 64
-#: Seconds a read of a few blocks is waited for without anything else being done, where nothing else is to be done: less than half of what
-#: a step of the event loop may take.
-SPUN = 0.0003
-#: Shards whose openers are kept, about 2 KB each.
-OPENERS = 1024
 #: Seconds any call to a host may take, besides what its bytes take at `SLOWEST`.
 TIMEOUT = 20.0
 #: Bytes per second below which a host counts as not answering.
@@ -77,8 +67,6 @@ SLOWEST = 1024 * 1024
 SLOWEST_REMOTE = 32 * 1024
 #: For timing a read whose size nobody has told.
 _UNKNOWN_SIZE = 16 * 1024 * 1024
-#: Sector ids sealed lately whose roots are remembered (I1); about 4 MB.
-_REMEMBERED = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +107,7 @@ class HostIO:
         self._seams = seams
         self._timeout = timeout
         self._slowest = slowest
-        self._sealed = _SealedIds()
+        self._sealed = SealedIds()
         self._locked = LockedShards(seams)
         #: Hosts whose credentials may not delete: told once.
         self._undeletable: set[int] = set()
@@ -128,14 +116,8 @@ class HostIO:
         #: Per host: puts of shards that are on no record (yet), because they are under way, or their answer never came.
         self._unsettled: Counter[int] = Counter()
         self._stopped = False
-        #: Per host, where it did not answer soon: reads for which it is not waited in the event loop now, and were the last time.
-        self._polling: dict[int, tuple[int, int]] = {}
-        self._quick_hosts: dict[int, tuple[Host, QuickHost | None]] = {}
-        #: Reads that the event loop looks after now.
-        self._polled = 0
-        self._openers: dict[int, tuple[Opener, str]] = {}
-        #: Is the event loop about to be asked for something else? Where nobody can say that, no read is waited for without a pass of it.
-        self.more_coming: Callable[[], bool] | None = None
+        #: What a disk of this machine gives without a thread.
+        self.quick = QuickReads(volume_id, keys, epochs, registry, hostdb, self._locked)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Reading
@@ -212,113 +194,10 @@ class HostIO:
         plain = await self._fetch(number, sector_root, sector_id, blocks, (at, size), size, verify)
         return b"" if clip_only else plain
 
-    async def read_soon(
-        self, number: int, sector_root: str, sector_id: int, offset: int, length: int, plaintext_length: int
-    ) -> bytes | None:
-        """As `insecure_read`, of a few blocks that the host may have at hand; None: it has not, and is to be asked as usual.
-
-        A disk that answers within `POLLED` is waited for in the event loop, which looks again and again between other tasks: a thread would
-        have to be woken, and to wake the loop, for what takes no longer than that. A disk that does not is left alone for some reads.
-        """
-        host = self._quick(number)
-        name = shard_name(self._volume_id, sector_root)
-        if host is None or not host.soon(name) or self._locked.known(number, sector_root):
-            return None
-        header = self._epochs.header_for(self._volume_id, sector_id, plaintext_length)
-        _, _, at, size = block_range(offset, length, plaintext_length)
-        left, pause = self._polling.get(number, (0, 0))
-        if left:
-            # Not even asked: to start a disk that is behind can take time by itself.
-            self._polling[number] = (left - 1, pause)
-            return None
-        # Of the real clock, whatever the seams' says: a real disk is waited for, and the event loop meanwhile does not sleep.
-        started = time.perf_counter()
-        raw = host.get_range_now(name, at, size)
-        self._polled += 1
-        try:
-            while raw is None and time.perf_counter() - started < POLLED:
-                await trio.lowlevel.checkpoint()
-                raw = host.get_range_now(name, at, size)
-        finally:
-            self._polled -= 1
-        if raw is None:
-            pause = min(UNPOLLED, 2 * pause or 1)
-            self._polling[number] = (pause, pause)
-            return None
-        if pause:
-            self._polling[number] = (0, 0)
-        # No await from the answer to here: it is good until the next one.
-        try:
-            plain = open_range(self._epochs.key_for(sector_id, self._keys), header, offset, length, raw)
-        except Corrupt:
-            # Whoever asks as usual finds that out, and says so.
-            return None
-        self._hostdb.requested(number, 0, size)
-        self._hostdb.succeeded(number, "read", size, time.perf_counter() - started)
-        return plain
-
-    def read_at_once(
-        self, number: int, sector_root: str, sector_id: int, plaintext_length: int, first: int, count: int
-    ) -> list[bytes] | None:
-        """As `read_soon`, of blocks, each by itself, and without an await: waited for no longer than `SPUN`, nor when anybody else wants
-        something. None: ask in another way.
-
-        For one reader that asks one thing after the other this is what a miss costs beside the disk: to let the event loop go round
-        meanwhile, and to be come back to, takes as long as the disk does.
-        """
-        more_coming = self.more_coming
-        if more_coming is None or self._polled or self._polling.get(number, (0, 0))[0]:
-            return None
-        host = self._quick(number)
-        known = self._openers.get(sector_id)
-        if known is None:
-            if len(self._openers) >= OPENERS:
-                self._openers.clear()
-            header = self._epochs.header_for(self._volume_id, sector_id, plaintext_length)
-            opener = Opener(self._epochs.key_for(sector_id, self._keys), header)
-            known = self._openers[sector_id] = (opener, shard_name(self._volume_id, sector_root))
-        opener, name = known
-        if host is None or self._locked.known(number, sector_root):
-            return None
-        if not host.soon(name) and (more_coming() or not host.soon(name, SPUN)):
-            return None
-        _, _, at, size = block_range(first * BLOCK, count * BLOCK, plaintext_length)
-        started = time.perf_counter()
-        raw, asked = host.get_range_now(name, at, size), 1
-        while raw is None:
-            # Whether others wait costs a quarter of asking the disk; a disk is asked some twenty times.
-            if time.perf_counter() - started > SPUN or (asked % 4 == 1 and more_coming()):
-                return None
-            raw, asked = host.get_range_now(name, at, size), asked + 1
-        try:
-            blocks = opener.blocks(first, raw)
-        except Corrupt:
-            return None
-        self._polling.pop(number, None)
-        self._hostdb.requested(number, 0, size)
-        self._hostdb.succeeded(number, "read", size, time.perf_counter() - started)
-        return blocks
-
     @property
     def beside(self) -> bool:
         """Are sectors opened by another process, so that the event loop is not kept from its work?"""
         return DISKS.there
-
-    def near(self, number: int) -> bool:
-        """Is the host so near that what is read from it again costs little?"""
-        return self._quick(number) is not None
-
-    def _quick(self, number: int) -> QuickHost | None:
-        """The host, if it is one of those and can be used now."""
-        if not self._registry.available(number):
-            return None
-        host = self._registry.get(number)
-        known, quick = self._quick_hosts.get(number, (None, None))
-        if known is not host:
-            # Looked at once: `isinstance` of a Protocol takes as long as reading from the page cache.
-            quick = host if isinstance(host, QuickHost) else None
-            self._quick_hosts[number] = (host, quick)
-        return quick
 
     async def probe(self, contract_id: str, sector_root: str, sector_id: int, plaintext_length: int, block: int) -> int:
         """The shard is there, ends where it should, and `LOOKED` blocks from `block` on verify (with block 0 the header, too). Returns the
@@ -751,32 +630,3 @@ def _check_end(sector_id: int, raw: bytes, start: int, stop: int) -> None:
     if len(raw) != stop - start:
         what = "ends before" if len(raw) < stop - start else "goes on after"
         raise Corrupt(f"sector {sector_id}: the shard {what} byte {stop}, where it should end or go on")
-
-
-class _SealedIds:
-    """I1, within this process: which data an id was sealed with. From threads.
-
-    Ids come in ascending order, nearly, so the oldest of those remembered stand for all below: they count as spent.
-    """
-
-    def __init__(self, remembered: int = _REMEMBERED) -> None:
-        self._remembered = remembered
-        #: Guards the two below.
-        self._lock = threading.Lock()
-        self._roots: dict[int, bytes] = {}
-        #: Every id below it that is not in _roots counts as spent.
-        self._floor = 0
-
-    def spend(self, sector_id: int, root: bytes) -> None:
-        """BadArgument unless the id is unused, or was used for the very same shard."""
-        with self._lock:
-            known = self._roots.get(sector_id)
-            if known == root:
-                return
-            if known is not None or sector_id < self._floor:
-                raise BadArgument(f"sector {sector_id}: other data has been sealed under this id, which is a nonce (I1); allocate another")
-            self._roots[sector_id] = root
-            if len(self._roots) > self._remembered:
-                oldest = next(iter(self._roots))
-                del self._roots[oldest]
-                self._floor = max(self._floor, oldest + 1)

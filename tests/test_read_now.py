@@ -14,8 +14,8 @@ import trio
 from storage.coprocess.arena import Arena
 from storage.coprocess.client import DISKS, SEALING
 from storage.errors import Corrupt, NotFound
-from storage.host_io import SPUN
 from storage.lending import huge
+from storage.quick_reads import SPUN
 from storage.sealing import BLOCK, TAG_SIZE, ShardHeader, open_blocks_into
 from storage.sectors.cache import JUST_PASSED
 from storage.sectors.reader import AHEAD, AHEAD_NEAR, PREFETCHES, TOGETHER
@@ -148,7 +148,7 @@ async def test_where_requests_take_long_a_miss_brings_its_neighbours(tmp_path: P
         value = new_value(volume)
         await append(volume, value, data)
         await volume.flush()
-    monkeypatch.setattr("storage.host_io.HostIO.near", lambda *_: False)
+    monkeypatch.setattr("storage.quick_reads.QuickReads.near", lambda *_: False)
     (shard,) = shards_on(tmp_path / "host0")
     bad = TOGETHER + 2
     with open(shard, "r+b") as file:
@@ -187,7 +187,7 @@ async def test_a_disk_is_waited_for_at_once_while_nobody_wants_anything_else(tmp
         assert await volume.values.read(value, 0, 10) == data[:10]
         # Nobody can say whether anybody waits.
         assert at_once(BLOCK, 10) is None
-        volume.host_io.more_coming = lambda: False
+        volume.host_io.quick.more_coming = lambda: False
         before, missed = volume.hostdb.stats(1), volume.sectors.cache.statistics.misses
         assert at_once(2 * BLOCK - 5, 10) == data[2 * BLOCK - 5 :][:10]
         assert at_once(3 * BLOCK + 7, BLOCK) == data[3 * BLOCK + 7 :][:BLOCK]
@@ -198,9 +198,9 @@ async def test_a_disk_is_waited_for_at_once_while_nobody_wants_anything_else(tmp
         assert after.bytes_read == before.bytes_read + 7 * (BLOCK + TAG_SIZE)
         assert volume.sectors.cache.statistics.misses == missed + 7
         # It is in the cache now, whoever waits.
-        volume.host_io.more_coming = lambda: True
+        volume.host_io.quick.more_coming = lambda: True
         assert read_now(value, 9 * BLOCK + 4096, 10) == data[9 * BLOCK + 4096 :][:10]
-        volume.host_io.more_coming = lambda: False
+        volume.host_io.quick.more_coming = lambda: False
         # What does not verify is not given, nor what asks for much.
         (shard,) = shards_on(tmp_path / "host0")
         with open(shard, "r+b") as file:
@@ -224,11 +224,11 @@ async def test_a_disk_is_waited_for_at_once_while_nobody_wants_anything_else(tmp
         assert looked > 1
         assert time.perf_counter() - started >= SPUN
         looked = 0
-        volume.host_io.more_coming = lambda: True
+        volume.host_io.quick.more_coming = lambda: True
         assert read_now(value, 12 * BLOCK, 10) is None
         assert looked == 1
         # A disk that was too slow for the event loop is not waited for like this either.
-        volume.host_io.more_coming = lambda: False
+        volume.host_io.quick.more_coming = lambda: False
         assert await volume.values.read(value, 12 * BLOCK, 10) == data[12 * BLOCK :][:10]
         looked = 0
         assert read_now(value, 13 * BLOCK, 10) is None
@@ -363,7 +363,7 @@ async def test_what_a_stream_has_passed_stays_where_to_have_it_again_takes_long(
         await append(volume, value, data)
         await volume.flush()
     if not near:
-        monkeypatch.setattr("storage.host_io.HostIO.near", lambda *_: False)
+        monkeypatch.setattr("storage.quick_reads.QuickReads.near", lambda *_: False)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=14 * SECTOR_SIZE)) as volume:
         for at in range(0, len(data), BLOCK):
             assert await volume.values.read(value, at, BLOCK) == data[at : at + BLOCK]
@@ -385,7 +385,7 @@ async def test_a_disk_of_this_machine_is_read_fewer_sectors_ahead_and_one_thread
         await append(volume, value, data)
         await volume.flush()
     if not near:
-        monkeypatch.setattr("storage.host_io.HostIO.near", lambda *_: False)
+        monkeypatch.setattr("storage.quick_reads.QuickReads.near", lambda *_: False)
     opening, together = 0, list[int]()
 
     def watched(key: bytes, expected: ShardHeader, first: int, blocks: memoryview, plain: memoryview) -> None:
@@ -448,7 +448,7 @@ async def test_what_lies_in_several_sectors_is_not_waited_for_in_one_step(tmp_pa
         await append(volume, value, data)
         await volume.flush()
     async with opened(tmp_path / "v") as volume:
-        volume.host_io.more_coming = lambda: False
+        volume.host_io.quick.more_coming = lambda: False
         end = extents_between(volume.store, value, 0, 1, 1)[0].end
         for at in (end - 5, 5):
             assert await volume.values.read(value, at, 10) == data[at : at + 10]

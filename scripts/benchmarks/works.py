@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.benchmarks.seaweed import FusefsSeaweed, ObstoreAlone
-from scripts.benchmarks.systems import ON_SEAWEEDFS, ROOT, System, drop_caches
+from scripts.benchmarks.systems import ON_SEAWEEDFS, ROOT, System, cold_machine
 
 MIB = 1 << 20
 Results = dict[str, float]
@@ -175,13 +175,13 @@ def small_group(system: System, sizes: Sizes) -> Results:
     if system.stores:
         system.cold()
     else:
-        drop_caches()
+        cold_machine()
     results["list"] = len(names) / timed(lambda: _expect(len(os.listdir(directory)), len(names)))
     results["stat"] = len(names) / timed(lambda: [os.stat(name) for name in names])
     if system.stores:
         system.cold()
     else:
-        drop_caches()
+        cold_machine()
     results["read 4 KiB cold"] = len(names) / timed(lambda: _read_all(names))
     results["unlink"] = len(names) / timed(lambda: _unlink(names))
     directory.rmdir()

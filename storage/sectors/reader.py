@@ -147,7 +147,7 @@ class SectorReader:
         if host is None:
             return None
         shard = record.shards[0]
-        blocks = self._host_io.read_at_once(host, shard.root.hex(), shard.shard_id, shard.length, first, last + 1 - first)
+        blocks = self._host_io.quick.read_at_once(host, shard.root.hex(), shard.shard_id, shard.length, first, last + 1 - first)
         if blocks is None:
             return None
         for block, plain in enumerate(blocks, first):
@@ -262,7 +262,7 @@ class SectorReader:
 
     def _near(self, shard: ShardRecord) -> bool:
         """Is it on a disk of this machine?"""
-        return any(self._host_io.near(host) for host in shard.hosts)
+        return any(self._host_io.quick.near(host) for host in shard.hosts)
 
     def _at_hand(self, shard: ShardRecord) -> bool:
         """Is it on a disk of this machine, or in memory?"""
@@ -357,7 +357,7 @@ class SectorReader:
         if host is None:
             return None
         shard = record.shards[number]
-        return await self._host_io.read_soon(host, shard.root.hex(), shard.shard_id, first, length, shard.length)
+        return await self._host_io.quick.read_soon(host, shard.root.hex(), shard.shard_id, first, length, shard.length)
 
     def _soon_from(self, sector_id: int, record: SectorRecord, number: int) -> int | None:
         """The host that would be asked first for a shard; None: none is to be asked."""

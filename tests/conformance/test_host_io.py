@@ -11,6 +11,7 @@ import trio.testing
 
 from storage.errors import BadArgument, Corrupt, Expired, FusefsError, NoSpace, NotFound, Unavailable
 from storage.hosts.memory import forget_memory_hosts
+from storage.sealed_ids import SealedIds
 from storage.sealing import BLOCK, HEADER_SIZE, TAG_SIZE, seal
 from storage.seams import SystemClock
 from tests.fakes import Crash, CrashAt, ManualClock, make_seams
@@ -122,9 +123,7 @@ async def test_an_id_seals_one_content_only(rig: Rig, urls: list[str]) -> None:
 
 
 async def test_ids_forgotten_count_as_spent(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from storage import host_io
-
-    spent = host_io._SealedIds(remembered=4)
+    spent = SealedIds(remembered=4)
     for sector in range(1, 9):
         spent.spend(sector, bytes([sector]) * 32)
     spent.spend(8, bytes([8]) * 32)
