@@ -46,7 +46,7 @@ from storage.seams import Seams
 from storage.status import VolumeStatus
 from storage.values.records import sealed_end, tail_needed
 from storage.volume import Volume, VolumeOptions
-from storage.wiring import SECTOR_RANGE, absolute, check_servable, make_layers, only
+from storage.wiring import SECTOR_RANGE, absolute, check_servable, make_layers, only, trim_idle
 
 log = logging.getLogger("fusefs.volume")
 
@@ -181,6 +181,7 @@ async def _served(
             await check_servable(volume)
             volume.values.recover(tails, ship=False)
             nursery.start_soon(volume.hedging.run)
+            nursery.start_soon(trim_idle, volume.seams)
             nursery.start_soon(volume.files.run)
             nursery.start_soon(volume.hosts.retry)
             try:

@@ -341,7 +341,7 @@ async def _wire(
     nursery.start_soon(_reap, volume)
     nursery.start_soon(_save_experience, volume)
     nursery.start_soon(_hand_down, volume)
-    nursery.start_soon(_trim, seams)
+    nursery.start_soon(trim_idle, seams)
     if options.commit_interval is not None:
         nursery.start_soon(_commit_loop, volume, options.commit_interval)
 
@@ -487,8 +487,8 @@ def _check_hosts(volume: Volume, spec: str) -> None:
         raise BadArgument(f"replication {spec} needs {replication.hosts_needed} hosts, this volume has {have}{besides}")
 
 
-async def _trim(seams: Seams) -> None:
-    """For ever: memory that large sectors went through goes back to the kernel when none do."""
+async def trim_idle(seams: Seams) -> None:
+    """For ever, in every open volume: memory that large sectors went through goes back to the kernel when none do."""
     while True:
         await seams.clock.sleep(TRIM_SECONDS)
         await seams.threads.run(coprocess.ARENA.trim)

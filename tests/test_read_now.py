@@ -7,6 +7,7 @@ import random
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -18,7 +19,7 @@ from storage.lending import huge
 from storage.quick_reads import SPUN
 from storage.sealing import BLOCK, TAG_SIZE, ShardHeader, open_blocks_into
 from storage.sectors.cache import JUST_PASSED
-from storage.sectors.reader import AHEAD, AHEAD_NEAR, PREFETCHES, TOGETHER
+from storage.sectors.reader import AHEAD, AHEAD_NEAR, PREFETCHES, TOGETHER, SectorReader
 from storage.values import places
 from storage.values.places import Places
 from storage.values.records import Extent, extents_between
@@ -409,6 +410,32 @@ async def test_a_disk_of_this_machine_is_read_fewer_sectors_ahead_and_one_thread
         assert volume.sectors.cache.size // (size * 9 // 10) == ahead
     assert len(together) >= ahead
     assert set(together) == {1}
+
+
+async def test_what_is_read_next_is_fetched_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader waits for the first of five sectors: trio would begin with any."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    data = noise(6 * SECTOR_SIZE)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    asked: list[int] = []
+    fetch = SectorReader._fetch
+
+    async def watched(self: SectorReader, sector_id: int, *args: Any) -> Any:
+        asked.append(sector_id)
+        return await fetch(self, sector_id, *args)
+
+    monkeypatch.setattr(SectorReader, "_fetch", watched)
+    # Trio orders tasks by the toss of a coin.
+    for _ in range(8):
+        async with opened(tmp_path / "v", options=replace(QUIET, cache=20 * SECTOR_SIZE)) as volume:
+            asked.clear()
+            assert await volume.values.read(value, 0, 4 * BLOCK) == data[: 4 * BLOCK]
+            order = [extent.sector_id for extent in extents_between(volume.store, value, 0, len(data), 100)]
+            assert len(asked) > 2
+            assert asked == order[: len(asked)]
 
 
 def test_places_know_what_they_were_told_last() -> None:

@@ -92,6 +92,29 @@ async def test_a_crashed_volume_shows_all_it_durably_has_and_not_a_byte_of_it_ch
     assert everything(copy, tmp_path / "host0", tmp_path / "host1") == before
 
 
+async def test_memory_that_is_idle_goes_back_whoever_has_the_volume_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trims = 0
+
+    def trim() -> None:
+        nonlocal trims
+        trims += 1
+
+    async def seen() -> None:
+        before = trims
+        with trio.fail_after(20):
+            while trims < before + 2:
+                await trio.sleep(0.01)
+
+    monkeypatch.setattr("storage.wiring.TRIM_SECONDS", 0.01)
+    monkeypatch.setattr("storage.coprocess.client.ARENA.trim", trim)
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    async with opened(tmp_path / "v") as volume:
+        await seen()
+        copy = crashed_copy(volume.path, tmp_path / "copy")
+    async with viewed(ReadOnlySource(copy, passphrase=PASSPHRASE), tmp_path / "scratch"):
+        await seen()
+
+
 async def test_a_tail_larger_than_a_sector_stays_where_it_is(tmp_path: Path) -> None:
     """Hosts refused it, so the journal has it whole; a reader must not send it now that they are back."""
     await make(tmp_path / "v", host_dirs(tmp_path, 1))
