@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from storage.coprocess.arena import Arena
 from storage.coprocess.client import DISKS, SEALING
@@ -19,7 +20,7 @@ from storage.lending import huge
 from storage.quick_reads import SPUN
 from storage.sealing import BLOCK, TAG_SIZE, ShardHeader, open_blocks_into
 from storage.sectors.cache import JUST_PASSED
-from storage.sectors.reader import AHEAD, AHEAD_NEAR, PREFETCHES, TOGETHER, SectorReader
+from storage.sectors.reader import AHEAD, AHEAD_NEAR, AT_ONCE, PREFETCHES, TOGETHER, SectorReader
 from storage.values import places
 from storage.values.places import Places
 from storage.values.records import Extent, extents_between
@@ -436,6 +437,69 @@ async def test_what_is_read_next_is_fetched_first(tmp_path: Path, monkeypatch: p
             order = [extent.sector_id for extent in extents_between(volume.store, value, 0, len(data), 100)]
             assert len(asked) > 2
             assert asked == order[: len(asked)]
+
+
+@pytest.mark.parametrize("near", [True, False])
+async def test_so_many_are_fetched_at_once_and_nobody_waits_for_those_that_nobody_brings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, near: bool
+) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    data = noise(8 * SECTOR_SIZE)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    if not near:
+        monkeypatch.setattr("storage.quick_reads.QuickReads.near", lambda *_: False)
+    under_way, go_on = 0, trio.Event()
+    fetch = SectorReader._fetch
+
+    async def slowly(self: SectorReader, *args: Any) -> Any:
+        nonlocal under_way
+        under_way += 1
+        await go_on.wait()
+        return await fetch(self, *args)
+
+    monkeypatch.setattr(SectorReader, "_fetch", slowly)
+    monkeypatch.setattr("storage.sectors.reader.AHEAD_NEAR", AHEAD)
+    async with opened(tmp_path / "v", options=replace(QUIET, cache=40 * SECTOR_SIZE)) as volume:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(volume.values.read, value, 0, 4 * BLOCK)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            fetching = volume.sectors._reader._fetching
+            waited_for = list(fetching.values())
+            assert len(waited_for) == AHEAD + 1
+            assert under_way == (AT_ONCE if near else AHEAD + 1)
+            nursery.cancel_scope.cancel()
+        if near:
+            go_on.set()
+            with trio.fail_after(20):
+                while fetching:
+                    await trio.sleep(0.001)
+            assert under_way == AHEAD + 1
+    # Closed: some were fetched, or nobody is to be waited for any more.
+    assert not fetching
+    assert all(event.is_set() for event in waited_for)
+
+
+async def test_a_volume_that_is_closed_leaves_no_reader_waiting_for_what_was_to_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, noise(8 * SECTOR_SIZE))
+        await volume.flush()
+    monkeypatch.setattr(SectorReader, "_fetch", lambda *_: trio.sleep_forever())
+    monkeypatch.setattr("storage.sectors.reader.AHEAD_NEAR", AHEAD)
+    async with opened(tmp_path / "v", options=replace(QUIET, cache=40 * SECTOR_SIZE)) as volume:
+        with trio.move_on_after(0.1):
+            await volume.values.read(value, 0, 4 * BLOCK)
+        reader = volume.sectors._reader
+        events = list(reader._fetching.values())
+        assert len(events) > AT_ONCE
+    assert not reader._fetching
+    assert all(event.is_set() for event in events)
 
 
 def test_places_know_what_they_were_told_last() -> None:

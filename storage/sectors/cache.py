@@ -27,7 +27,7 @@ WHOLE = -1
 #: The part of the budget that may be taken by what was read as a stream, and passed.
 STREAMED = 0.55
 #: Bytes of it that are kept in any case: what is asked for again at once, as requests of one stream may come out of order.
-JUST_PASSED = 8 * 1024 * 1024
+JUST_PASSED = 4 * 1024 * 1024
 #: Shards remembered that were wanted before.
 REMEMBERED = 8192
 #: From this many bytes on, a reader gets a view of the entry instead of a copy.

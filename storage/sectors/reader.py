@@ -33,6 +33,9 @@ B = TypeVar("B", bound=Buffer)
 
 #: Sectors being prefetched at once: less than the slots of a directory, so that who wants a block does not wait for all of them.
 PREFETCHES = 5
+#: Of those from disks of this machine: one is read, one is opened, and one is on its way there or back. With more of them all come later,
+#: the first of a stream as well, and all of their memory is touched for the first time.
+AT_ONCE = 3
 #: Sectors fetched ahead of a sequential reader; and from a disk of this machine where threads of this process open them, which take
 #: turns for the interpreter's lock: the event loop wants it as well, and two keep the disk busy.
 AHEAD = 4
@@ -45,6 +48,9 @@ TOGETHER = 4
 ROOTS = 65536
 #: Sectors whose records are kept as they were decoded; less than 1 MB.
 RECORDS = 1024
+
+#: A sector to bring, its record, and its shards that hold data.
+_Ahead = tuple[int, SectorRecord, list[int]]
 
 
 class SectorReader:
@@ -66,8 +72,11 @@ class SectorReader:
         self._records: dict[int, tuple[bytes, SectorRecord]] = {}
         #: Whole sectors on their way into the cache: others who want a block of one wait for it instead of asking again.
         self._fetching: dict[int, trio.Event] = {}
-        #: Those of them that nobody has begun with, in the order in which they are wanted.
-        self._ahead: deque[tuple[int, SectorRecord, list[int]]] = deque()
+        #: Those of them that nobody has begun with, in the order in which they are wanted: from disks of this machine, and from elsewhere.
+        self._near_ahead: deque[_Ahead] = deque()
+        self._far_ahead: deque[_Ahead] = deque()
+        #: Tasks that bring those from disks of this machine.
+        self._bringing = 0
         #: The sealed bytes of a shard (sector id, number) that is still on its way to a host, for as long as they are in memory anyhow. At
         #: write quorum a sector can be read, and some of its shards are nowhere yet: without this, reading one of k+m would touch k hosts.
         self.in_flight: Callable[[int, int], SealedShard | None] = lambda _sector_id, _number: None
@@ -282,13 +291,32 @@ class SectorReader:
         if record.length * 4 > self._cache.limit or all(self._has(record.shards[part.shard], part) for part in parts):
             return True
         self._fetching[sector_id] = trio.Event()
-        self._ahead.append((sector_id, record, [part.shard for part in parts]))
-        nursery.start_soon(self._prefetch_next)
+        wanted = sector_id, record, [part.shard for part in parts]
+        if not all(self._near(shard) for shard in record.shards):
+            self._far_ahead.append(wanted)
+            nursery.start_soon(self._bring, self._far_ahead)
+            return True
+        self._near_ahead.append(wanted)
+        if self._bringing < AT_ONCE:
+            self._bringing += 1
+            nursery.start_soon(self._bring_near)
         return True
 
-    async def _prefetch_next(self) -> None:
-        """One of them. trio starts tasks in any order, and who reads waits for the first."""
-        sector_id, record, shards = self._ahead.popleft()
+    async def _bring_near(self) -> None:
+        """One after the other, for as long as there are any."""
+        try:
+            while self._near_ahead:
+                await self._bring(self._near_ahead)
+        finally:
+            self._bringing -= 1
+            if not self._bringing:
+                # Cancelled: nobody brings them any more, and nobody is to wait for it.
+                while self._near_ahead:
+                    self._fetching.pop(self._near_ahead.popleft()[0]).set()
+
+    async def _bring(self, ahead: deque[_Ahead]) -> None:
+        """The first of them. trio starts tasks in any order, and who reads waits for the first."""
+        sector_id, record, shards = ahead.popleft()
         try:
             record = await self._located(sector_id)
             layout = layout_for(record, sector_id)
