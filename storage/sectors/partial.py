@@ -5,6 +5,9 @@ at most half a sector. Eight of a class (and of one replication) are merged into
 the next fuller class, so that a byte is sent at most once per class: four or five times in all for the smallest appends of a 4 MiB sector
 (logarithmic method of Bentley and Saxe, 1980, with base eight).
 
+What counts is data, which a sector's record has; of very many small files its table fills a sector just as well. Whoever merges finds that
+out and says so (`mark_full`): else sectors of these would be merged into as many, without end.
+
 Index key `p`, class u8, sector id u64; value: replication (ASCII). Bounded: a class that has its eight is merged away.
 """
 
@@ -43,6 +46,8 @@ class PartialIndex:
         self.held: set[int] = set()
         #: Sectors that could not be read lately: merging goes on without them.
         self.set_aside: set[int] = set()
+        #: Sectors that their tables fill: with the live bytes they had when that was found.
+        self._full: dict[int, int] = {}
 
     def load(self) -> None:
         """At open: read the index back. It is small (see the module's docstring); damage to a record is found when it is merged."""
@@ -75,6 +80,8 @@ class PartialIndex:
         """Follow a change of live bytes."""
         size_class = self.class_of(record)
         known = self._partials.get(sector_id)
+        if record.live <= self._full.get(sector_id, -1) // 2:
+            del self._full[sector_id]
         if known is not None and known.size_class != size_class:
             batch.delete(self._key(known.size_class, sector_id))
         if size_class is None:
@@ -86,8 +93,16 @@ class PartialIndex:
 
     def remove(self, batch: Batch, sector_id: int) -> None:
         known = self._partials.pop(sector_id, None)
+        self._full.pop(sector_id, None)
         if known is not None:
             batch.delete(self._key(known.size_class, sector_id))
+
+    def mark_full(self, sector_id: int) -> None:
+        """With its table it is more than half full: not to be merged until half of what is live now is freed. Forgotten at close: the next
+        to merge it reads it once more."""
+        known = self._partials.get(sector_id)
+        if known is not None:
+            self._full[sector_id] = known.live
 
     def due(self) -> list[Partial] | None:
         """A group that should be merged now: eight of one class, or so many that their dead bytes make up a sector. None if there is
@@ -95,7 +110,7 @@ class PartialIndex:
         groups: dict[tuple[str, int], list[Partial]] = {}
         wasted: dict[str, list[Partial]] = {}
         for partial in self._partials.values():
-            if partial.sector_id in self.held or partial.sector_id in self.set_aside:
+            if partial.sector_id in self.held or partial.sector_id in self.set_aside or partial.sector_id in self._full:
                 continue
             group = groups.setdefault((partial.replication, partial.size_class), [])
             group.append(partial)

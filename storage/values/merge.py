@@ -22,7 +22,7 @@ from storage.sectors.manager import SectorManager
 from storage.sectors.partial import Partial
 from storage.values.packing import ENTRY_BYTES, TABLE_BYTES, TableEntry, encode_table, parse_table
 from storage.values.records import Extent, ValueRecord, decode_value, value_key
-from storage.values.shipping import Shipper
+from storage.values.shipping import BREATH, Shipper
 
 log = logging.getLogger("fusefs.values")
 
@@ -130,6 +130,8 @@ class Merger:
         try:
             pieces, failure = await self._live_pieces(sources, only)
             for output in self._pack(pieces):
+                # As for what lands: many extents change, and the journal must have room for them all.
+                await self._store.catch_up()
                 self._hit("merge.before_write")
                 await self._write(output)
                 self._hit("merge.before_switch")
@@ -160,7 +162,13 @@ class Merger:
         """In order of (value, offset); and, with `only`, what was wrong with a sector that is left out."""
         pieces: dict[bytes, _Piece] = {}
         failure: FusefsError | None = None
+        full = False
+        weight = 0
         for sector_id in sources:
+            if weight >= self._sectors.sector_size:
+                # Enough for one that is full: of very many small files more would not be about two sectors in memory. The others' turn
+                # comes.
+                break
             wanted = [extent for extent in only or () if extent.sector_id == sector_id]
             try:
                 data = memoryview(await self._sectors.read_sector(sector_id))
@@ -176,12 +184,30 @@ class Merger:
                 continue
             if only is not None:
                 found = [*wanted, *self._misplaced(sector_id, found)]
-            for extent in found:
+            own = 0
+            for number, extent in enumerate(found, 1):
+                if number % BREATH == 0:
+                    await trio.lowlevel.checkpoint()
                 if extent.key not in pieces and self._is_live(extent):
+                    own += self._weight(extent)
                     piece = data[extent.position : extent.position + extent.length]
                     # Of many sectors a little each: not all of them stay in memory for it.
                     pieces[extent.key] = _Piece(extent, piece if only is None else memoryview(bytes(piece)))
+            if only is None:
+                weight += own
+                if own > self._sectors.sector_size // 2:
+                    self._sectors.partials.mark_full(sector_id)
+                    full = True
+                if full:
+                    # Another group is due, without these. The rest is read all the same, to know which of it is full.
+                    pieces.clear()
+                    weight = 0
         return sorted(pieces.values(), key=lambda piece: piece.order), failure
+
+    def _weight(self, extent: Extent) -> int:
+        """Bytes of a sector that it takes, with its entry in the table."""
+        value = self._value(extent)
+        return extent.length + ENTRY_BYTES + (0 if value is None else len(self._shipper.name_of(value.owner)))
 
     def _misplaced(self, sector_id: int, extents: Collection[Extent]) -> list[Extent]:
         """Those whose value has another replication than the sector."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
-from storage.errors import Corrupt, Fenced, FusefsError, NotFound, Unavailable
+from storage.errors import Corrupt, Fenced, FusefsError, NoSpace, NotFound, Unavailable
 from storage.history.objects import Tail as LogTail
 from storage.interfaces import Batch, Buffer, FlushProgress, FlushReport, MetadataStore, TailPiece
 from storage.metadata.counters import Counter
@@ -33,6 +33,8 @@ EXTENTS_PER_SCAN = 64
 READ_ATTEMPTS = 8
 #: What the metadata of a tail's value and file take in the journal beside its bytes (inode, extent, value, sector), at most.
 BESIDE = 448
+#: ... and what of that comes only as its bytes land (extent, value): so it is still to come of what the journal has.
+LANDED = 160
 #: Shares of a journal segment left over by appends, and by what makes new names: so that renames, deletions and the records of what lands
 #: in sectors find room when the disk has none any more.
 APPEND_KEPT, CREATE_KEPT = 0.5, 0.25
@@ -195,6 +197,9 @@ class Values:
     # ------------------------------------------------------------------------------------------------------------
     # Appending
 
+    async def hold_back(self) -> None:
+        await self._store.catch_up()
+
     async def reserve(self, value_id: int, length: int) -> None:
         if self.reserve_now(value_id, length):
             return
@@ -206,7 +211,7 @@ class Values:
         await self._wait_room(length)
 
     def reserve_now(self, value_id: int, length: int) -> bool:  # noqa: ARG002 (the Protocol's: a budget per value may come)
-        if self.local_trouble is not None or self._store.failure is not None:
+        if self.local_trouble is not None or self._store.failure is not None or self._store.overdue:
             return False
         cost = length + BESIDE
         if cost > self._allowance:
@@ -221,9 +226,13 @@ class Values:
 
     def _assured(self, length: int, kept: float) -> bool:
         """Would everything accepted so far, and `length` bytes more, find room in the journal as it stands on the disk? Arithmetic only."""
-        shipper = self.shipper
-        tails = shipper.unsafe_tails + 1
-        return self._store.has_room(BESIDE * tails, shipper.unsafe + length, tails, kept)
+        tails = self.shipper.unsafe_tails + 1
+        return self._store.has_room(self._beside(tails), self.shipper.unsafe + length, tails, kept)
+
+    def _beside(self, unsafe: int) -> int:
+        """Bytes of operations that tails have yet to bring, of which so many have bytes the journal does not have. What takes them out of a
+        full journal is counted as they go in: else no commit could say one day where they went."""
+        return BESIDE * unsafe + LANDED * max(len(self._tails) - unsafe, 0)
 
     async def _wait_room(self, length: int) -> None:
         """Until there is room for `length` bytes in memory, and in the journal (I7: what is accepted can be made durable)."""
@@ -231,6 +240,10 @@ class Values:
         deadline = trio.current_time() + ROOM_WAIT
         while True:
             await shipper.wait_room(length)
+            if self._store.overdue:
+                # New names come without waiting, so whoever fills them waits for both.
+                await self._store.catch_up()
+                continue
             if self._assured(length, APPEND_KEPT):
                 return
             error = await self._grow(length)
@@ -240,8 +253,10 @@ class Values:
             if self._assured(length, APPEND_KEPT) and shipper.has_room(length):
                 return
             if not shipper.pending and error is None:
-                # An append larger than the whole journal, or one that is full of what has landed: the commit waits for room.
-                return
+                # Full of what has landed; or the append is larger than the whole journal: then its commit waits for room.
+                if not await self._store.clear() or trio.current_time() >= deadline:
+                    return
+                continue
             if error is not None and (not shipper.pending or shipper.trouble is not None or trio.current_time() >= deadline):
                 raise error
             # Room comes as bytes get to the hosts.
@@ -251,7 +266,7 @@ class Values:
         """Have the journal's files grow by what `length` bytes need. Returns why they cannot; None: they did, or their limit is reached."""
         tails = self.shipper.unsafe_tails + 1
         try:
-            await self._store.make_room(BESIDE * tails, self.shipper.unsafe + length, tails, APPEND_KEPT)
+            await self._store.make_room(self._beside(tails), self.shipper.unsafe + length, tails, APPEND_KEPT)
         except Fenced:
             raise
         except FusefsError as error:
@@ -513,7 +528,7 @@ class Values:
             raise
         self.local_trouble = None
         shipper = self.shipper
-        self._store.keep_room(BESIDE * shipper.unsafe_tails, shipper.unsafe, shipper.unsafe_tails, APPEND_KEPT)
+        self._store.keep_room(self._beside(shipper.unsafe_tails), shipper.unsafe, shipper.unsafe_tails, APPEND_KEPT)
 
     def check_room(self) -> None:
         local = self.local_trouble
@@ -523,6 +538,8 @@ class Values:
             self._cramped.set()
             if self.full is not None:
                 raise type(self.full)(f"{self.full}; nothing new is accepted until there is room for it")
+            if self._store.overfull:
+                raise NoSpace("more changes wait for a commit than the journal has room for; nothing new is accepted until one is made")
 
     def _hand_over(self, value_id: int) -> None:
         """Give the store what it does not have of the tail. No await between taking and applying: `journaled` says the store has it."""

@@ -1,0 +1,155 @@
+"""Small files made as fast as can be, in a volume whose journal holds far less than all of them: who makes them is held back, not refused,
+as long as hosts take what is shipped (I7)."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from storage.errors import FusefsError, NoSpace
+from storage.hosts.memory import memory_content
+from storage.metadata import store as metadata_store
+from storage.volume import Volume
+from tests.rig import QUIET, host_dirs, make, opened
+
+#: A journal of 2 MiB: some 3000 files of a line each.
+OPTIONS = replace(QUIET, journal_segment=256 * 1024, journal_limit=2 * 1024 * 1024, tail_budget=2 * 1024 * 1024, cache=1024 * 1024)
+
+
+def create(volume: Volume, number: int) -> int:
+    return volume.namespace.create(1, b"file%d" % number, stat.S_IFREG | 0o644, 0, 0)
+
+
+def line(number: int) -> bytes:
+    return b"line %d\n" % number
+
+
+async def fill(volume: Volume, count: int, commit_every: int | None) -> None:
+    for number in range(count):
+        ino = create(volume, number)
+        await volume.namespace.append(ino, line(number))
+        if commit_every is not None and number % commit_every == commit_every - 1:
+            await volume.commit()
+
+
+async def check(volume: Volume, numbers: range) -> None:
+    for number in numbers:
+        ino = volume.namespace.lookup(1, b"file%d" % number)
+        assert await volume.namespace.read(ino, 0, 100) == line(number)
+
+
+@pytest.mark.parametrize("commit_every", [None, 7, 500, 2000])
+async def test_more_small_files_than_the_journal_holds_are_only_held_back(tmp_path: Path, commit_every: int | None) -> None:
+    """Without a flush, and with or without commits of its own: none is refused, and none is missing."""
+    count = 12_000
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    async with opened(tmp_path / "v", options=OPTIONS) as volume:
+        with trio.fail_after(60):
+            await fill(volume, count, commit_every)
+        # I7: objects of tails count, not their bytes alone.
+        assert len(volume.values._tails) < 5000
+        await volume.commit()
+    async with opened(tmp_path / "v", options=OPTIONS) as volume:
+        await check(volume, range(count))
+
+
+async def test_several_writers_at_once_are_held_back_alike(tmp_path: Path) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    done: list[int] = []
+    async with opened(tmp_path / "v", options=replace(OPTIONS, commit_interval=0.2)) as volume:
+
+        async def writer(first: int) -> None:
+            for number in range(first, 10_000, 5):
+                await volume.namespace.append(create(volume, number), line(number))
+                if number % 100 == first:
+                    await trio.lowlevel.checkpoint()
+            done.append(first)
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for first in range(5):
+                    nursery.start_soon(writer, first)
+        assert sorted(done) == [0, 1, 2, 3, 4]
+        await check(volume, range(10_000))
+        await volume.flush()
+        await check(volume, range(10_000))
+
+
+@pytest.mark.parametrize("budget", [2, 16])
+async def test_where_hosts_take_nothing_it_is_refused_in_time_and_all_that_was_accepted_gets_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """Also in one go: what was filled, memory or the journal, has room for saying where all of it went."""
+    options = replace(OPTIONS, tail_budget=budget * 1024 * 1024)
+    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 3.0)
+    await make(tmp_path / "v", ["mem:refusing"])
+    content = memory_content("refusing")
+    number = 0
+    async with opened(tmp_path / "v", options=options) as volume:
+        content.capacity = content.used()
+        refusals = 0
+        with trio.fail_after(30):
+            while refusals < 10:
+                # Refused, perhaps, but not lost: an append that failed is tried again.
+                ino = volume.namespace.find(1, b"file%d" % number)
+                try:
+                    await volume.namespace.append(create(volume, number) if ino is None else ino, line(number))
+                except NoSpace:
+                    refusals += 1
+                else:
+                    number += 1
+                    if number % 100 == 0:
+                        await volume.commit()
+        assert number > 1000
+        await volume.commit()
+        await check(volume, range(number))
+    async with opened(tmp_path / "v", options=options) as volume:
+        await check(volume, range(number))
+        content.capacity = None
+        with trio.fail_after(30):
+            await volume.flush()
+        assert volume.values.pending_bytes == 0
+        # And on.
+        for more in range(number + 1, number + 6000):
+            await volume.namespace.append(create(volume, more), line(more))
+        await volume.commit()
+        await check(volume, range(number))
+        await check(volume, range(number + 1, number + 6000))
+
+
+async def test_names_made_without_ever_waiting_are_refused_before_they_could_not_be_committed(tmp_path: Path) -> None:
+    """`create` cannot wait; what it took until then finds room."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    made = 0
+    async with opened(tmp_path / "v", options=OPTIONS) as volume:
+        with pytest.raises(NoSpace):
+            while made < 20_000:
+                create(volume, made)
+                made += 1
+        assert made > 1000
+        with trio.fail_after(20):
+            await volume.commit()
+        create(volume, made)
+        made += 1
+        await volume.commit()
+    async with opened(tmp_path / "v", options=OPTIONS) as volume:
+        for number in range(made):
+            volume.namespace.lookup(1, b"file%d" % number)
+
+
+async def test_what_lands_while_the_journal_is_full_is_committed_in_parts(tmp_path: Path) -> None:
+    """A sector of very many small files: its extents are more than the journal keeps back for one commit."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1), sector_size=1024 * 1024)
+    options = replace(OPTIONS, journal_segment=64 * 1024, journal_limit=1024 * 1024, tail_budget=64 * 1024 * 1024)
+    async with opened(tmp_path / "v", options=options) as volume:
+        with trio.fail_after(90):
+            await fill(volume, 4000, 300)
+            try:
+                await volume.flush()
+            except FusefsError as error:
+                raise AssertionError(f"refused: {error}") from error
+        await check(volume, range(4000))
