@@ -238,6 +238,33 @@ async def test_a_sector_nobody_points_to_is_gone_after_the_next_open(tmp_path: P
         assert volume.sectors.count == 0
 
 
+async def test_sectors_that_their_tables_fill_are_not_merged_into_as_many(tmp_path: Path) -> None:
+    """Of files of a line each a sector is full when its data is a fifth of it: merging would go on for ever, and gain nothing. Once most of
+    them are freed, it does gain something."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1), sector_size=64 * 1024)
+    lines: dict[int, bytes] = {}
+    async with opened(tmp_path / "v") as volume:
+        for _ in range(10):
+            for _ in range(700):
+                value = new_value(volume)
+                lines[value] = b"line of %9d\n" % value
+                await append(volume, value, lines[value])
+            await volume.flush()
+        before = await volume.sectors.allocate_sector(volume.config.replication)
+        await settled(volume)
+        assert sectors_on_record(volume) == 10
+        # Not one was written.
+        assert await volume.sectors.allocate_sector(volume.config.replication) == before + 1
+        for number, value in enumerate(list(lines)):
+            if number % 8:
+                free(volume, value)
+                del lines[value]
+        await settled(volume)
+        assert sectors_on_record(volume) < 6
+        for value, line in lines.items():
+            assert await contents(volume, value) == line
+
+
 async def test_full_hosts_refuse_the_writer_and_lose_nothing(tmp_path: Path) -> None:
     await make(tmp_path / "v", ["mem:full"])
     options = replace(QUIET, tail_budget=4 * SECTOR_SIZE)

@@ -26,6 +26,8 @@ from storage.values.shipping import BREATH, Shipper
 
 log = logging.getLogger("fusefs.values")
 
+#: Pieces from which on a merge takes in no further sector: each is some three kilobytes of objects until what moves it is taken over.
+MANY = 32_768
 #: Seconds to wait after a merge failed.
 RETRY_SECONDS = 30.0
 #: Seconds after which sectors that could not be read are tried again.
@@ -164,10 +166,9 @@ class Merger:
         failure: FusefsError | None = None
         full = False
         weight = 0
-        for sector_id in sources:
-            if weight >= self._sectors.sector_size:
-                # Enough for one that is full: of very many small files more would not be about two sectors in memory. The others' turn
-                # comes.
+        for number, sector_id in enumerate(sources):
+            if only is None and number > 1 and (weight >= self._sectors.sector_size or len(pieces) >= MANY):
+                # Enough for one that is full, or for memory (I7). The others' turn comes.
                 break
             wanted = [extent for extent in only or () if extent.sector_id == sector_id]
             try:
@@ -185,8 +186,8 @@ class Merger:
             if only is not None:
                 found = [*wanted, *self._misplaced(sector_id, found)]
             own = 0
-            for number, extent in enumerate(found, 1):
-                if number % BREATH == 0:
+            for count, extent in enumerate(found, 1):
+                if count % BREATH == 0:
                     await trio.lowlevel.checkpoint()
                 if extent.key not in pieces and self._is_live(extent):
                     own += self._weight(extent)
