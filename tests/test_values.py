@@ -255,6 +255,10 @@ async def test_sectors_that_their_tables_fill_are_not_merged_into_as_many(tmp_pa
         assert sectors_on_record(volume) == 10
         # Not one was written.
         assert await volume.sectors.allocate_sector(volume.config.replication) == before + 1
+        assert volume.sectors.partials.due() is None
+    async with opened(tmp_path / "v") as volume:
+        # Known from the beginning: else each mount would read all of them.
+        assert volume.sectors.partials.due() is None
         for number, value in enumerate(list(lines)):
             if number % 8:
                 free(volume, value)

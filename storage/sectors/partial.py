@@ -6,7 +6,8 @@ the next fuller class, so that a byte is sent at most once per class: four or fi
 (logarithmic method of Bentley and Saxe, 1980, with base eight).
 
 What counts is data, which a sector's record has; of very many small files its table fills a sector just as well. Whoever merges finds that
-out and says so (`mark_full`): else sectors of these would be merged into as many, without end.
+out and says so (`mark_full`): else sectors of these would be merged into as many, without end. That is kept in this directory alone
+(`Lfull.`, sector id u64; value: the live bytes it had then, u64): whoever has lost it finds out again.
 
 Index key `p`, class u8, sector id u64; value: replication (ASCII). Bounded: a class that has its eight is merged away.
 """
@@ -17,11 +18,12 @@ from dataclasses import dataclass
 
 from storage.errors import Corrupt
 from storage.interfaces import Batch, MetadataStore
-from storage.metadata.keys import PARTIAL, SECTOR, prefix_end, read_u64, u64
+from storage.metadata.keys import LOCAL, PARTIAL, SECTOR, prefix_end, read_u64, u64
 from storage.sectors.records import SectorRecord, decode_sector
 
 BASE = 8
 CLASSES = 8
+FULL = LOCAL + b"full."
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,12 @@ class PartialIndex:
                         sector_id, key[1], value.decode("ascii", "replace"), record.live, max(record.data - record.live, 0)
                     )
             start = found[-1][0] + b"\0"
+        start = FULL
+        while found := self._store.scan(start, prefix_end(FULL), 1000):
+            for key, value in found:
+                if len(key) == len(FULL) + 8 and len(value) == 8:
+                    self._full[read_u64(key, len(FULL))] = read_u64(value)
+            start = found[-1][0] + b"\0"
 
     def class_of(self, record: SectorRecord) -> int | None:
         """The class a sector belongs in, None if it is full enough (or empty: then it is deleted)."""
@@ -81,7 +89,7 @@ class PartialIndex:
         size_class = self.class_of(record)
         known = self._partials.get(sector_id)
         if record.live <= self._full.get(sector_id, -1) // 2:
-            del self._full[sector_id]
+            self._unmark(batch, sector_id)
         if known is not None and known.size_class != size_class:
             batch.delete(self._key(known.size_class, sector_id))
         if size_class is None:
@@ -93,16 +101,20 @@ class PartialIndex:
 
     def remove(self, batch: Batch, sector_id: int) -> None:
         known = self._partials.pop(sector_id, None)
-        self._full.pop(sector_id, None)
+        self._unmark(batch, sector_id)
         if known is not None:
             batch.delete(self._key(known.size_class, sector_id))
 
-    def mark_full(self, sector_id: int) -> None:
-        """With its table it is more than half full: not to be merged until half of what is live now is freed. Forgotten at close: the next
-        to merge it reads it once more."""
+    def mark_full(self, batch: Batch, sector_id: int) -> None:
+        """With its table it is more than half full: not to be merged until half of what is live now is freed."""
         known = self._partials.get(sector_id)
         if known is not None:
             self._full[sector_id] = known.live
+            batch.put(FULL + u64(sector_id), u64(known.live))
+
+    def _unmark(self, batch: Batch, sector_id: int) -> None:
+        if self._full.pop(sector_id, None) is not None:
+            batch.delete(FULL + u64(sector_id))
 
     def due(self) -> list[Partial] | None:
         """A group that should be merged now: eight of one class, or so many that their dead bytes make up a sector. None if there is

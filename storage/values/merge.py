@@ -197,7 +197,9 @@ class Merger:
             if only is None:
                 weight += own
                 if own > self._sectors.sector_size // 2:
-                    self._sectors.partials.mark_full(sector_id)
+                    batch = Batch()
+                    self._sectors.partials.mark_full(batch, sector_id)
+                    self._store.apply(batch)
                     full = True
                 if full:
                     # Another group is due, without these. The rest is read all the same, to know which of it is full.
