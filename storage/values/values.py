@@ -198,7 +198,8 @@ class Values:
     # Appending
 
     async def hold_back(self) -> None:
-        await self._store.catch_up()
+        if self.local_trouble is None:  # Else `check_room` refuses at once.
+            await self._store.catch_up()
 
     async def reserve(self, value_id: int, length: int) -> None:
         if self.reserve_now(value_id, length):
