@@ -57,7 +57,7 @@ RESTORED_KEY = LOCAL + b"restored"
 class _Round:
     """Callers waiting for one commit."""
 
-    __slots__ = ("_done", "ended", "error", "sequence", "urgent", "wanted")
+    __slots__ = ("_done", "ended", "error", "patient", "sequence", "urgent", "wanted")
 
     def __init__(self) -> None:
         self.ended = False
@@ -65,8 +65,8 @@ class _Round:
         self._done: trio.Event | None = None
         self.error: FusefsError | None = None
         self.sequence = 0
-        #: Somebody waits for it; somebody who may use the reserve does.
-        self.wanted = self.urgent = False
+        #: Somebody waits for it; somebody who may use the reserve does; somebody who may not, and has time.
+        self.wanted = self.urgent = self.patient = False
 
     def end(self, error: FusefsError | None = None) -> None:
         self.error = error
@@ -298,7 +298,10 @@ class Store:
                 raise BadArgument("a commit before the epoch has begun")
             waited = self._next
             waited.wanted = True
-            waited.urgent |= urgent
+            if urgent:
+                waited.urgent = True
+            else:
+                waited.patient = True
             if self._idle and not self.more_coming() and self._at_hand(urgent):
                 # No await since it was found idle: this task writes the round, which saves two task switches.
                 try:
@@ -450,6 +453,7 @@ class Store:
         journal, takeover = self._journal, self._takeover
         begun = trio.current_time()
         asked_at, asked_pass = -math.inf, 0
+        urgent_pass = 0
         try:
             while True:
                 self._run_hooks()
@@ -467,7 +471,11 @@ class Store:
                 if self._drop_tails():
                     continue
                 now = trio.current_time()
-                if waiting.urgent and 0 < asked_pass <= takeover.ended:
+                if waiting.urgent and not urgent_pass:
+                    # Maybe it has joined a round that has waited for long: what was applied with it, no pass has seen yet.
+                    asked_at, urgent_pass = -math.inf, takeover.begun + 1
+                # Who waits with it patiently is not refused for its haste: each would be, as soon as something lands in a full journal.
+                if waiting.urgent and urgent_pass <= takeover.ended and not waiting.patient:
                     raise NoSpace("the journal is full, its reserve included: see that hosts are reachable and have room")
                 if now >= begun + ROOM_WAIT:
                     raise NoSpace("the journal is full of tails no host has taken yet: see that hosts are reachable and have room")
