@@ -156,8 +156,8 @@ class MetadataStore(MetadataReader, Protocol):
 
     @property
     def overfull(self) -> bool:
-        """A commit is overdue, and were as many operations applied once more, it would not find room in the journal as it is now.
-        Arithmetic only."""
+        """A commit is long overdue, and were many more operations applied, it would not find room in the journal as it is now. Arithmetic
+        only."""
         ...
 
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:

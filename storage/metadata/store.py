@@ -189,7 +189,8 @@ class Store:
 
     @property
     def overfull(self) -> bool:
-        if self._memtable.pending_bytes < self._commit_ops:
+        # Half of that may come at any moment from what lands in the background, and goes again without anybody's help.
+        if self._memtable.pending_bytes < 2 * self._commit_ops:
             return False
         flying, journal = self._flying, self._journal
         ops = self._memtable.pending_bytes + flying[0] + self._commit_ops
