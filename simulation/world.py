@@ -169,6 +169,9 @@ class VirtualIO:
     def seal(self, data: Sequence[Buffer], sector_id: int) -> SealedShard:  # noqa: ARG002 - the Protocol's
         return _no_bytes()
 
+    def seal_all(self, plaintexts: Sequence[Sequence[Buffer]], sector_id: int) -> list[SealedShard]:  # noqa: ARG002 - the Protocol's
+        return _no_bytes()
+
 
 def _no_bytes() -> NoReturn:
     raise Unavailable("virtual hosts keep no bytes")

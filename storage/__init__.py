@@ -18,6 +18,7 @@ and kept on a *host* under a *contract*; a *commit* is one atomic, numbered batc
                    HostIO: seals, opens, verifies     Contractor: contracts     HostDB: what hosts are like
                       |
                    Host: a directory; memory, for tests
+    Coprocess: a second process that seals and opens, and puts on disks, what is large
     MetadataStore (memtable, journal, LMDB) under all of them; sealing, keys, epochs; seams to the world outside at the very bottom
 
 Invariants I1 to I7 are those of docs/design.md; code and tests name them where they are kept. `storage.interfaces` has the Protocols:

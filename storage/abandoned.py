@@ -11,3 +11,5 @@ class Abandoned(Exception):
 
 #: Raises Abandoned if nobody wants the change any more.
 Wanted = Callable[[], None]
+#: What it is given is called when nobody wants the change any more, at once if that is so already; None: nothing is, from now on.
+Tell = Callable[[Callable[[], None] | None], None]

@@ -127,7 +127,7 @@ class Files:
             raise NotPermitted(f"{handle.name!r}: descriptor {fd} was not opened for reading")
         handle.busy += 1
         try:
-            data = await self._namespace.read(handle.ino, offset, size)
+            data = bytes(await self._namespace.read(handle.ino, offset, size))
             await self._breathe()
             return data
         finally:

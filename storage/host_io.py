@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import trio
 
 from storage.contractor import Contractor
-from storage.coprocess.client import COPROCESS
+from storage.coprocess.client import ARENA, DISKS, SEALING, Job
 from storage.epochs import Epochs
 from storage.errors import BadArgument, Corrupt, Expired, NoSpace, NotFound, NotPermitted, Unavailable
 from storage.hosts.holders import decode_holders, holders_key
@@ -46,6 +46,7 @@ from storage.sealing import (
     sealed_length,
 )
 from storage.seams import Seams
+from storage.turn import Turn
 
 log = logging.getLogger("fusefs.hosts")
 
@@ -123,7 +124,7 @@ class HostIO:
         #: Hosts whose credentials may not delete: told once.
         self._undeletable: set[int] = set()
         #: One change at a time per shard and host; an entry lives as long as somebody wants it.
-        self._changing: dict[bytes, tuple[trio.Lock, int]] = {}
+        self._changing: dict[bytes, tuple[Turn, int]] = {}
         #: Per host: puts of shards that are on no record (yet), because they are under way, or their answer never came.
         self._unsettled: Counter[int] = Counter()
         self._stopped = False
@@ -188,7 +189,7 @@ class HostIO:
         if header.plaintext_length == 0:
             at, size = HEADER_SIZE, sealed_length(0) - HEADER_SIZE
         many_blocks = size > INLINE and offset % BLOCK == 0
-        lend = COPROCESS.arena.lend if size >= LARGE else _lend_small
+        lend = ARENA.lend if size >= LARGE else _lend_small
 
         def verify(raw: Buffer) -> Buffer:
             key = self._epochs.key_for(sector_id, self._keys)
@@ -196,7 +197,7 @@ class HostIO:
                 return open_shard(key, header, header.encode() + bytes(raw))
             if not many_blocks:
                 return open_range(key, header, offset, length, raw)
-            opening = Opening(key, header, offset, length, lend, COPROCESS.open_into)
+            opening = Opening(key, header, offset, length, lend, SEALING.open_into)
             opening.take(memoryview(raw))
             return opening.plain()
 
@@ -204,7 +205,7 @@ class HostIO:
             if many_blocks and isinstance(host, QuickHost):
                 # Read and opened by one thread, a few blocks at a time, which so stay in the processor's cache. With memory of its own for
                 # each attempt: one that hangs, and that nobody waits for any more, may go on one day.
-                opening = Opening(self._epochs.key_for(sector_id, self._keys), header, offset, length, lend, COPROCESS.open_into)
+                opening = Opening(self._epochs.key_for(sector_id, self._keys), header, offset, length, lend, SEALING.open_into)
                 return _Opened(await host.get_range_opened(name, at, size, STEP, opening), opening.plain())
             return await host.get_range(name, at, size)
 
@@ -295,6 +296,11 @@ class HostIO:
         self._hostdb.requested(number, 0, size)
         self._hostdb.succeeded(number, "read", size, time.perf_counter() - started)
         return blocks
+
+    @property
+    def beside(self) -> bool:
+        """Are sectors opened by another process, so that the event loop is not kept from its work?"""
+        return DISKS.there
 
     def near(self, number: int) -> bool:
         """Is the host so near that what is read from it again costs little?"""
@@ -507,14 +513,22 @@ class HostIO:
         I1: BadArgument if this process has sealed other data under the id, cannot remember whether it has, or the id was reserved
         by an earlier epoch, whose process may have.
         """
-        length = sum(memoryview(piece).nbytes for piece in data)
-        header = self._epochs.header_for(self._volume_id, sector_id, length)
-        if header.epoch != self._epochs.current.number:
-            raise BadArgument(f"sector {sector_id}: its id was reserved in epoch {header.epoch}, nothing new is sealed under it (I1)")
-        sealed, root = COPROCESS.seal(self._epochs.key_for(sector_id, self._keys), header, data)
-        # Before anybody but this function has the sealed bytes.
-        self._sealed.spend(sector_id, bytes.fromhex(root))
-        return SealedShard(root, sector_id, length, sealed)
+        return self.seal_all([data], sector_id)[0]
+
+    def seal_all(self, plaintexts: Sequence[Sequence[Buffer]], sector_id: int) -> list[SealedShard]:
+        """As `seal`, of several under `sector_id` and the ids that follow."""
+        jobs: list[Job] = []
+        for following, data in enumerate(plaintexts, sector_id):
+            header = self._epochs.header_for(self._volume_id, following, sum(memoryview(piece).nbytes for piece in data))
+            if header.epoch != self._epochs.current.number:
+                raise BadArgument(f"sector {following}: its id was reserved in epoch {header.epoch}, nothing new is sealed under it (I1)")
+            jobs.append((self._epochs.key_for(following, self._keys), header, data))
+        shards: list[SealedShard] = []
+        for (_, header, _), (sealed, root) in zip(jobs, SEALING.seal_all(jobs), strict=True):
+            # Before anybody but this function has the sealed bytes.
+            self._sealed.spend(header.sector_id, bytes.fromhex(root))
+            shards.append(SealedShard(root, header.sector_id, header.plaintext_length, sealed))
+        return shards
 
     async def write(self, contract_id: str, data: Buffer, sector_id: int) -> str:
         """Seal and store; durable on the host when it returns the root. The caller never uses `sector_id` for other data (I1)."""
@@ -530,6 +544,7 @@ class HostIO:
         there to the caller. One who does not point to it at once gives `placed`: then it is for `hold`, and a crash before that leaves a
         shard on the host that is on no record, for the sweep.
         """
+        await trio.lowlevel.checkpoint_if_cancelled()
         await self._registry.uplink.take(len(shard.sealed))
         self._must_be_active(contract_id)
         contract = self._contractor.contract(contract_id)
@@ -600,6 +615,7 @@ class HostIO:
 
         Also through a contract that has ended. After Unavailable the release stands, and calling again unlinks.
         """
+        await trio.lowlevel.checkpoint()
         number = self._contractor.contract(contract_id).host_number
         root = check_root(sector_root)
         name, key = shard_name(self._volume_id, sector_root), holders_key(root, number)
@@ -689,17 +705,20 @@ class HostIO:
     @asynccontextmanager
     async def _exclusively(self, key: bytes) -> AsyncIterator[None]:
         """One write or deletion of a shard on a host at a time: the record of holders must not part from what is there."""
-        lock, users = self._changing.get(key, (trio.Lock(), 0))
-        self._changing[key] = (lock, users + 1)
+        turn, users = self._changing.get(key) or (Turn(), 0)
+        self._changing[key] = (turn, users + 1)
         try:
-            async with lock:
+            await turn.acquire()
+            try:
                 yield
+            finally:
+                turn.release()
         finally:
-            lock, users = self._changing[key]
+            turn, users = self._changing[key]
             if users == 1:
                 del self._changing[key]
             else:
-                self._changing[key] = (lock, users - 1)
+                self._changing[key] = (turn, users - 1)
 
     def __repr__(self) -> str:
         return f"<HostIO of volume {self._volume_id.hex()[:8]}, {len(self._changing)} changes under way>"

@@ -150,6 +150,11 @@ class MetadataStore(MetadataReader, Protocol):
         stays in memory until it is in LMDB."""
         ...
 
+    @property
+    def tails_wait(self) -> bool:
+        """Tails were applied that no commit has yet."""
+        ...
+
     async def catch_up(self, urgent: bool = False) -> None:
         """Until nothing is `overdue`; at once if nothing is, without a checkpoint. What `commit(urgent)` raises."""
         ...
@@ -517,6 +522,10 @@ class HostIO(Protocol):
         different use."""
         ...
 
+    def seal_all(self, plaintexts: Sequence[Sequence[Buffer]], sector_id: int) -> list[SealedShard]:
+        """As `seal`, of several under `sector_id` and the ids that follow."""
+        ...
+
     async def write_sealed(self, contract_id: str, shard: SealedShard) -> None:
         """Store a sealed shard under its root; durable on the host when it returns."""
         ...
@@ -553,6 +562,10 @@ class SectorManager(Protocol):
     def read_now(self, sector_id: int, offset: int, length: int, *, wait: bool = True) -> Buffer | None:
         """A range that lies within the sector, if all of it is in the block cache, or, with `wait`, comes from a disk of this machine
         before anybody else wants anything, within less than a step of the event loop may take; None otherwise."""
+        ...
+
+    async def fetched(self, sector_id: int) -> None:
+        """Returns at once, unless the sector is on its way into the cache: then when it is there, or could not be had."""
         ...
 
     async def allocate_sector(self, replication: str = "1") -> int:
@@ -644,8 +657,8 @@ class Values(Protocol):
         """Append; returns the offset the bytes now stand at. No await happens inside. `data` is kept, so must not change: pass bytes."""
         ...
 
-    async def read(self, value_id: int, offset: int, size: int) -> bytes:
-        """Bytes [offset, offset + size), clipped to the size; tails included."""
+    async def read(self, value_id: int, offset: int, size: int) -> Buffer:
+        """Bytes [offset, offset + size), clipped to the size; tails included. Nobody changes them."""
         ...
 
     def read_now(self, value_id: int, offset: int, size: int) -> Buffer | None:
@@ -845,7 +858,7 @@ class Namespace(Protocol):
         """At the end, wherever that is when it happens; returns the file offset."""
         ...
 
-    async def read(self, ino: int, offset: int, size: int) -> bytes:
+    async def read(self, ino: int, offset: int, size: int) -> Buffer:
         """Clipped to the file's size; holes read as zeros."""
         ...
 

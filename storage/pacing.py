@@ -90,6 +90,10 @@ class Uplink:
 
     async def take(self, size: int, *, urgent: bool = False) -> None:
         """Returns when `size` bytes more may go out. As long a wait as the rate makes it; cancelled, it has taken nothing."""
+        if self._rate is None:
+            # The usual case, without a checkpoint. Nobody else waits either.
+            self._go(size, urgent=urgent)
+            return
         if urgent:
             while (wait := self._wait(self._urgent_at)) > 0:
                 await self._clock.sleep(wait)

@@ -92,9 +92,11 @@ class Standing:
     def keeping(self) -> frozenset[int]:
         """The hosts that keep what they have."""
         # Asked for each sector that is placed: no step of its own for each host.
+        numbers = self._registry.numbers()
         gone = {number for number in self._away_since if self.gone(number)}
-        without = (self.lost(), self.leaving(), self.revoked(), gone)
-        return self._contractor.going_on().intersection(self._registry.numbers()).difference(*without)
+        marks = self._store.get_many([mark + u32(number) for mark in (LOST, LEAVING) for number in numbers])
+        marked = {number for number, mark in zip(numbers * 2, marks, strict=True) if mark is not None}
+        return self._contractor.going_on().intersection(numbers).difference(marked, self.revoked(), gone)
 
     def ending(self) -> frozenset[int]:
         """Hosts that would keep what they have, had their contract been renewed in time: it is still in force."""

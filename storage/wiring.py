@@ -13,7 +13,7 @@ import trio
 
 from storage.config import VolumeConfig, load_config
 from storage.contractor import Contractor
-from storage.coprocess.client import COPROCESS
+from storage.coprocess import client as coprocess
 from storage.epochs import Epochs
 from storage.errors import BadArgument, FusefsError, Unavailable
 from storage.files import Files
@@ -70,6 +70,8 @@ LOCK_LIMIT = 60.0
 RENEW_LIMIT = 10.0
 #: Seconds between two times that what was learned of hosts is saved.
 SAVE_INTERVAL = 3600.0
+#: Seconds after which memory that was not used is given back.
+TRIM_SECONDS = 10.0
 
 
 def absolute(path: Path | str) -> Path:
@@ -140,7 +142,7 @@ async def with_layers(
             volume = Volume(path, config, options, seams)
             async with trio.open_nursery() as nursery:
                 # It takes a moment until it is there; the first sector should find it.
-                nursery.start_soon(seams.threads.run, COPROCESS.start)
+                nursery.start_soon(seams.threads.run, coprocess.start)
                 await _wire(volume, store, keys, nursery, opener, create=create, tails=tails, passed_over=passed_over)
                 try:
                     yield volume
@@ -338,6 +340,7 @@ async def _wire(
     nursery.start_soon(_reap, volume)
     nursery.start_soon(_save_experience, volume)
     nursery.start_soon(_hand_down, volume)
+    nursery.start_soon(_trim, seams)
     if options.commit_interval is not None:
         nursery.start_soon(_commit_loop, volume, options.commit_interval)
 
@@ -481,6 +484,13 @@ def _check_hosts(volume: Volume, spec: str) -> None:
     if replication.hosts_needed > have:
         besides = ", besides those that are lost or being left" if given_up else ""
         raise BadArgument(f"replication {spec} needs {replication.hosts_needed} hosts, this volume has {have}{besides}")
+
+
+async def _trim(seams: Seams) -> None:
+    """For ever: memory that large sectors went through goes back to the kernel when none do."""
+    while True:
+        await seams.clock.sleep(TRIM_SECONDS)
+        await seams.threads.run(coprocess.ARENA.trim)
 
 
 async def _hand_down(volume: Volume) -> None:

@@ -357,7 +357,7 @@ class Script:
         await self.merge()
         await self.commit()
         self.passwd()
-        await self.hosts()
+        await self.leave()
         # Open while it loses its name, then closed.
         big = self.ino("big")
         self.ns.pin(big)

@@ -139,6 +139,10 @@ class MemoryStore:
     def overfull(self) -> bool:
         return False
 
+    @property
+    def tails_wait(self) -> bool:
+        return False
+
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
         """It takes none."""
 

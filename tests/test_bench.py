@@ -8,21 +8,26 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scripts.benchmarks.markdown import page
+from scripts.benchmarks.processes import has_argument, memory, serving
 from scripts.benchmarks.report import Run
 from scripts.benchmarks.runner import chosen, measure
 from scripts.benchmarks.seaweed import Seaweed
+from scripts.benchmarks.systems import Fusefs
 from scripts.benchmarks.works import QUICK
 from tests.cli_runner import ROOT
 
 
-def test_a_quick_run_measures_the_disk_and_fusefs_alike_and_leaves_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "scripts.benchmarks", "--quick", "--rounds", "1", "--no-ladder", "--on", tmp_path]
+def benchmarked(directory: Path, *options: str) -> dict[str, Any]:
+    """What a quick run on that directory found out: it ended well, left no system out, and nothing in the directory but its output."""
+    output = directory / "out"
+    command = [sys.executable, "-m", "scripts.benchmarks", "--quick", "--rounds", "1", "--no-ladder", *options]
     done = subprocess.run(
-        [*command, "--system", "disk", "--system", "fusefs", "--group", "latency", "--output", tmp_path / "out"],
+        [*command, "--on", directory, "--output", output],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -30,29 +35,24 @@ def test_a_quick_run_measures_the_disk_and_fusefs_alike_and_leaves_nothing(tmp_p
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert os.listdir(directory) == ["out"]
+    found: dict[str, Any] = json.loads((output / "bench.json").read_text())
     assert found["left_out"] == {}
+    return found
+
+
+def test_a_quick_run_measures_the_disk_and_fusefs_alike_and_leaves_nothing(tmp_path: Path) -> None:
+    found = benchmarked(tmp_path, "--system", "disk", "--system", "fusefs", "--group", "latency")
     assert set(found["rates"]) == {"disk", "fusefs"}
     assert all(rates["append to seen, us"][0] > 0 for rates in found["rates"].values())
     # What the benchmark itself checks: fsync reaches the disk, and what was fsync'd survives a kill -9.
     assert found["survives"] == {"fusefs": True}
     assert found["syncs"]["fusefs"] in (True, None)
-    assert os.listdir(tmp_path) == ["out"]
+    assert found["memory"]["fusefs"] > 1 << 20
 
 
 def test_a_volume_on_seaweedfs_is_measured_beside_obstore_alone_and_the_cluster_is_gone_afterwards(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "scripts.benchmarks", "--quick", "--rounds", "1", "--no-ladder", "--on", tmp_path]
-    done = subprocess.run(
-        [*command, "--group", "staging", "--output", tmp_path / "out"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert found["left_out"] == {}
+    found = benchmarked(tmp_path, "--group", "staging")
     measured = {name: set(rates) for name, rates in found["rates"].items()}
     both = {"write into staging", "upload behind"}
     assert measured == {"disk": {"write into staging"}, "fusefs seaweedfs": both, "obstore alone": {"upload behind"}}
@@ -62,7 +62,6 @@ def test_a_volume_on_seaweedfs_is_measured_beside_obstore_alone_and_the_cluster_
     }
     assert all(floor["reached"] > 0 for floor in found["floors"])
     assert found["survives"] == {"fusefs seaweedfs": True}
-    assert os.listdir(tmp_path) == ["out"]
     assert [words for words in command_lines() if f"={tmp_path}/".encode() in words] == []
 
 
@@ -73,6 +72,59 @@ def command_lines() -> list[bytes]:
         with suppress(OSError):
             found.append(path.read_bytes())
     return found
+
+
+#: Shares 64 MiB with a child that has the path nowhere in its command line, and 16 MiB of its own. Ends when its standard input does.
+SHARING = f"""
+import mmap, os, subprocess, sys
+fd = os.memfd_create("shared")
+os.ftruncate(fd, {64 << 20})
+mapped = mmap.mmap(fd, {64 << 20})
+mapped.write(bytes({64 << 20}))
+child = "import mmap, sys; own = b'x' * {16 << 20}; mapped = mmap.mmap({{}}, {64 << 20}); mapped[:]; print(flush=True); sys.stdin.read()"
+subprocess.run([sys.executable, "-c", child.format(fd)], pass_fds=[fd])
+"""
+
+
+def test_memory_is_of_all_processes_of_a_system_and_what_they_share_is_counted_once(tmp_path: Path) -> None:
+    path = tmp_path / "with a space"
+    command = [sys.executable, "-c", SHARING, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
+        assert started.stdin is not None and started.stdout is not None
+        started.stdout.readline()
+        pids = serving(path)
+        assert len(pids) == 2 and pids[0] == started.pid
+        # Two interpreters have some too.
+        assert 80 << 20 < memory(pids) < 120 << 20
+        started.stdin.close()
+    assert memory(pids) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "has"),
+    [
+        (b"mount\0/a b/mnt\0", True),
+        (b"mount -o rw /a b/mnt\0\0\0\0", True),
+        (b"mount\0/a b/mnt2\0", False),
+        (b"mount\0/a\0b/mnt\0", False),
+        (b"", False),
+    ],
+)
+def test_an_argument_is_found_with_a_space_in_it_and_in_a_title_of_one_piece(line: bytes, has: bool) -> None:
+    assert has_argument(line, b"/a b/mnt") is has
+
+
+def test_a_system_works_where_the_path_has_a_space(tmp_path: Path) -> None:
+    system = Fusefs(tmp_path / "with a space")
+    try:
+        system.start()
+        (system.path / "file").write_bytes(bytes(1 << 20))
+        assert system.processes() and system.memory() > 1 << 20
+        system.unmount()
+        assert system.processes() == []
+    finally:
+        system.stop()
+    assert os.listdir(tmp_path / "with a space") == []
 
 
 def test_without_seaweedfs_its_group_is_left_out_and_the_rest_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,12 +171,14 @@ def test_the_page_says_what_the_run_found_out() -> None:
     for system, rate in {"disk": 1000.0, "fusefs": 500.0, "gocryptfs": 250.0}.items():
         run.add(system, {"write 128 KiB": rate})
     run.survives, run.growth = {"fusefs": True, "gocryptfs": False}, {"7 files": {"mount, s": 0.25}}
+    run.memory = {"fusefs": 45 << 20, "gocryptfs": 8 << 20}
     said = page(run, "scripts/bench --rounds 1")
     assert "on commit abc" in said and "`scripts/bench --rounds 1`" in said
     assert "| write 128 KiB | 1,000 ±0% | 500 ±0% | 250 ±0% |" in said and "gocryptfs\\*" in said
     assert "| write 128 KiB | 0.5 | 2 (gocryptfs) |  |" in said
     assert "| write 128 KiB | fusefs | disk | 0.9 | **0.5** |" in said
     assert "kill -9 of fusefs; it was not after one of gocryptfs." in said and "7 files: mount, s: 0.25." in said
+    assert "Memory at the end, anonymous and shared, MiB: fusefs 45, gocryptfs 8." in said
 
 
 def test_of_times_less_is_better() -> None:

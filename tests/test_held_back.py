@@ -153,3 +153,47 @@ async def test_what_lands_while_the_journal_is_full_is_committed_in_parts(tmp_pa
             except FusefsError as error:
                 raise AssertionError(f"refused: {error}") from error
         await check(volume, range(4000))
+
+
+async def test_a_journal_full_of_tails_is_emptied_once_hosts_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then what lands is all that makes room for the commit, which landing so may not wait for."""
+    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 1.0)
+    monkeypatch.setattr("storage.values.values.ROOM_WAIT", 1.0)
+    options = replace(OPTIONS, tail_budget=16 * 1024 * 1024)
+    await make(tmp_path / "v", ["mem:wedge"], sector_size=1 << 20)
+    content = memory_content("wedge")
+    async with opened(tmp_path / "v", options=options) as volume:
+        namespace = volume.namespace
+        files = []
+        for number in range(12_000):
+            await namespace.hold_back()
+            files.append(create(volume, number))
+            if number % 500 == 0:
+                await volume.commit()
+        large = [namespace.create(1, b"large%d" % number, stat.S_IFREG | 0o644, 0, 0) for number in range(40)]
+        await volume.flush()
+        for _ in range(3):
+            await volume.store._clear_out()
+        content.capacity = content.used()
+        accepted = 0
+        with pytest.raises((NoSpace, trio.TooSlowError)):
+            while True:
+                with trio.fail_after(5):
+                    await namespace.append(large[accepted % 40], b"x" * 32768)
+                accepted += 1
+        # What nobody is held back from.
+        for ino in files:
+            namespace.set_attributes(ino, mode=0o600)
+        with pytest.raises(NoSpace):
+            await volume.commit()
+        content.capacity = None
+        with trio.fail_after(30):
+            await volume.flush()
+        assert volume.values.accepting()
+    async with opened(tmp_path / "v", options=options) as volume:
+        for number in range(0, 12_000, 100):
+            assert volume.namespace.attributes(volume.namespace.lookup(1, b"file%d" % number)).mode == stat.S_IFREG | 0o600
+        assert (
+            sum(volume.namespace.attributes(volume.namespace.lookup(1, b"large%d" % number)).size for number in range(40))
+            == accepted * 32768
+        )

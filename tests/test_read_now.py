@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import trio
 
+from storage.coprocess.arena import Arena
+from storage.coprocess.client import DISKS, SEALING
 from storage.errors import Corrupt, NotFound
 from storage.host_io import SPUN
 from storage.lending import huge
-from storage.sealing import BLOCK, TAG_SIZE, Opening
+from storage.sealing import BLOCK, TAG_SIZE, ShardHeader, open_blocks_into
 from storage.sectors.cache import JUST_PASSED
 from storage.sectors.reader import AHEAD, AHEAD_NEAR, PREFETCHES, TOGETHER
 from storage.values import places
@@ -301,8 +303,9 @@ async def test_a_sequential_reader_is_read_ahead_for_where_every_read_is_at_hand
         assert waited <= 2
 
 
+@pytest.mark.parametrize("shared", [True, False])
 async def test_a_long_file_goes_through_the_same_memory_and_no_view_of_it_is_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
     """A reply of which the kernel, or anybody, still has a view stays what it was, while the sector behind it leaves the cache."""
     size, count = 2 << 20, 32
@@ -320,6 +323,12 @@ async def test_a_long_file_goes_through_the_same_memory_and_no_view_of_it_is_ove
         await append(volume, value, data)
         await volume.flush()
     monkeypatch.setattr("storage.lending.huge", counted)
+    # The coprocesses know another one.
+    monkeypatch.setattr(DISKS, "wanted", False)
+    monkeypatch.setattr(SEALING, "wanted", False)
+    slots = 64 if shared else 0
+    arena = Arena(slots=slots)
+    monkeypatch.setattr("storage.host_io.ARENA", arena)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=20 * size)) as volume:
         held: list[tuple[int, memoryview]] = []
         at = 0
@@ -337,6 +346,9 @@ async def test_a_long_file_goes_through_the_same_memory_and_no_view_of_it_is_ove
         for start, view in held:
             assert view == data[start : start + len(view)]
         # What was just passed, what is ahead (and sealed bytes of it), what is read, and what is held here; else it was used before.
+        if shared:
+            assert arena._memory is not None
+            made += sum(slots - len(kind.cold) for kind in arena._memory.kinds)
         assert 0 < made <= JUST_PASSED // size + 2 * PREFETCHES + 1 + count // 8 < count
 
 
@@ -375,17 +387,19 @@ async def test_a_disk_of_this_machine_is_read_fewer_sectors_ahead_and_one_thread
     if not near:
         monkeypatch.setattr("storage.host_io.HostIO.near", lambda *_: False)
     opening, together = 0, list[int]()
-    take = Opening.take
 
-    def watched(self: Opening, blocks: memoryview) -> None:
+    def watched(key: bytes, expected: ShardHeader, first: int, blocks: memoryview, plain: memoryview) -> None:
         nonlocal opening
         opening += 1
         together.append(opening)
         time.sleep(0.02)
-        take(self, blocks)
+        open_blocks_into(key, expected, first, blocks, plain)
         opening -= 1
 
-    monkeypatch.setattr(Opening, "take", watched)
+    # Where a second process opens them, none of this holds anybody up.
+    monkeypatch.setattr(DISKS, "wanted", False)
+    monkeypatch.setattr(SEALING, "wanted", False)
+    monkeypatch.setattr("storage.coprocess.client.open_blocks_into", watched)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=20 * size)) as volume:
         assert await volume.values.read(value, 0, 4 * BLOCK) == data[: 4 * BLOCK]
         with trio.fail_after(20):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from storage.checking import Finding, check_volume
 from storage.errors import BadArgument, Corrupt, FusefsError, Unavailable
-from storage.interfaces import Buffer, Host, QuickHost
+from storage.interfaces import Buffer, Host, QuickHost, RangeOpening
 from storage.recovery import recover_volume
 from storage.salvage import salvage_volume
 from storage.sealing import BLOCK
@@ -297,17 +297,19 @@ def watch_fetches(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
         monkeypatch.setattr(host, "get_range", ranges)
         monkeypatch.setattr(host, "get", whole)
         if isinstance(host, QuickHost):
-            ranges_now, ranges_in = host.get_range_now, host.get_range_in
+            ranges_now, ranges_opened = host.get_range_now, host.get_range_opened
 
             def now(name: str, at: int, size: int) -> memoryview | None:
                 raw = ranges_now(name, at, size)
                 return None if raw is None else count(raw)
 
-            async def in_steps(name: str, at: int, size: int, step: int, take: Callable[[memoryview], object]) -> int:
-                return await ranges_in(name, at, size, step, lambda raw: take(count(raw)))
+            async def opened(name: str, at: int, size: int, step: int, opening: RangeOpening) -> int:
+                got = await ranges_opened(name, at, size, step, opening)
+                fetched[host.url] = fetched.get(host.url, 0) + got
+                return got
 
             monkeypatch.setattr(host, "get_range_now", now)
-            monkeypatch.setattr(host, "get_range_in", in_steps)
+            monkeypatch.setattr(host, "get_range_opened", opened)
 
     for number in volume.hosts.numbers():
         watch(volume.hosts.get(number))

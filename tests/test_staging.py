@@ -438,6 +438,9 @@ async def test_a_burst_of_writing_is_not_disturbed_by_sending_unless_something_w
             for _ in range(2):
                 await ship(volume, noise(SIZE))
             await trio.sleep(100)
+            # The fourth made staging half full. The fifth begins a burst of its own, if all before it were there already.
+            assert len(made.shards(0)) >= 4
+            await trio.sleep(1000)
         else:
             # Whoever goes on writing does not keep it from hosts; the last one begins a burst of its own, since all before it is there.
             for _ in range(4):

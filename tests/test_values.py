@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import signal
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from storage.coprocess.arena import Arena
 from storage.errors import Corrupt, Exists, NoSpace, NotFound
 from storage.interfaces import Batch, SealedShard
 from storage.metadata.keys import EXTENT, FREED, GARBAGE, SECTOR, prefix_end
@@ -20,6 +22,7 @@ from storage.sectors.upload import Upload
 from storage.values.packing import parse_table
 from storage.values.records import extents_between
 from storage.values.tail import Cargo, Flight
+from storage.values.values import LARGE
 from storage.volume import Volume
 from tests.rig import QUIET, append, contents, free, host_dirs, make, new_value, noise, opened, published
 from tests.rig import SECTOR as SECTOR_SIZE
@@ -403,3 +406,36 @@ async def test_bytes_that_are_in_sectors_are_let_go_without_the_collector_of_cyc
             assert not left
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("slots", [0, 1, 8])
+async def test_a_long_value_comes_back_wherever_its_bytes_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
+    """What is appended in large pieces goes where another process can seal it, as far as there is room, and is never written over."""
+    arena = Arena(slots=slots)
+    monkeypatch.setattr("storage.values.values.ARENA", arena)
+    path, dice, model = tmp_path / "v", random.Random(slots), {1: b"", 2: b""}
+    await make(path, host_dirs(tmp_path, 1), sector_size=1 << 20)
+    async with opened(path) as volume:
+        values = {which: new_value(volume) for which in model}
+        shared = 0
+        for step in range(60):
+            which = dice.choice((1, 2))
+            data = dice.randbytes(dice.choice((1000, LARGE - 1, LARGE, 200_000, 700_000)))
+            await append(volume, values[which], data)
+            model[which] += data
+            tail = volume.values._tails.get(values[which])
+            shared += tail is not None and any(arena.place(piece) for piece in tail.buffer._chunks)
+            del tail
+            at = dice.randrange(len(model[which]))
+            assert await volume.values.read(values[which], at, 300_000) == model[which][at : at + 300_000]
+            if step % 20 == 19:
+                await volume.values.commit(values[which])
+        assert bool(shared) == bool(slots)
+        for which, value in values.items():
+            assert await contents(volume, value) == model[which]
+        await volume.flush()
+    async with opened(path) as volume:
+        for which, value in values.items():
+            assert await contents(volume, value) == model[which]
+    # Nothing of it is held for longer than its bytes are.
+    assert arena.free_slots == slots

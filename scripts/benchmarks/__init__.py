@@ -1,6 +1,7 @@
 """Benchmarks: fusefs, its peers and the bare disk at the same work, turn by turn in one run. `scripts/bench --help`.
 
     systems     what is measured: the disk, a null pyfuse3 filesystem, fusefs in several settings, peers with encryption on
+    processes   who serves a system, and how much memory they have
     works       what is done, in groups: one file, appends, small files, a tree, ...; each gives rates (or times)
     seaweed     a volume on a SeaweedFS cluster, and obstore alone (`objects`) beside it; the group `staging` is theirs
     runner      rounds: every system does a group, then the next group; so a slow minute of the machine hits all alike

@@ -15,6 +15,8 @@ from scripts.benchmarks.systems import PASSPHRASE, Fusefs, drop_caches
 SMALL = 1000
 #: Changes between two commits while a volume is made.
 SLICE = 5000
+#: What memory is measured as.
+MEMORY = "memory, anonymous and shared, MiB"
 
 
 class Grown(Fusefs):
@@ -60,7 +62,7 @@ def grown(base: Path, files: int) -> dict[str, float]:
             count = sum(1 for _ in os.scandir(path))
             if count:
                 results[f"list {count}, entries/s"] = count / (time.perf_counter() - before)
-        results["memory, MiB"] = system.memory() / 2**20
+        results[MEMORY] = system.memory() / 2**20
         before = time.perf_counter()
         system.unmount()
         results["unmount, s"] = time.perf_counter() - before
@@ -84,6 +86,6 @@ def appended(base: Path, total: int) -> dict[str, float]:
             os.fsync(fd)
             rates.append(total // 10 / (time.perf_counter() - before))
         os.close(fd)
-        return {"first tenth, appends/s": rates[0], "last tenth, appends/s": rates[-1], "memory, MiB": system.memory() / 2**20}
+        return {"first tenth, appends/s": rates[0], "last tenth, appends/s": rates[-1], MEMORY: system.memory() / 2**20}
     finally:
         system.stop()

@@ -32,7 +32,9 @@ def page(run: Run, command: str) -> str:
     parts += [
         "## The machine",
         _pairs_of_text(run.machine),
-        "Anonymous memory at the end, MiB: " + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in run.memory.items()) + ".",
+        "Memory at the end, anonymous and shared, MiB: "
+        + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in run.memory.items())
+        + ".",
         "Versions: " + "; ".join(f"{name}: {version}" for name, version in run.versions.items()) + ".",
     ]
     parts += [f"Left out: {name}: {why}" for name, why in run.left_out.items()]

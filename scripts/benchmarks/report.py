@@ -48,6 +48,7 @@ class Run:
     syncs: dict[str, bool | None] = field(default_factory=dict)
     survives: dict[str, bool] = field(default_factory=dict)
     rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    #: Anonymous and shared, at the end, bytes.
     memory: dict[str, int] = field(default_factory=dict)
     ladder: dict[str, float] = field(default_factory=dict)
     growth: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -176,7 +177,7 @@ def show(run: Run, console: Console) -> None:
         if pairs:
             console.print(f"{title}: " + "; ".join(f"{name} {value:,.4g}" for name, value in pairs.items()))
     for name, size in run.memory.items():
-        console.print(f"memory of {name}: {size / 2**20:,.0f} MiB anonymous")
+        console.print(f"memory of {name}: {size / 2**20:,.0f} MiB, anonymous and shared")
     for name, why in run.left_out.items():
         console.print(f"left out: {name}: {why}")
 

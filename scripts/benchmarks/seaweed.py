@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusefs.control_client import ControlClient
-from scripts.benchmarks.systems import ON_SEAWEEDFS, ROOT, SECONDS, Failed, Fusefs, System, run
+from scripts.benchmarks.systems import ON_SEAWEEDFS, ROOT, SECONDS, Failed, Fusefs, Unmounted, run
 from storage.errors import FusefsError
 from storage.sealing import sealed_length
 
@@ -105,11 +105,10 @@ class FusefsSeaweed(Fusefs):
         self._fusefs("flush", self.mountpoint)
 
 
-class ObstoreAlone(System):
+class ObstoreAlone(Unmounted):
     """The same client, the same bucket, as many objects of the size of sealed sectors at a time; nothing else."""
 
     name = "obstore alone"
-    encrypted = False
     groups = frozenset({ON_SEAWEEDFS})
 
     def __init__(self, base: Path, seaweed: Seaweed) -> None:
@@ -117,13 +116,6 @@ class ObstoreAlone(System):
         self._seaweed = seaweed
 
     def make(self) -> None:
-        return
-
-    def mount(self) -> None:
-        return
-
-    def start(self) -> None:
-        self.mountpoint.mkdir(parents=True)
         self._seaweed.started()
 
     def version(self) -> str:

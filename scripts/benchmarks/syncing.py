@@ -57,8 +57,7 @@ def survives_kill(system: System) -> bool:
     os.fsync(fd)
     os.write(fd, content[200_000:])
     os.fsync(fd)
-    for pid in system.processes():
-        os.kill(pid, signal.SIGKILL)
+    system.kill()
     with suppress(OSError):
         # Nobody answers any more, as it should be.
         os.close(fd)

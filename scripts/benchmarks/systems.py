@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from scripts.benchmarks import processes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PASSPHRASE = "a passphrase for benchmarks"  # noqa: S105  nothing is protected by it
@@ -51,10 +56,17 @@ def run(command: Sequence[str | Path], *, text: str | None = None, **settings: s
         return said
 
 
+def program(name: str) -> str:
+    """The one that was installed beside this Python, else the machine's."""
+    return shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or name
+
+
 def is_mounted(path: Path) -> bool:
     """Is something mounted there?"""
-    with open("/proc/self/mounts", encoding="utf-8") as mounts:
-        return any(line.split()[1] == str(path) for line in mounts)
+    # proc(5): these four stand as \ooo.
+    escaped = re.sub(rb"[ \t\n\\]", lambda match: b"\\%03o" % match[0][0], os.fsencode(path))
+    with open("/proc/self/mounts", "rb") as mounts:
+        return any(line.split(b" ")[1] == escaped for line in mounts)
 
 
 def drop_caches() -> None:
@@ -123,38 +135,23 @@ class System(ABC):
         """Unmounted and gone, whatever state it is in."""
         if is_mounted(self.mountpoint):
             subprocess.run(["umount", "-l", self.mountpoint], check=False, capture_output=True)
-        for pid in self.processes():
-            try:
-                os.kill(pid, 9)
-            except ProcessLookupError:
-                pass
+        self.kill()
         shutil.rmtree(self.base, ignore_errors=True)
 
     def processes(self) -> list[int]:
-        """Those that serve it: whoever has the mount point in its command line."""
-        found = []
-        for entry in os.scandir("/proc"):
-            if entry.name.isdecimal() and int(entry.name) != os.getpid():
-                try:
-                    with open(f"/proc/{entry.name}/cmdline", "rb") as file:
-                        # Some write their own title over it, in one piece.
-                        words = file.read().replace(b"\0", b" ").split()
-                except OSError:
-                    continue
-                if os.fsencode(self.mountpoint) in words:
-                    found.append(int(entry.name))
-        return found
+        """Those that serve it: whoever has the mount point in its command line, and what that started."""
+        return processes.serving(self.mountpoint)
+
+    def kill(self) -> None:
+        """Its processes, with SIGKILL."""
+        for pid in self.processes():
+            # One may end because another has.
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def memory(self) -> int:
-        """Anonymous memory of its processes, bytes."""
-        total = 0
-        for pid in self.processes():
-            try:
-                with open(f"/proc/{pid}/status", encoding="ascii") as file:
-                    total += sum(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-            except OSError:
-                continue
-        return total
+        """Anonymous and shared memory of its processes, bytes; what several of them map is counted once."""
+        return processes.memory(self.processes())
 
     def _wait(self, *, mounted: bool) -> None:
         deadline = time.monotonic() + SECONDS
@@ -171,14 +168,10 @@ class System(ABC):
             time.sleep(0.005)
 
 
-class Disk(System):
-    """The filesystem the others stand on."""
+class Unmounted(System):
+    """One that mounts nothing: `path` is a directory of the disk."""
 
-    name = "disk"
     encrypted = False
-
-    def does(self, group: str) -> bool:
-        return group == ON_SEAWEEDFS or super().does(group)
 
     def make(self) -> None:
         return
@@ -188,12 +181,22 @@ class Disk(System):
 
     def start(self) -> None:
         self.mountpoint.mkdir(parents=True)
+        self.make()
 
     def unmount(self) -> None:
         return
 
     def cold(self) -> None:
         drop_caches()
+
+
+class Disk(Unmounted):
+    """The filesystem the others stand on."""
+
+    name = "disk"
+
+    def does(self, group: str) -> bool:
+        return group == ON_SEAWEEDFS or super().does(group)
 
     def version(self) -> str:
         kind = run(["findmnt", "-n", "-o", "FSTYPE", "-T", self.base.parent]).strip()
@@ -304,7 +307,7 @@ class Juicefs(System):
     def __init__(self, base: Path) -> None:
         super().__init__(base)
         self._meta = f"sqlite3://{self.base / 'meta.db'}"
-        self._command = shutil.which("juicefs", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "juicefs"
+        self._command = program("juicefs")
 
     def make(self) -> None:
         key = self.base / "key.pem"
@@ -349,7 +352,7 @@ class RcloneCrypt(System):
 
     def __init__(self, base: Path) -> None:
         super().__init__(base)
-        self._command = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "rclone"
+        self._command = program("rclone")
 
     def make(self) -> None:
         (self.base / "data").mkdir()

@@ -1,25 +1,44 @@
-"""This process's side: starts the coprocess, and asks it. For threads; only `Arena.lend` and `start` are quick enough for the event loop."""
+"""This process's side: starts the coprocess, and asks it. For threads: on the event loop only what the arena does."""
 
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import os
-import select
 import socket
 import struct
-import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
 
+import msgspec
+
 from storage import errors
-from storage.abandoned import Abandoned
+from storage.abandoned import Abandoned, Tell
+from storage.abandoned import Wanted as Wanting
 from storage.buffers import aligned
-from storage.coprocess.arena import Arena, Place
-from storage.coprocess.wire import MOST, Directory, Done, Failed, Go, Open, Put, Read, Request, Seal, Wanted, decode_answer, encode
+from storage.coprocess.arena import SLOTS, Arena, Place
+from storage.coprocess.process import Process
+from storage.coprocess.wire import (
+    MOST,
+    Answer,
+    Directory,
+    Done,
+    Failed,
+    Go,
+    Open,
+    Ping,
+    Put,
+    Read,
+    Request,
+    Seal,
+    Shard,
+    Wanted,
+    decode_answer,
+    encode,
+)
 from storage.interfaces import Buffer, RangeOpening
 from storage.sealing import ShardHeader, open_blocks_into, root_of, seal, sealed_length
 
@@ -29,249 +48,315 @@ log = logging.getLogger("fusefs.coprocess")
 LEAST = 256 * 1024
 #: Pieces of a sector's plaintext that are told one by one, where they stand in the arena already.
 PIECES = 64
-#: Seconds in which it seals or opens a sector, however busy the machine is.
+#: Bytes of a piece that is told as it is.
+TOLD = 256
+#: Seconds in which it seals or opens a sector, or says that it is well, however busy the machine is.
 TIMEOUT = 30
-#: Seconds until another is started, where one has died or could not be started.
-PAUSE = 30.0
+#: Seconds after which one that is busy with a disk is asked whether it is well.
+LOOK = 10
+#: Seconds until another is started, where one has died or could not be started: twice as many each time, up to an hour.
+PAUSE, PAUSE_MOST = 30.0, 3600.0
+
+
+#: This process is short of something.
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+#: Key, header and plaintext in pieces.
+Job = tuple[bytes, ShardHeader, Sequence[Buffer]]
 
 
 class Gone(Exception):
     """It does not answer: what it was asked for is to be done here."""
 
 
-class _Running:
-    """One coprocess, from its start to its end."""
-
-    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket) -> None:
-        self.process, self.control = process, control
-        self.ready = False
-        #: Channels on which nobody asks now.
-        self.idle: deque[socket.socket] = deque()
-
-    def look(self) -> bool:
-        """Has it said that it is there? OSError: it has ended."""
-        if not self.ready and select.select([self.control], [], [], 0)[0]:
-            if not self.control.recv(MOST):
-                raise OSError("it ended before it was there")
-            self.ready = True
-        return self.ready
-
-    def close(self) -> None:
-        """It ends, whatever it is doing."""
-        while self.idle:
-            self.idle.pop().close()
-        self.control.close()
-        self.process.kill()
-
-
 class Coprocess:
-    """See the package. One for each process: `COPROCESS`."""
+    """See the package. Two for each process: `SEALING` and `DISKS`."""
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, work: str = "seals sectors") -> None:
+        """`work`: what it does, for messages."""
         self.arena = arena
+        self._work = work
         #: False: everything is done here. With one core there is nothing to be gained.
-        self.wanted = len(os.sched_getaffinity(0)) > 1
+        self.wanted = several_cores()
         #: Guards what follows.
         self._lock = threading.Lock()
-        self._running: _Running | None = None
+        self._process: Process | None = None
         self._not_before = 0.0
-        #: Killed, and perhaps not ended yet.
-        self._ending: list[subprocess.Popen[bytes]] = []
+        self._pause = 0.0
+        #: Killed, and perhaps not ended yet; with what may not be lent again until they are.
+        self._ending: list[tuple[Process, object]] = []
         #: For what is opened here: each thread wants the interpreter's lock for each block, and the event loop wants it, too.
         self._opening = threading.Lock()
 
     # ---- its life
 
-    def start(self) -> bool:
-        """Start it, unless it is there; until it says that it is, what is to be done is done here. Does not wait for it. True: it is."""
-        running = self._running
-        if running is not None and running.ready:
-            return True
-        if not self.wanted or monotonic() < self._not_before:
-            return False
-        with self._lock:
-            if self._running is None:
-                self._start()
-                return False
-            try:
-                return self._running.look()
-            except OSError as error:
-                self._end(self._running, str(error))
-                return False
-
-    def _start(self) -> None:
-        """With the lock."""
-        self._ending = [process for process in self._ending if process.poll() is None]
-        file = self.arena.file
-        if file is None or not sys.executable:
-            self.wanted = False
-            return
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # The very modules this process has, wherever it was started, and whatever is in the directory it was started in.
-        paths = [path for path in sys.path if os.path.isabs(path)]
-        code = (
-            f"import sys; sys.path[:] = {paths!r}; from storage.coprocess.serve import main; main({theirs.fileno()}, {file[0]}, {file[1]})"
-        )
-        with theirs:
-            try:
-                process = subprocess.Popen(
-                    [sys.executable, "-I", "-c", code],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(), file[0]),
-                    # Signals from a terminal are for this process.
-                    start_new_session=True,
-                    # Passphrases are none of its business.
-                    env={name: value for name, value in os.environ.items() if not name.startswith("FUSEFS_")},
-                )
-            except OSError as error:
-                ours.close()
-                self._not_before = monotonic() + PAUSE
-                log.warning("no second process can be started (%s): threads seal and open sectors", error)
-                return
-        self._running = _Running(process, ours)
-
-    def _end(self, running: _Running, why: str) -> None:
-        """With the lock: it is of no use any more. Nothing happens where that is known."""
-        if self._running is not running:
-            return
-        log.warning("the process that seals sectors is gone (%s): threads do it, and another is started in a moment", why)
-        self._running = None
-        self._not_before = monotonic() + PAUSE
-        running.close()
-        self._ending.append(running.process)
-
-    def close(self) -> None:
-        """It ends; it is started again when it is wanted."""
-        with self._lock:
-            running, self._running = self._running, None
-            if running is not None:
-                running.close()
-                # Killed, it ends at once, unless a disk hangs: then nobody waits for it.
-                try:
-                    running.process.wait(1.0)
-                except subprocess.TimeoutExpired:
-                    self._ending.append(running.process)
-
-    def forget(self) -> None:
-        """In a forked child: it is the parent's."""
-        running, self._running = self._running, None
-        self._lock, self._opening = threading.Lock(), threading.Lock()
-        self._not_before, self._ending = 0.0, []
-        if running is not None:
-            for channel in (*running.idle, running.control):
-                channel.close()
-            # Not this process's child: nobody is to wait for it.
-            running.process.returncode = 0
-        self.arena.forget()
+    @property
+    def there(self) -> bool:
+        """Can it be asked now?"""
+        process = self._process
+        return self.wanted and process is not None and process.ready
 
     @property
     def pid(self) -> int | None:
         """Of the process; None: there is none."""
-        running = self._running
-        return None if running is None else running.process.pid
+        process = self._process
+        return None if process is None else process.popen.pid
+
+    def start(self) -> bool:
+        """Start it, unless it is there; until it says that it is, what is to be done is done here. Does not wait for it. True: it is."""
+        if self.there:
+            return True
+        if not self.wanted or monotonic() < self._not_before:
+            return False
+        with self._lock:
+            if self._process is None:
+                self._start()
+                return False
+            try:
+                if self._process.look():
+                    self._pause = 0.0
+                return self._process.ready
+            except OSError as error:
+                self._end(self._process, str(error))
+                return False
+
+    def _start(self) -> None:
+        """With the lock."""
+        self._ending = [each for each in self._ending if not each[0].ended()]
+        memory = self.arena.file
+        if memory is None or not sys.executable or hasattr(sys, "frozen"):
+            self.wanted = False
+            return
+        try:
+            self._process = Process(memory)
+        except (OSError, ValueError) as error:
+            self._put_off()
+            log.warning("no process that %s can be started (%s): threads do it", self._work, error)
+
+    def _put_off(self) -> None:
+        self._pause = min(2 * self._pause or PAUSE, PAUSE_MOST)
+        self._not_before = monotonic() + self._pause
+
+    def _end(self, process: Process, why: str) -> None:
+        """With the lock: it is of no use any more. Nothing happens where that is known."""
+        if self._process is not process:
+            return
+        self._process = None
+        self._put_off()
+        process.close()
+        self._ending.append((process, None))
+        said = process.last_words()
+        log.warning(
+            "the process that %s is gone (%s%s): threads do it, and another is started in %.0f s",
+            self._work,
+            why,
+            f": {said}" if said else "",
+            self._pause,
+        )
+
+    def close(self) -> None:
+        """It ends; it is started again when it is wanted."""
+        with self._lock:
+            process, self._process = self._process, None
+            if process is not None:
+                process.close()
+                # Killed, it ends at once, unless a disk hangs: then nobody waits for it.
+                if not process.ended(1.0):
+                    self._ending.append((process, None))
+
+    def forget(self) -> None:
+        """In a forked child: it is the parent's."""
+        process, self._process = self._process, None
+        self._lock, self._opening = threading.Lock(), threading.Lock()
+        self._not_before, self._pause, self._ending = 0.0, 0.0, []
+        if process is not None:
+            process.forget()
+        self.arena.forget()
 
     # ---- asking
 
-    def _channel(self) -> tuple[_Running, socket.socket]:
-        running = self._running
-        if running is None or not running.ready:
-            raise Gone
-        try:
-            return running, running.idle.pop()
-        except IndexError:
-            pass
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                socket.send_fds(running.control, [b"c"], [theirs.fileno()])
-            except OSError as error:
-                ours.close()
-                with self._lock:
-                    self._end(running, str(error))
-                raise Gone from error
-        return running, ours
+    def ask(self, request: Request, held: object, *, limit: int = 0, wanted: Callable[[], None] | None = None) -> Done:
+        """Its answer. `held`: what was lent for it, and is not to be lent again while the process may still write there.
 
-    def ask(self, request: Request, *, limit: int = 0, wanted: Callable[[], None] | None = None) -> Done:
-        """Its answer; raises what it says that went wrong, and what `wanted` raises where it asks that. Gone: it is not there any more, or
-        has not answered within `limit` seconds. 0: for as long as it takes, as a disk may; whoever waits for this thread gives up himself.
+        Raises what it says that went wrong, and Abandoned where it asks and `wanted` raises that. Gone: it is not there any more, cannot do
+        it, or has not answered within `limit` seconds. 0: for as long as it takes, as a disk may; whoever waits for this thread gives up
+        himself, and one that is not well is noticed.
         """
-        running, channel = self._channel()
         try:
-            channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", limit, 0))
-            channel.send(encode(request))
-            answer = _received(channel)
+            packet = encode(request)
+        except UnicodeEncodeError as error:
+            raise Gone(f"no message can say that: {error}") from error
+        process, channel = self._channel()
+        try:
+            channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", limit or LOOK, 0))
+            channel.send(packet)
+            answer = self._received(process, channel, limit)
             while isinstance(answer, Wanted):
-                go = wanted is None or _is(wanted)
-                channel.send(encode(Go(go)))
-                answer = _received(channel)
-        except OSError as error:
-            channel.close()
-            with self._lock:
-                self._end(running, str(error))
-            raise Gone from error
-        except BaseException:
-            channel.close()
+                channel.send(encode(Go(wanted is None or _is(wanted))))
+                answer = self._received(process, channel, limit)
+        except (OSError, msgspec.DecodeError) as error:
+            self._give_up(process, channel, str(error), held)
+            raise Gone(str(error)) from error
+        except BaseException as error:
+            self._give_up(process, channel, repr(error), held)
             raise
-        running.idle.append(channel)
-        if self._running is not running:
+        process.idle.append(channel)
+        if self._process is not process:
             # It was closed meanwhile, and this channel was not among the others.
-            running.close()
+            process.close()
         if isinstance(answer, Failed):
             raise _error(answer)
         return answer
+
+    def _give_up(self, process: Process, channel: socket.socket, why: str, held: object) -> None:
+        """It has not answered, and may be at work: it ends, before what it works in is used by anybody else."""
+        channel.close()
+        with self._lock:
+            self._end(process, why)
+            if not process.ended(1.0):
+                # It could not be killed, or hangs in the kernel.
+                self._ending.append((process, held))
+
+    def _channel(self) -> tuple[Process, socket.socket]:
+        with self._lock:
+            process = self._process
+            if process is None or not process.ready:
+                raise Gone("it is not there")
+            try:
+                return process, process.idle.pop()
+            except IndexError:
+                pass
+            try:
+                return process, process.new_channel()
+            except OSError as error:
+                # Of descriptors there may be more in a moment; if it has ended, whoever waits for it finds that out.
+                if error.errno not in _SHORT:
+                    self._end(process, str(error))
+                raise Gone(str(error)) from error
+
+    def _received(self, process: Process, channel: socket.socket, limit: int) -> Answer:
+        """OSError: nothing came, or will come."""
+        while True:
+            try:
+                packet = channel.recv(MOST)
+            except BlockingIOError:
+                if limit or not self._is_well(process):
+                    raise OSError(f"no answer within {limit or TIMEOUT} s") from None
+                continue
+            if not packet:
+                raise OSError("it has ended")
+            answer: Answer = decode_answer(packet)
+            return answer
+
+    def _is_well(self, process: Process) -> bool:
+        """Does it answer at all? What hangs on a disk keeps no other channel from answering."""
+        with self._lock:
+            if self._process is not process:
+                return False
+            try:
+                channel = process.new_channel()
+            except OSError as error:
+                # Of descriptors there may be more in a moment.
+                return error.errno in _SHORT
+        with channel:
+            channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", TIMEOUT, 0))
+            try:
+                channel.send(encode(Ping()))
+                return bool(channel.recv(MOST))
+            except OSError:
+                return False
 
     # ---- what it is asked for
 
     def seal(self, key: bytes, header: ShardHeader, data: Sequence[Buffer]) -> tuple[Buffer, str]:
         """The sealed shard of `data`, and its root. As `sealing.seal`."""
-        total = header.plaintext_length
+        return self.seal_all([(key, header, data)])[0]
+
+    def seal_all(self, jobs: Sequence[Job]) -> list[tuple[Buffer, str]]:
+        """As `seal`, of each."""
+        total = sum(header.plaintext_length for _, header, _ in jobs)
         if total >= LEAST and self.start():
-            plain, sealed = self._places(data, total), self.arena.lend(sealed_length(total))
+            made = self._sealed_there(jobs)
+            if made is not None:
+                return made
+        return [self._sealed_here(*job) for job in jobs]
+
+    def _sealed_there(self, jobs: Sequence[Job]) -> list[tuple[Buffer, str]] | None:
+        held, shards = [], []
+        for key, header, data in jobs:
+            plain, sealed = self._places(data), self.arena.lend(sealed_length(header.plaintext_length))
             target = self.arena.place(sealed)
-            if plain is not None and target is not None:
-                places, _held = plain
-                try:
-                    return sealed.toreadonly(), self.ask(Seal(places, target, key, header.encode()), limit=TIMEOUT).name
-                except Gone as error:
-                    log.debug("sealed here: %s", error)
-        made = seal(key, header, data, self.arena.lend if total >= LEAST else aligned)
+            if plain is None or target is None or sum(map(len, data)) != header.plaintext_length:
+                return None
+            # What was lent for it is held until the other process is done.
+            held.append((sealed, plain[1]))
+            shards.append(Shard(plain[0], target, key, header.encode()))
+        try:
+            roots = self.ask(Seal(shards), held, limit=TIMEOUT).names
+        except Gone as error:
+            log.debug("sealed here: %s", error)
+            return None
+        return [(sealed.toreadonly(), root) for (sealed, _), root in zip(held, roots, strict=True)]
+
+    def _sealed_here(self, key: bytes, header: ShardHeader, data: Sequence[Buffer]) -> tuple[Buffer, str]:
+        made = seal(key, header, data, self.arena.lend_private if header.plaintext_length >= LEAST else aligned)
         return made, root_of(made)
 
-    def _places(self, data: Sequence[Buffer], total: int) -> tuple[list[Place], memoryview | None] | None:
-        """Where `data` stands in the arena, copied there if it has to be (then what was lent for it); None: nowhere."""
-        if len(data) <= PIECES:
-            places = [self.arena.place(piece) for piece in data]
-            there = [place for place in places if place is not None]
-            if len(there) == len(data):
-                return there, None
-        copy = self.arena.lend(total)
-        place = self.arena.place(copy)
-        return None if place is None or sum(map(len, data)) != total or not self.arena.fill(copy, data) else ([place], copy)
+    def _places(self, data: Sequence[Buffer]) -> tuple[list[Place | bytes], memoryview | None] | None:
+        """Where the pieces of `data` stand in the arena, in order; what stands elsewhere is copied there, into what is lent for it, to be
+        held for as long as the places are used; or is told, if it is small. None: there is no room."""
+        found = [self._place(piece) for piece in data] if len(data) <= PIECES else [None] * len(data)
+        missing = [piece for piece, place in zip(data, found, strict=True) if place is None]
+        at, copy = 0, None
+        if missing:
+            copy = self.arena.lend(sum(map(len, missing)))
+            if not self.arena.fill(copy, missing):
+                return None
+            at, _ = self.arena.place(copy) or (0, 0)
+        places: list[Place | bytes] = []
+        for piece, place in zip(data, found, strict=True):
+            if place is None:
+                place = at, len(piece)
+                at += len(piece)
+            last = places[-1] if places else b""
+            if isinstance(place, bytes) or isinstance(last, bytes) or sum(last) != place[0]:
+                places.append(place)
+            else:
+                places[-1] = last[0], last[1] + place[1]
+        return places, copy
+
+    def _place(self, piece: Buffer) -> Place | bytes | None:
+        return bytes(piece) if len(piece) <= TOLD else self.arena.place(piece)
 
     def open_into(self, key: bytes, expected: ShardHeader, first: int, blocks: memoryview, plain: memoryview) -> None:
         """As `sealing.open_blocks_into`."""
         if len(blocks) >= LEAST and (target := self.arena.place(plain)) is not None and self.start():
-            source = self._places([blocks], len(blocks))
+            source = self._places([blocks])
             if source is not None:
                 try:
-                    self.ask(Open(source[0][0], target, first, key, expected.encode()), limit=TIMEOUT)
+                    (place,) = source[0]
+                    self.ask(Open(place, target, first, key, expected.encode()), (source, plain), limit=TIMEOUT)  # type: ignore[arg-type]
                     return
                 except Gone as error:
                     log.debug("opened here: %s", error)
         with self._opening:
             open_blocks_into(key, expected, first, blocks, plain)
 
-    def put(self, directory: Directory, parts: list[str], data: Buffer, temporary: str, wanted: Callable[[], None]) -> str | None:
-        """As `Tree.put`. None: it is to be done here, and may have been done."""
+    def put(self, directory: Directory, parts: list[str], data: Buffer, temporary: str, wanted: Wanting, tell: Tell | None) -> str | None:
+        """As `Tree.put`. None: it is to be done here. Gone: also, and some of it may have been done."""
         place = self.arena.place(data) if len(data) >= LEAST else None
         if place is None or not self.start():
             return None
+        flag = None if tell is None else self.arena.flag()
+        if flag is None or tell is None:
+            (tag,) = self.ask(Put(directory, parts, place, temporary, -1), [data], wanted=wanted).names
+            return tag
+        tell(flag.set)
         try:
-            return self.ask(Put(directory, parts, place, temporary), wanted=wanted).name
-        except Gone:
-            return None
+            (tag,) = self.ask(Put(directory, parts, place, temporary, flag.at), [data, flag]).names
+        finally:
+            # Before another gets the flag.
+            tell(None)
+        return tag
 
     def read(self, directory: Directory, parts: list[str], offset: int, length: int, step: int, opening: RangeOpening) -> int | None:
         """As `Tree.get_range_in` with `opening.take`. None: it is to be done here."""
@@ -280,20 +365,16 @@ class Coprocess:
             return None
         request = Read(directory, parts, offset, length, step, place, opening.offset, opening.key, opening.header)
         try:
-            size = self.ask(request).size
+            size = self.ask(request, opening.target).size
         except Gone:
             return None
         opening.done()
         return size
 
 
-def _received(channel: socket.socket) -> Done | Failed | Wanted:
-    """OSError: nothing came, or will come."""
-    packet = channel.recv(MOST)
-    if not packet:
-        raise OSError("it has ended")
-    answer: Wanted | Done | Failed = decode_answer(packet)
-    return answer
+def several_cores() -> bool:
+    """Has this process more than one?"""
+    return len(os.sched_getaffinity(0)) > 1
 
 
 def _is(wanted: Callable[[], None]) -> bool:
@@ -307,12 +388,37 @@ def _is(wanted: Callable[[], None]) -> bool:
 def _error(answer: Failed) -> Exception:
     if answer.kind == Abandoned.__name__:
         return Abandoned(answer.message)
+    if answer.kind == Gone.__name__:
+        return Gone(answer.message)
     kind = getattr(errors, answer.kind, None)
     if isinstance(kind, type) and issubclass(kind, errors.FusefsError):
         return kind(answer.message)
     return RuntimeError(answer.message)
 
 
-COPROCESS = Coprocess(Arena())
-atexit.register(COPROCESS.close)
-os.register_at_fork(after_in_child=COPROCESS.forget)
+ARENA = Arena(slots=SLOTS if several_cores() else 0)
+#: One seals and opens, by itself and undisturbed; the other puts and reads, with a thread for each thing. Both in one would quarrel over
+#: one interpreter's lock again: for each block that is sealed it is let go of, and whoever puts takes it.
+SEALING = Coprocess(ARENA)
+DISKS = Coprocess(ARENA, "writes to disks")
+
+
+def start() -> None:
+    """Both, so that the first sector finds them there."""
+    SEALING.start()
+    DISKS.start()
+
+
+def close() -> None:
+    """Both."""
+    SEALING.close()
+    DISKS.close()
+
+
+def _forget() -> None:
+    SEALING.forget()
+    DISKS.forget()
+
+
+atexit.register(close)
+os.register_at_fork(after_in_child=_forget)

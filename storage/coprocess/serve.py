@@ -5,24 +5,43 @@ Imports little: to start it takes CPU from whoever waits for the first sector.
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 import os
 import socket
 import threading
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from storage.abandoned import Abandoned
 from storage.coprocess.arena import Place
-from storage.coprocess.client import COPROCESS
-from storage.coprocess.wire import MOST, Answer, Directory, Done, Failed, Go, Open, Put, Read, Request, Seal, Wanted, decode_request, encode
+from storage.coprocess.client import DISKS, SEALING
+from storage.coprocess.wire import (
+    MOST,
+    Answer,
+    Directory,
+    Done,
+    Failed,
+    Go,
+    Open,
+    Ping,
+    Put,
+    Read,
+    Request,
+    Seal,
+    Shard,
+    Wanted,
+    decode_request,
+    encode,
+)
 from storage.errors import FusefsError
 from storage.failpoints import NoFailpoints
 from storage.hosts.tree import Tree
 from storage.sealing import Opening, ShardHeader, open_blocks_into, root_of, seal
 
-#: Only one thread opens at a time: more only take the interpreter's lock from each other.
-_opening = threading.Lock()
+#: Only one thread seals or opens at a time: more of them take the interpreter's lock from each other, for each block, and from those that
+#: put.
+_working = threading.Lock()
 
 
 @lru_cache(maxsize=256)
@@ -31,15 +50,16 @@ def _tree(directory: Directory) -> Tree:
 
 
 def _open_into(key: bytes, expected: ShardHeader, first: int, blocks: memoryview, plain: memoryview) -> None:
-    with _opening:
+    with _working:
         open_blocks_into(key, expected, first, blocks, plain)
 
 
 class Channel:
     """One thread's."""
 
-    def __init__(self, channel: socket.socket, memory: memoryview) -> None:
+    def __init__(self, channel: socket.socket, memory: memoryview, parent: int) -> None:
         self._channel, self._memory = channel, memory
+        self._parent = parent
 
     def serve(self) -> None:
         """Until the other end is closed, by whatever: then nobody waits for what is being done, either."""
@@ -57,11 +77,18 @@ class Channel:
         try:
             if isinstance(request, Seal):
                 return self._seal(request)
+            if isinstance(request, Ping):
+                return Done()
             if isinstance(request, Open):
                 return self._open(request)
             return self._put(request) if isinstance(request, Put) else self._read(request)
         except (FusefsError, Abandoned) as error:
-            return Failed(type(error).__name__, str(error))
+            # What this process has not enough of the other may have.
+            cause = error.__cause__
+            wants = isinstance(cause, OSError) and cause.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+            return Failed("Gone" if wants else type(error).__name__, str(error))
+        except MemoryError:
+            return Failed("Gone", "no memory")
         except Exception as error:  # noqa: BLE001  a bug: the other side raises it
             return Failed("", f"in the process that seals sectors: {error!r}")
 
@@ -69,9 +96,13 @@ class Channel:
         return self._memory[place[0] : place[0] + place[1]]
 
     def _seal(self, request: Seal) -> Done:
-        target = self._at(request.sealed)
-        plain = [self._at(place) for place in request.plain]
-        return Done(root_of(seal(request.key, ShardHeader.parse(request.header), plain, lambda size: target[:size])))
+        return Done([self._seal_one(shard) for shard in request.shards])
+
+    def _seal_one(self, shard: Shard) -> str:
+        target = self._at(shard.sealed)
+        plain = [piece if isinstance(piece, bytes) else self._at(piece) for piece in shard.plain]
+        with _working:
+            return root_of(seal(shard.key, ShardHeader.parse(shard.header), plain, lambda size: target[:size]))
 
     def _open(self, request: Open) -> Done:
         header = ShardHeader.parse(request.header)
@@ -79,7 +110,13 @@ class Channel:
         return Done()
 
     def _put(self, request: Put) -> Done:
-        return Done(_tree(request.directory).put(request.parts, self._at(request.data), request.temporary, self._wanted))
+        wanted = self._wanted if request.flag < 0 else partial(self._flagged, request.flag)
+        return Done([_tree(request.directory).put(request.parts, self._at(request.data), request.temporary, wanted)])
+
+    def _flagged(self, at: int) -> None:
+        """As `_wanted`. Whoever has died has set no flag, but is not this process's parent any more."""
+        if self._memory[at] or os.getppid() != self._parent:
+            raise Abandoned
 
     def _wanted(self) -> None:
         """Abandoned: whoever wanted the change has given up, or is gone."""
@@ -96,13 +133,13 @@ class Channel:
         )
         size = _tree(request.directory).get_range_in(request.parts, request.offset, request.length, request.step, opening.take)
         opening.plain()
-        return Done("", size)
+        return Done(size=size)
 
 
-def main(control: int, memory: int, size: int) -> None:
-    """Until `control`, on which new channels come, is closed at the other end. Never returns."""
+def main(control: int, memory: int, size: int, parent: int) -> None:
+    """Until `control`, on which new channels come, is closed at the other end, that of the process `parent`. Never returns."""
     # It asks nobody itself.
-    COPROCESS.wanted = False
+    DISKS.wanted = SEALING.wanted = False
     gc.freeze()
     mapped = memoryview(mmap.mmap(memory, size, mmap.MAP_SHARED))
     os.close(memory)
@@ -116,7 +153,7 @@ def main(control: int, memory: int, size: int) -> None:
             if not packet:
                 break
             for descriptor in descriptors:
-                channel = Channel(socket.socket(fileno=descriptor), mapped)
+                channel = Channel(socket.socket(fileno=descriptor), mapped, parent)
                 threading.Thread(target=channel.serve, daemon=True).start()
     # Nobody is left to be told of what threads are still doing.
     os._exit(0)

@@ -30,8 +30,8 @@ from storage.seams import Seams
 
 #: Entries of one level that become one of the next.
 FAN = 8
-#: Entries larger than this together are not merged: a checkpoint is near.
-MAX_MERGED = 16 * 1024 * 1024
+#: Entries larger than this together are not merged: some 500,000 records, which take 150 MiB of memory while that goes on.
+MAX_MERGED = 4 * 1024 * 1024
 #: Bytes of sealed objects kept here at most, besides those that are on no host yet.
 KEEP = 8 * 1024 * 1024
 

@@ -76,7 +76,7 @@ class DirectoryHost:
     async def put(self, name: str, data: Buffer) -> str:
         parts = check_name(name)
         slot = self._slots.changing(name)
-        return await self._slots.run(slot, self._tree.put, parts, data, self._temporary(), slot.wanted)
+        return await self._slots.run(slot, self._tree.put, parts, data, self._temporary(), slot.wanted, slot.tell)
 
     async def put_if(self, name: str, data: Buffer, expected: str | None) -> str:
         """As `interfaces.Host`. Cancelled: read what is there, it may have happened."""

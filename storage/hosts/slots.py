@@ -52,7 +52,11 @@ class Slots:
 
     async def run(self, slot: Slot, fn: Callable[..., T], *args: object) -> T:
         """Run in a thread, in that slot. Unavailable: while it waited for the slot, an earlier change of the object has come to hang."""
-        await self._limiter.acquire_on_behalf_of(slot)
+        try:
+            # The usual case, without a checkpoint.
+            self._limiter.acquire_on_behalf_of_nowait(slot)
+        except trio.WouldBlock:
+            await self._limiter.acquire_on_behalf_of(slot)
         try:
             if slot.name:
                 self._refuse_if_hanging(slot.name)
@@ -77,6 +81,7 @@ class Slot:
         self._begun = False
         self._ended = False
         self._given_up = False
+        self._told: Callable[[], None] | None = None
 
     def work(self, fn: Callable[..., T], *args: object) -> T:
         with self._lock:
@@ -100,6 +105,13 @@ class Slot:
             if self._given_up:
                 raise Abandoned
 
+    def tell(self, told: Callable[[], None] | None) -> None:
+        """`told`, which is quick and waits for nothing, is called once the caller has given up; None: not any more."""
+        with self._lock:
+            self._told = told
+            if told is not None and self._given_up:
+                told()
+
     def give_up(self) -> None:
         """In the event loop, after the call failed or was cancelled."""
         with self._lock:
@@ -107,6 +119,8 @@ class Slot:
                 return
             self._given_up = True
             begun = self._begun
+            if self._told is not None:
+                self._told()
         if not begun:
             self._slots.release_on_behalf_of(self)
         elif self._hanging is not None:

@@ -29,10 +29,10 @@ from typing import TypeVar
 
 from blake3 import blake3
 
-from storage.abandoned import Abandoned, Wanted
+from storage.abandoned import Abandoned, Tell, Wanted
 from storage.buffers import ALIGNMENT, is_aligned
-from storage.coprocess.client import COPROCESS
-from storage.coprocess.wire import Directory
+from storage.coprocess.client import DISKS, Gone
+from storage.coprocess.wire import directory as directory_of
 from storage.errors import BadArgument, Busy, Corrupt, FusefsError, NoSpace, NotFound, Unavailable
 from storage.failpoints import Failpoints, NoFailpoints
 from storage.hosts.held import Held, HeldFile
@@ -84,7 +84,7 @@ class Tree:
         #: What is large and in the arena is put and read by the coprocess; not where a test wants to be there at each step.
         self._outside = isinstance(failpoints, NoFailpoints)
         #: As the coprocess is told of it: another one where directories may have gone, of which it knows that they are durable.
-        self._directory = Directory(path, url, *identity, 0)
+        self._directory = directory_of(path, url, identity)
         #: Until the filesystem refuses it, of a file at least: one may refuse to read what it writes.
         self._direct = self._direct_reads = True
         #: Directories ("a/b/") whose names are known to be durable in their parents: flushed once by this process.
@@ -165,7 +165,7 @@ class Tree:
 
     def get_range_opened(self, parts: list[str], offset: int, length: int, step: int, opening: RangeOpening) -> int:
         """As `get_range_in`, opened."""
-        size = COPROCESS.read(self._directory, parts, offset, length, step, opening) if self._outside else None
+        size = DISKS.read(self._directory, parts, offset, length, step, opening) if self._outside else None
         return size if size is not None else self.get_range_in(parts, offset, length, step, opening.take)
 
     def _take_direct(self, fd: int, offset: int, length: int, step: int, take: Callable[[memoryview], object]) -> int:
@@ -278,6 +278,7 @@ class Tree:
             except (FileNotFoundError, NotADirectoryError):
                 return
             try:
+                self._directory = self._directory.after_removal()
                 for _, _, _, directory in os.fwalk(parts[-1], topdown=False, dir_fd=above):
                     for name in os.listdir(directory):
                         with suppress(OSError):
@@ -300,23 +301,49 @@ class Tree:
     # Changing. Each calls `wanted` right before the step that cannot be taken back: it raises Abandoned if nobody wants it any more, so
     # that what hung somewhere before does not happen long after its caller has gone on.
 
-    def put(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted) -> str:
+    def put(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted, tell: Tell | None = None) -> str:
         """Failpoints, in order: host.put.before_write, before_fsync, before_rename, before_dirsync, done (and before_parent_sync)."""
-        tag = self._put_outside(parts, data, temporary, wanted) if self._outside else None
+        tag = self._put_outside(parts, data, temporary, wanted, tell) if self._outside else None
         return tag if tag is not None else self._put(parts, data, temporary, wanted, conditional=False, expected=None)
 
-    def _put_outside(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted) -> str | None:
+    def _put_outside(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted, tell: Tell | None) -> str | None:
         """By the coprocess, out of the arena; None: it is to be done here."""
         name, path = "/".join(parts), "/".join(parts[:-1])
         self._held.drop(name)
         # As where it is done here: until it is known to be flushed, what is listed there may not be durable.
         self._doubt(parts[:-1])
-        tag = COPROCESS.put(self._directory, parts, data, temporary, wanted)
-        if tag is not None:
+        sent = self._directory
+        try:
+            tag = DISKS.put(sent, parts, data, temporary, wanted, tell)
+        except Gone:
+            # Nobody works on it any more.
+            self._unsure(parts[:-1])
+            with suppress(FusefsError, OSError), self._root() as root:
+                os.unlink(f"{TEMPORARY}/{temporary}", dir_fd=root)
+            return None
+        except BaseException:
+            self._unsure(parts[:-1])
+            raise
+        if tag is not None and sent is not self._directory:
+            # Directories were removed, or missing, meanwhile: what it knew to be durable may have been made anew.
+            self._unsure(parts[:-1])
+            with self._errors(f"writing {name}"), self._root() as root:
+                directory = self._make(root, parts[:-1])
+                try:
+                    self._flush(parts[:-1], directory)
+                finally:
+                    os.close(directory)
+        elif tag is not None:
             self._doubtful.discard(path)
             self._flushed.add(path)
             self._held.drop(name)
         return tag
+
+    def _unsure(self, parts: list[str]) -> None:
+        """The coprocess has not said what became of its change: it may have made directories that are not durable, and renamed."""
+        self._doubt(parts)
+        self._removed += 1
+        self._durable.clear()
 
     def put_if(self, parts: list[str], data: Buffer, temporary: str, expected: str | None, wanted: Wanted) -> str:
         """As `put`, with the same failpoints. Locked if another process is in the middle of a change."""
@@ -530,6 +557,7 @@ class Tree:
                 except FileNotFoundError:
                     self._removed += 1
                     self._durable.discard(path)
+                    self._directory = self._directory.after_removal()
                     with suppress(FileExistsError):
                         os.mkdir(part, 0o700, dir_fd=fd)
                     child = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)

@@ -65,8 +65,10 @@ class _Round:
         self._done: trio.Event | None = None
         self.error: FusefsError | None = None
         self.sequence = 0
-        #: Somebody waits for it; somebody who may use the reserve does; somebody who may not, and has time.
-        self.wanted = self.urgent = self.patient = False
+        #: Somebody waits for it; somebody who may use the reserve does.
+        self.wanted = self.urgent = False
+        #: How many wait for it who may not, and have time.
+        self.patient = 0
 
     def end(self, error: FusefsError | None = None) -> None:
         self.error = error
@@ -172,6 +174,10 @@ class Store:
         active = self._memtable.active
         return (active.cost >= AHEAD * MAX_COST or len(active.values) >= AHEAD * MAX_KEYS) and not self._takeover.pausing
 
+    @property
+    def tails_wait(self) -> bool:
+        return bool(self._tails)
+
     async def catch_up(self, urgent: bool = False) -> None:
         """See MetadataStore."""
         takeover = self._takeover
@@ -182,9 +188,10 @@ class Store:
             # Its thread needs the GIL for every record, which a loop that never rests leaves to it rarely.
             wanted = takeover.begun + 1
             takeover.kick()
-            # A pass takes over what is frozen, or fails and then pauses.
-            while takeover.ended < wanted:
-                await takeover.passed.wait()
+            # A pass takes over what is frozen, or fails and then pauses. The limit: what made it slow is looked at anew.
+            with trio.move_on_after(CLEAR_WAIT):
+                while takeover.ended < wanted:
+                    await takeover.passed.wait()
             self._check()
 
     @property
@@ -299,10 +306,7 @@ class Store:
                 raise BadArgument("a commit before the epoch has begun")
             waited = self._next
             waited.wanted = True
-            if urgent:
-                waited.urgent = True
-            else:
-                waited.patient = True
+            waited.urgent |= urgent
             if self._idle and not self.more_coming() and self._at_hand(urgent):
                 # No await since it was found idle: this task writes the round, which saves two task switches.
                 try:
@@ -318,7 +322,11 @@ class Store:
             await trio.lowlevel.checkpoint()
             return self._progress.durable
         if not waited.ended:
-            await waited.wait()
+            waited.patient += not urgent
+            try:
+                await waited.wait()
+            finally:
+                waited.patient -= not urgent
         if waited.error is not None:
             raise type(waited.error)(str(waited.error))
         return waited.sequence

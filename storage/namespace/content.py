@@ -285,7 +285,7 @@ class Content:
         rec = self._inodes.regular(ino).rec
         return self._values.read_now(rec.value, offset, size) if rec.value and not rec.map else None
 
-    async def read(self, ino: int, offset: int, size: int) -> bytes:
+    async def read(self, ino: int, offset: int, size: int) -> Buffer:
         if offset < 0 or size < 0:
             raise BadArgument(f"inode {ino}: cannot read {size} bytes at {offset}")
         while True:
@@ -304,7 +304,7 @@ class Content:
                 if not inode.gone and inode.rec.value == value:
                     raise
 
-    async def _gather(self, inode: Inode, value: int, pieces: list[Piece], offset: int, end: int) -> bytes:
+    async def _gather(self, inode: Inode, value: int, pieces: list[Piece], offset: int, end: int) -> Buffer:
         out = bytearray(end - offset)
         for piece in pieces:
             data = await self._values.read(value, piece.value_offset, piece.length)

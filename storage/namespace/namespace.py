@@ -348,7 +348,7 @@ class Namespace:
     async def append(self, ino: int, data: Buffer) -> int:
         return await self._content.append(ino, data)
 
-    async def read(self, ino: int, offset: int, size: int) -> bytes:
+    async def read(self, ino: int, offset: int, size: int) -> Buffer:
         return await self._content.read(ino, offset, size)
 
     def read_now(self, ino: int, offset: int, size: int) -> Buffer | None:

@@ -116,6 +116,10 @@ class SectorManager:
         """Start bringing a whole sector into the cache, unless it is there or on its way. Never fails; False: not now, ask again."""
         return self._reader.prefetch(sector_id, self._nursery)
 
+    async def fetched(self, sector_id: int) -> None:
+        """Until the whole sector is in the cache, if it is on its way there. Bounded as a read of it is."""
+        await self._reader.fetched(sector_id)
+
     def ahead(self, sector_id: int) -> int:
         """How many sectors after this one are worth a prefetch, where somebody reads them one after the other."""
         return self._reader.ahead(sector_id)
@@ -218,8 +222,7 @@ class SectorManager:
         plaintexts = layout.plaintexts(sector_id, parts)
         # What is less than half full is soon merged with others.
         lasting = 2 * layout.length > self.sector_size
-        sealed = (self._host_io.seal(plain, sector_id + number) for number, plain in enumerate(plaintexts))
-        return [replace(shard, lasting=lasting) for shard in sealed], plaintexts
+        return [replace(shard, lasting=lasting) for shard in self._host_io.seal_all(plaintexts, sector_id)], plaintexts
 
     async def wait_uploads(self, progress: FlushProgress | None = None) -> None:
         """Until none of the copies that are on their way now is any more. Each has the time limit of HostIO. What is in staging is at write

@@ -36,7 +36,7 @@ PREFETCHES = 5
 #: Sectors fetched ahead of a sequential reader; and from a disk of this machine, which two keep busy: more of them take turns for the
 #: interpreter's lock, which the event loop wants as well, and need more memory.
 AHEAD = 4
-AHEAD_NEAR = 4
+AHEAD_NEAR = 2
 #: Blocks that are read in the event loop at most, where they are at hand.
 SOON = 4
 #: Blocks that are asked for together where a request takes far longer than they do: of a host that is not a disk of this machine.
@@ -217,6 +217,12 @@ class SectorReader:
                     pass
         return first, await self._fetch(sector_id, record, layout, number, first, count)
 
+    async def fetched(self, sector_id: int) -> None:
+        """Until the sector is not on its way into the cache any more. Not a checkpoint where it is not."""
+        pending = self._fetching.get(sector_id)
+        if pending is not None:
+            await pending.wait()
+
     def passed(self, sector_id: int) -> None:
         """A sequential reader has got to the sector's end, and reads on. It need not stay where it is quickly had again: on a disk here."""
         try:
@@ -233,7 +239,7 @@ class SectorReader:
             shards = self.record(sector_id).shards
         except (NotFound, Corrupt):
             return AHEAD
-        return AHEAD_NEAR if all(self._near(shard) for shard in shards) else AHEAD
+        return AHEAD_NEAR if not self._host_io.beside and all(self._near(shard) for shard in shards) else AHEAD
 
     def _near(self, shard: ShardRecord) -> bool:
         """Is it on a disk of this machine?"""

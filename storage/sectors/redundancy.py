@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from storage.coprocess.client import COPROCESS
+from storage.coprocess.client import ARENA
 from storage.errors import Corrupt
 from storage.interfaces import Buffer
 from storage.replication import Replication, parse_replication
@@ -84,14 +84,15 @@ class _Coded:
         return [fragment[_HEADER:] for fragment in fragments[self._k :]]
 
     def pieces(self, parts: Sequence[Buffer], piece: int) -> list[list[Buffer]]:
-        whole, at = COPROCESS.arena.lend(self._k * piece), 0
-        for part in parts:
-            view = memoryview(part).cast("B")
-            whole[at : at + len(view)] = view
-            at += len(view)
-        whole[at:] = bytes(len(whole) - at)
+        whole, length = ARENA.lend(self._k * piece), sum(map(len, parts))
+        padded = [*parts, bytes(len(whole) - length)]
+        if not ARENA.fill(whole, padded):
+            at = 0
+            for part in padded:
+                whole[at : at + len(part)] = part
+                at += len(part)
         if self._encoder is not None:
-            coded = COPROCESS.arena.lend(self._m * piece)
+            coded = ARENA.lend(self._m * piece)
             self._encoder.encode(whole, coded)
             parity = [coded[number * piece : (number + 1) * piece].toreadonly() for number in range(self._m)]
         else:

@@ -138,6 +138,8 @@ class Merger:
                 await self._write(output)
                 self._hit("merge.before_switch")
                 try:
+                    # Once more: that took as long as hosts take.
+                    await self._store.catch_up()
                     self._switch(output)
                 finally:
                     held.discard(output.sector_id)

@@ -343,7 +343,12 @@ class Shipper:
         one (I7): so they are committed while they come down, not when all have.
         """
         for start in range(0, len(cargo.flights), LANDING):
-            await self._store.catch_up(urgent=True)
+            try:
+                await self._store.catch_up(urgent=True)
+            except NoSpace:
+                # Where tails wait to go into a journal that is full, only their coming down makes them superfluous, and the commit fit.
+                if not self._store.tails_wait:
+                    raise
             # No await from here on: between the look and what is applied.
             stop = start + LANDING
             self._bring_down(cargo, cargo.flights[start:stop], last=stop >= len(cargo.flights))
@@ -357,6 +362,11 @@ class Shipper:
         self._store.apply(Batch())
         # Some may have landed in an attempt before.
         flights = [flight for flight in flights if flight.state not in (FlightState.DROPPED, FlightState.LANDED)]
+        if not flights:
+            # All were freed meanwhile; perhaps the sector is gone, too.
+            if last:
+                self._let_go([cargo])
+            return
         earlier = {other.cargo for flight in flights for other in flight.tail.flights if other.state is FlightState.WAITING}
         for each in {cargo, *earlier}:
             if each is not None:

@@ -158,7 +158,7 @@ class Cargo:
 class Tail:
     """What is known in memory of one value. Bytes: extents up to `sealed` | flights | buffer."""
 
-    __slots__ = ("buffer", "flights", "handed", "journaled", "logged", "owner", "replication", "sealed", "value_id")
+    __slots__ = ("block", "buffer", "flights", "handed", "journaled", "logged", "owner", "replication", "sealed", "value_id")
 
     def __init__(self, value_id: int, owner: int, replication: str, sealed: int) -> None:
         self.value_id = value_id
@@ -174,6 +174,8 @@ class Tail:
         #: Few: what the budget of all tails allows for. A deque takes 600 bytes, and most tails are small files without any.
         self.flights: list[Flight] = []
         self.buffer = ChunkBuffer()
+        #: What is left of memory that the coprocess sees, for what comes next.
+        self.block: memoryview | None = None
 
     @property
     def buffer_start(self) -> int:

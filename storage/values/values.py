@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from weakref import ref
 
 import trio
 
+from storage.coprocess.client import ARENA
 from storage.errors import Corrupt, Fenced, FusefsError, NoSpace, NotFound, Unavailable
 from storage.history.objects import Tail as LogTail
 from storage.interfaces import Batch, Buffer, FlushProgress, FlushReport, MetadataStore, TailPiece
@@ -44,6 +46,12 @@ ALLOWANCE = 32 * 1024
 ROOM_WAIT = 30.0
 #: Seconds between two looks whether a full disk is full still.
 FULL_INTERVAL = 3.0
+#: Appends of this size and more, to values of that size and more, go to where the coprocess can seal them.
+LARGE, STREAM = 64 * 1024, 1024 * 1024
+#: Bytes of such memory that a value gets at a time.
+BLOCK = 4 * 1024 * 1024
+#: Seconds in which those who come after one that was refused for want of room are refused as well.
+REFUSED_PAUSE = 2.0
 #: Sequential streams remembered for read-ahead.
 STREAMS = 128
 
@@ -94,6 +102,11 @@ class Values:
         #: Why the journal's files could not grow by what more appends need (the local disk is full or fails); None since they could.
         self.full: FusefsError | None = None
         self._cramped = trio.Event()
+        #: Blocks of shared memory that pieces of tails stand in.
+        self._blocks: list[ref[object]] = []
+        self._most_blocks = max(1, tail_budget // BLOCK)
+        #: Why nothing could be caught up with, and until when nobody else tries.
+        self._refused: tuple[FusefsError, float] | None = None
         #: Bytes that may be appended before the journal's room is looked at again.
         self._allowance = 0
 
@@ -133,6 +146,7 @@ class Values:
         tail = self._tails.pop(value_id, None)
         if tail is not None:
             self.shipper.drop(tail)
+            tail.block = None
         self._reclaimer.freed(value_id)
 
     def recover(self, pieces: Mapping[int, Sequence[tuple[int, bytes]]], *, ship: bool = True) -> int:
@@ -198,8 +212,20 @@ class Values:
     # Appending
 
     async def hold_back(self) -> None:
-        if self.local_trouble is None:  # Else `check_room` refuses at once.
+        if self.local_trouble is not None or not self._store.overdue:
+            return  # In trouble `check_room` refuses at once.
+        refused = self._refused
+        if refused is not None and trio.current_time() < refused[1]:
+            # Not each of very many has to wait for the same answer.
+            raise type(refused[0])(str(refused[0]))
+        try:
             await self._store.catch_up()
+        except Fenced:
+            raise
+        except FusefsError as error:
+            self._refused = error, trio.current_time() + REFUSED_PAUSE
+            raise
+        self._refused = None
 
     async def reserve(self, value_id: int, length: int) -> None:
         if self.reserve_now(value_id, length):
@@ -294,10 +320,29 @@ class Values:
         if tail is None:
             record = self._record(value_id)
             tail = self._tails[value_id] = Tail(value_id, record.owner, record.replication, record.sealed)
-        offset = tail.size
+        offset, size = tail.size, len(data)
+        if size >= LARGE and offset >= STREAM:
+            data = self._shared(tail, data)
         tail.buffer.append(data)
-        self.shipper.accepted(tail, len(data))
+        self.shipper.accepted(tail, size)
         return offset
+
+    def _shared(self, tail: Tail, data: Buffer) -> Buffer:
+        """The same bytes, where the coprocess sees them."""
+        size, block = len(data), tail.block
+        # What goes into one sector stands together: it is told in fewer places.
+        if block is None or len(block) < size or not tail.buffer.length:
+            tail.block = block = None
+            # Few of them, since a little of one is all of it: no more than the budget of tails has room for (I7).
+            self._blocks = [lent for lent in self._blocks if lent() is not None]
+            if size <= BLOCK and len(self._blocks) < self._most_blocks:
+                block = ARENA.spare(BLOCK)
+            if block is None:
+                return data
+            self._blocks.append(ref(block.obj))
+        block[:size] = data
+        tail.block = block[size:]
+        return block[:size].toreadonly()
 
     # ------------------------------------------------------------------------------------------------------------
     # Reading
@@ -362,11 +407,16 @@ class Values:
             return None
         return b"".join(tail.buffer.read(offset - tail.buffer_start, stop - offset))
 
-    async def read(self, value_id: int, offset: int, size: int) -> bytes:
+    async def read(self, value_id: int, offset: int, size: int) -> Buffer:
         known = self._places.find(value_id, offset)
         if known is not None and 0 < size <= known.end - offset:
             # Without looking it up: nearly all that random readers miss in the cache.
             self._read_ahead(value_id, offset, offset + size, [known])
+            await self._sectors.fetched(known.sector_id)
+            now = self._sectors.read_now(known.sector_id, known.position + offset - known.offset, size, wait=False)
+            if now is not None:
+                # Without a copy.
+                return now
             try:
                 piece = await self._sectors.insecure_read_sector_at(known.sector_id, known.position + offset - known.offset, size)
                 if len(piece) == size:
