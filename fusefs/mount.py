@@ -133,7 +133,7 @@ def volume_options(options: MountOptions, purpose: str) -> VolumeOptions:
     if options.scrub_interval is not None:
         settings["scrub_interval"] = options.scrub_interval or None
     # commit_interval None: the commits are ours, after the kernel's dirty pages have come.
-    return VolumeOptions(commit_interval=None, purpose=purpose, **settings)  # type: ignore[arg-type]
+    return VolumeOptions(commit_interval=None, purpose=purpose, coprocesses=True, **settings)  # type: ignore[arg-type]
 
 
 async def _serve(

@@ -21,5 +21,6 @@ def aligned(size: int) -> memoryview:
 
 
 def is_aligned(data: object) -> bool:
-    """Whether `data` is what `aligned` gave, or `lending.Buffers`, or a view of it, which may begin anywhere."""
+    """Whether `data` is what `aligned` gave, `lending.Buffers`, or the arena (in either process), or a view of it, which may begin
+    anywhere."""
     return isinstance(data, memoryview) and isinstance(data.obj, (Aligned, ctypes.Array, mmap.mmap))

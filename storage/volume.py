@@ -81,6 +81,8 @@ class VolumeOptions:
     journal_limit: int = 256 * 1024 * 1024
     #: What this process does with the volume, for the message others get.
     purpose: str = "fusefs"
+    #: Start the processes that seal sectors at once (storage/coprocess/), for who stays; else the first large sector does.
+    coprocesses: bool = False
 
 
 class Volume:

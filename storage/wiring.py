@@ -98,6 +98,9 @@ async def open_volume(
     seams = seams or Seams()
     options = options or VolumeOptions()
     config = await seams.threads.run(load_config, path)
+    if options.coprocesses:
+        # They take a moment of a core each: while keys are derived, and not while the first thing is done with the volume.
+        await seams.threads.run(coprocess.start)
     keyfile = await seams.threads.run(load_keyfile, path / KEY_FILE, config.volume_id)
     master = await seams.threads.run(open_slots, keyfile, passphrase)
     lock = VolumeLock(path)
@@ -141,8 +144,6 @@ async def with_layers(
             )
             volume = Volume(path, config, options, seams)
             async with trio.open_nursery() as nursery:
-                # It takes a moment until it is there; the first sector should find it.
-                nursery.start_soon(seams.threads.run, coprocess.start)
                 await _wire(volume, store, keys, nursery, opener, create=create, tails=tails, passed_over=passed_over)
                 try:
                     yield volume

@@ -22,5 +22,5 @@ Invariants:
 - They end with this process, whatever that ends by: their channels are closed then.
 - They know what they are told with each request, keys included, and nothing else: no passphrase, no credentials. Who may look into one of
   the processes (root, and their user as far as ptrace(2) is allowed; the arena, by /proc/PID/fd, in any case) may look into the others.
-- Two for each process, however many volumes are open; started with the first volume that is opened for writing, or the first large sector.
+- Two for each process, however many volumes are open; started with a mount, or else with the first large sector.
 """

@@ -33,8 +33,8 @@ B = TypeVar("B", bound=Buffer)
 
 #: Sectors being prefetched at once: less than the slots of a directory, so that who wants a block does not wait for all of them.
 PREFETCHES = 5
-#: Sectors fetched ahead of a sequential reader; and from a disk of this machine, which two keep busy: more of them take turns for the
-#: interpreter's lock, which the event loop wants as well, and need more memory.
+#: Sectors fetched ahead of a sequential reader; and from a disk of this machine where threads of this process open them, which take
+#: turns for the interpreter's lock: the event loop wants it as well, and two keep the disk busy.
 AHEAD = 4
 AHEAD_NEAR = 2
 #: Blocks that are read in the event loop at most, where they are at hand.
