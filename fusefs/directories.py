@@ -79,10 +79,12 @@ class DirectoryHandlers(HandlerBase):
 
     @guarded
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self.namespace.keep_pace()
         self.namespace.unlink(parent_inode, name)
 
     @guarded
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self.namespace.keep_pace()
         self.namespace.rmdir(parent_inode, name)
 
     @guarded
@@ -98,6 +100,7 @@ class DirectoryHandlers(HandlerBase):
         if flags & ~(pyfuse3.RENAME_NOREPLACE | pyfuse3.RENAME_EXCHANGE):
             raise pyfuse3.FUSEError(errno.EINVAL)
         check_name(name_new)
+        await self.namespace.keep_pace()
         exchange = bool(flags & pyfuse3.RENAME_EXCHANGE)
         await self._write_back(parent_inode_old, name_old)
         if exchange:

@@ -641,6 +641,11 @@ class Values(Protocol):
         without a checkpoint. NoSpace, Fenced: what that commit raised."""
         ...
 
+    async def keep_pace(self) -> None:
+        """For who removes or changes what is there: waits as `hold_back` does, for memory holds what is not in LMDB (I7), but where that
+        does not help it is not refused for it: removing makes room. Fenced."""
+        ...
+
     async def reserve(self, value_id: int, length: int) -> None:
         """Wait until `length` more bytes may be appended: until there is room for them in memory, and in the journal. However fast
         appends come, they wait as long as hosts take what was appended before. NoSpace or Unavailable when waiting would not help.
@@ -792,6 +797,10 @@ class Namespace(Protocol):
 
     async def hold_back(self) -> None:
         """Before a new name, for who can wait: until what is due is committed. Usually without a checkpoint. NoSpace, Fenced."""
+        ...
+
+    async def keep_pace(self) -> None:
+        """As `hold_back`, before a name is removed or changed, or attributes are: which is never refused for what is due. Fenced."""
         ...
 
     def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> int: ...

@@ -94,6 +94,9 @@ class FakeValues:
     async def hold_back(self) -> None:
         return None
 
+    async def keep_pace(self) -> None:
+        return None
+
     async def reserve(self, value_id: int, length: int) -> None:
         if self.hold is not None:
             await self.hold.wait()

@@ -4,6 +4,7 @@ as long as hosts take what is shipped (I7)."""
 from __future__ import annotations
 
 import stat
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,13 @@ import trio
 
 from storage.errors import FusefsError, NoSpace
 from storage.hosts.memory import memory_content
+from storage.interfaces import Batch, Buffer, TailPiece
 from storage.metadata import store as metadata_store
+from storage.read_only import ReadOnlySource, open_read_only
+from storage.values.shipping import TAIL_COST
 from storage.volume import Volume
-from tests.rig import QUIET, host_dirs, make, opened
+from tests.metadata_rig import copy
+from tests.rig import PASSPHRASE, QUIET, host_dirs, make, opened
 
 #: A journal of 2 MiB: some 3000 files of a line each.
 OPTIONS = replace(QUIET, journal_segment=256 * 1024, journal_limit=2 * 1024 * 1024, tail_budget=2 * 1024 * 1024, cache=1024 * 1024)
@@ -197,3 +202,119 @@ async def test_a_journal_full_of_tails_is_emptied_once_hosts_have_room(tmp_path:
             sum(volume.namespace.attributes(volume.namespace.lookup(1, b"large%d" % number)).size for number in range(40))
             == accepted * 32768
         )
+
+
+class Held:
+    """Sectors are not written until `go`; how many were about to be."""
+
+    def __init__(self, volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = trio.Event()
+        self.waiting = 0
+        write = volume.sectors.write_sector
+
+        async def held(sector_id: int, parts: Sequence[Buffer], replication: str) -> None:
+            self.waiting += 1
+            await self.go.wait()
+            await write(sector_id, parts, replication)
+
+        monkeypatch.setattr(volume.sectors, "write_sector", held)
+
+
+async def test_a_commit_does_not_wait_for_the_sector_that_a_few_bytes_are_in_flight_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a million small files, commits took up to 25 seconds: each waited for tens of thousands of others to land. What is large is not
+    written twice: its commit waits."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    async with opened(tmp_path / "v", options=OPTIONS) as volume:
+        held = Held(volume, monkeypatch)
+        small, large = create(volume, 0), create(volume, 1)
+        await volume.namespace.append(small, line(0))
+        await volume.commit()
+        await volume.namespace.append(small, b"and more\n")
+        await volume.values.shipper.gather()
+        await volume.namespace.append(small, b"and more\n")
+        with trio.fail_after(5):
+            await volume.namespace.commit(small)
+            await volume.namespace.append(small, b"and more\n")
+            await volume.commit()
+        copy(tmp_path / "v", tmp_path / "killed")
+        await volume.namespace.append(large, bytes(100_000))
+        await volume.values.shipper.gather()
+        for commit in (volume.commit, lambda: volume.namespace.commit(large)):
+            with trio.move_on_after(0.2) as scope:
+                await commit()
+            assert scope.cancelled_caught
+        held.go.set()
+        await volume.flush()
+        content = line(0) + 3 * b"and more\n"
+        assert await volume.namespace.read(small, 0, 100) == content
+    async with opened(tmp_path / "v", options=OPTIONS) as volume:
+        assert await volume.namespace.read(small, 0, 100) == content
+    # After it, others went on; but that is what would have been found.
+    source = ReadOnlySource(tmp_path / "killed", passphrase=PASSPHRASE)
+    async with open_read_only(source, scratch=tmp_path / "scratch", options=OPTIONS) as found:
+        assert await found.namespace.read(small, 0, 100) == content
+
+
+async def test_a_commit_passes_over_what_is_in_the_journal_already(tmp_path: Path) -> None:
+    """Looked at one by one, with all others given their turn in between, tens of thousands of tails took very long."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    async with opened(tmp_path / "v", options=replace(OPTIONS, tail_budget=16 * 1024 * 1024, journal_limit=16 * 1024 * 1024)) as volume:
+        await fill(volume, 4000, 500)
+        await volume.namespace.append(create(volume, 4000), line(4000))
+        assert len(volume.values._tails) == 4001
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(others)
+            handed = 0
+            apply = volume.store.apply
+
+            def counted(batch: Batch, tails: Sequence[TailPiece] = ()) -> None:
+                nonlocal handed
+                handed += len(tails)
+                apply(batch, tails)
+
+            volume.store.apply = counted  # type: ignore[method-assign]
+            commit_store = volume.values._commit_store
+            volume.values._commit_store = trio.lowlevel.checkpoint  # type: ignore[method-assign]
+            await volume.values.commit_all()
+            volume.values._commit_store = commit_store  # type: ignore[method-assign]
+            # The last one alone.
+            assert handed == 1
+            assert turns < 10
+            nursery.cancel_scope.cancel()
+
+
+async def test_what_comes_while_others_are_in_flight_is_not_gathered_for_their_sake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or every few files would make a sector of their own, to be merged with others afterwards."""
+    options = replace(OPTIONS, tail_budget=4 * 1024 * 1024)
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    async with opened(tmp_path / "v", options=options) as volume:
+        held = Held(volume, monkeypatch)
+        # Half of what memory takes: these are gathered.
+        first = options.tail_budget // 2 // TAIL_COST + 50
+        await fill(volume, first, 500)
+        await trio.sleep(1)
+        await volume.values.shipper.gather()
+        await trio.sleep(1)
+        waiting = held.waiting
+        assert waiting
+        assert volume.values.shipper._buffered_tails == 0
+        for number in range(first, first + 300):
+            await volume.namespace.append(create(volume, number), line(number))
+            await trio.sleep(0.005)
+        assert volume.values.shipper._buffered_tails == 300
+        assert held.waiting == waiting
+        held.go.set()
+        await volume.flush()
+        await check(volume, range(first + 300))

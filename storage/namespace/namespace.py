@@ -172,6 +172,9 @@ class Namespace:
     async def hold_back(self) -> None:
         await self._values.hold_back()
 
+    async def keep_pace(self) -> None:
+        await self._values.keep_pace()
+
     def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> int:
         directory = self._room_for(parent, name)
         if directory.rec.nlink >= MAX_DIRECTORY_LINKS:

@@ -72,10 +72,11 @@ class Shipper:
         self._default = parse_replication(default_replication)
         #: Invariant: the bytes of all buffers and of all flights that have not landed or been dropped.
         self.pending = 0
-        #: Bytes of the buffers alone.
-        self._buffered = 0
-        #: Invariant: bytes that neither the journal nor a pending commit has, of all tails (size - journaled), and how many tails that is.
-        self.unsafe = self.unsafe_tails = 0
+        #: Bytes of the buffers alone, and how many tails have any.
+        self._buffered = self._buffered_tails = 0
+        #: Invariant: bytes that neither the journal nor a pending commit has, of all tails (size - journaled), and those tails by value.
+        self.unsafe = 0
+        self.uncommitted: dict[int, Tail] = {}
         #: Cargos flying or parked.
         self._cargos: set[Cargo] = set()
         #: What hosts said last, while they refuse; None from the next success on.
@@ -99,6 +100,11 @@ class Shipper:
     # The budget
 
     @property
+    def unsafe_tails(self) -> int:
+        """How many have bytes that neither the journal nor a pending commit has."""
+        return len(self.uncommitted)
+
+    @property
     def _used(self) -> int:
         """Of the budget."""
         return self.pending + TAIL_COST * len(self._tails)
@@ -119,25 +125,27 @@ class Shipper:
     def accepting(self) -> bool:
         return self.trouble is None and not self._low_space and self._used < self._budget
 
-    def kept(self, length: int) -> None:
+    def kept(self, tail: Tail, length: int) -> None:
         """Bytes stand in a tail's buffer, and stay there."""
         self.pending += length
         self._buffered += length
+        self._buffered_tails += 0 < length == tail.buffer.length
 
     def added(self, tail: Tail, length: int) -> None:
         """Bytes were appended to the tail's buffer: cut what fills a sector."""
-        self.kept(length)
+        self.kept(tail, length)
         while tail.buffer.length >= self.payload_limit:
             cargo = Cargo(tail.replication)
             self._load(cargo, tail, self.payload_limit)
             self._dispatch(cargo)
-        if self._buffered + TAIL_COST * len(self._tails) > self._budget * PRESSURE:
+        # What is in flight is not to be gathered: else few of those that come meanwhile would make a sector each time.
+        if self._buffered + TAIL_COST * self._buffered_tails > self._budget * PRESSURE:
             self._gather.set()
 
     def accepted(self, tail: Tail, length: int) -> None:
         """Bytes were appended to the tail's buffer that are nowhere else."""
         if length:
-            self.unsafe_tails += tail.size - length == tail.journaled
+            self.uncommitted[tail.value_id] = tail
             self.unsafe += length
         self.added(tail, length)
 
@@ -145,7 +153,10 @@ class Shipper:
         """The journal, or an extent, has the tail up to there; or has it only up to there after all."""
         if journaled != tail.journaled:
             self.unsafe += tail.journaled - journaled
-            self.unsafe_tails += (tail.size > journaled) - (tail.size > tail.journaled)
+            if tail.size > journaled:
+                self.uncommitted[tail.value_id] = tail
+            else:
+                self.uncommitted.pop(tail.value_id, None)
             tail.journaled = journaled
             tail.handed = max(tail.handed, journaled)
 
@@ -163,6 +174,7 @@ class Shipper:
         self.mark(tail, tail.size)
         released = tail.buffer.length
         self._buffered -= tail.buffer.length
+        self._buffered_tails -= tail.buffer.length > 0
         written: set[Cargo] = set()
         for flight in tail.flights:
             released += flight.length
@@ -206,6 +218,7 @@ class Shipper:
         cargo.add(flight, 0)
         tail.flights.append(flight)
         self._buffered -= length
+        self._buffered_tails -= not tail.buffer.length
 
     async def gather(self) -> None:
         """Put every tail in memory into cargos, many files to a sector, each file's bytes together, files of one directory near each

@@ -25,7 +25,7 @@ from storage.values.reclaim import Reclaimer
 from storage.values.records import VERSION, Extent, ValueRecord, decode_value, decode_values, extents_between, value_key
 from storage.values.rewrite import Rewriter
 from storage.values.shipping import BREATH, Shipper
-from storage.values.tail import Tail
+from storage.values.tail import Flight, Tail
 
 log = logging.getLogger("fusefs.values")
 
@@ -42,6 +42,9 @@ LANDED = 160
 APPEND_KEPT, CREATE_KEPT = 0.5, 0.25
 #: Bytes of appends (and of what stands beside them) for which the journal's room is looked at once.
 ALLOWANCE = 32 * 1024
+#: Bytes of a tail that a commit puts into the journal although they are in flight. Waiting for a sector of very many small files to come
+#: down takes seconds, and those bytes are hardly any.
+LITTLE = 4096
 #: Seconds an append on a full disk waits for what was appended before to get to the hosts.
 ROOM_WAIT = 30.0
 #: Seconds between two looks whether a full disk is full still.
@@ -173,7 +176,7 @@ class Values:
                 if ship:
                     self.shipper.added(tail, tail.buffer.length)
                 else:
-                    self.shipper.kept(tail.buffer.length)
+                    self.shipper.kept(tail, tail.buffer.length)
         return recovered
 
     def _record(self, value_id: int) -> ValueRecord:
@@ -226,6 +229,17 @@ class Values:
             self._refused = error, trio.current_time() + REFUSED_PAUSE
             raise
         self._refused = None
+
+    async def keep_pace(self) -> None:
+        if self.local_trouble is not None or not self._store.overdue:
+            return  # In trouble commits do not help, or only who removes something helps them.
+        try:
+            await self.hold_back()
+        except Fenced:
+            raise
+        except FusefsError:
+            # Said to who makes something new. What is pending stays within what `MetadataStore.apply` takes.
+            await trio.lowlevel.checkpoint_if_cancelled()
 
     async def reserve(self, value_id: int, length: int) -> None:
         if self.reserve_now(value_id, length):
@@ -522,6 +536,12 @@ class Values:
         size = tail.size
         if tail.journaled >= size:
             return []
+        # Exactly what `settle` does not wait for: a flight behind a parked one is tail like any other, or an fsync would leave it out.
+        return self._taken(tail, tail.first_flying(size))
+
+    def _taken(self, tail: Tail, flying: Flight | None) -> list[TailPiece]:
+        """What the journal does not have, up to that flight; it counts as handed over."""
+        size, value_id = tail.size, tail.value_id
         if not tail.flights:
             # The usual case, of what follows.
             start = max(tail.journaled, tail.sealed)
@@ -531,8 +551,6 @@ class Values:
             return [TailPiece(value_id, start, tuple(data))]
         start, at = max(tail.journaled, tail.sealed), tail.sealed
         data = []
-        # Exactly what `settle` does not wait for: a flight behind a parked one is tail like any other, or an fsync would leave it out.
-        flying = tail.first_flying(tail.size)
         for flight in tail.flights:
             if flight is flying:
                 break
@@ -550,21 +568,31 @@ class Values:
         return [TailPiece(value_id, start, tuple(data))]
 
     async def commit(self, value_id: int) -> None:
-        size = self.size_of(value_id)
         tail = self._tails.get(value_id)
-        if tail is not None:
-            if tail.flights:
-                await self.settle(value_id, size)
+        if tail is None:
+            # It exists, or that is the error.
+            self._record(value_id)
+        elif tail.journaled < tail.size:
+            if self._awaited(tail):
+                await self.settle(value_id, tail.size)
             self._hand_over(value_id)
         await self._commit_store()
 
     async def commit_all(self) -> None:
-        for number, (value_id, size) in enumerate([(tail.value_id, tail.size) for tail in self._tails.values()], 1):
-            await self.settle(value_id, size)
+        # Only those that have something the journal has not: of very many small files most wait for nothing but their sector.
+        for number, (value_id, size) in enumerate([(value_id, tail.size) for value_id, tail in self.shipper.uncommitted.items()], 1):
+            tail = self._tails.get(value_id)
+            if tail is not None and self._awaited(tail):
+                await self.settle(value_id, size)
             self._hand_over(value_id)
             if number % BREATH == 0:
                 await trio.lowlevel.checkpoint()
         await self._commit_store()
+
+    @staticmethod
+    def _awaited(tail: Tail) -> bool:
+        """Is so much of it in flight, and not in the journal, that it is better to wait until it has landed?"""
+        return bool(tail.flights) and tail.size - tail.journaled > LITTLE
 
     async def _commit_store(self) -> None:
         """Commit; and remember whether it could be done, for `check_room`."""
@@ -594,7 +622,10 @@ class Values:
 
     def _hand_over(self, value_id: int) -> None:
         """Give the store what it does not have of the tail. No await between taking and applying: `journaled` says the store has it."""
-        pieces = self.uncommitted_tail(value_id)
+        tail = self._tails.get(value_id)
+        if tail is None or tail.journaled >= tail.size:
+            return
+        pieces = self._taken(tail, tail.first_flying(tail.size) if self._awaited(tail) else None)
         if pieces:
             try:
                 self._store.apply(Batch(), pieces)
