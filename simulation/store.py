@@ -97,6 +97,9 @@ class MemoryStore:
     def tails_wait(self) -> bool:
         return False
 
+    def can_spare(self, ops_bytes: int) -> bool:  # noqa: ARG002 (the Protocol's)
+        return True
+
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
         """It takes none."""
 

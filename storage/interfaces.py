@@ -165,6 +165,11 @@ class MetadataStore(MetadataReader, Protocol):
         only."""
         ...
 
+    def can_spare(self, ops_bytes: int) -> bool:
+        """Would the journal as it is now, with what is kept for `urgent` commits, take what is pending, and so many bytes of operations
+        more? Arithmetic only."""
+        ...
+
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
         """Room beyond that is not needed for now, and may go back to the disk."""
         ...

@@ -143,6 +143,9 @@ class MemoryStore:
     def tails_wait(self) -> bool:
         return False
 
+    def can_spare(self, ops_bytes: int) -> bool:
+        return True
+
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
         """It takes none."""
 

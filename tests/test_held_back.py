@@ -3,14 +3,19 @@ as long as hosts take what is shipped (I7)."""
 
 from __future__ import annotations
 
+import errno
 import stat
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyfuse3
 import pytest
 import trio
 
+from fusefs.operations import Operations
+from fusefs.receiver import Receiver
 from storage.errors import FusefsError, NoSpace
 from storage.hosts.memory import memory_content
 from storage.interfaces import Batch, Buffer, TailPiece
@@ -297,7 +302,7 @@ async def test_what_comes_while_others_are_in_flight_is_not_gathered_for_their_s
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or every few files would make a sector of their own, to be merged with others afterwards."""
-    options = replace(OPTIONS, tail_budget=4 * 1024 * 1024)
+    options = replace(OPTIONS, tail_budget=4 * 1024 * 1024, journal_limit=16 * 1024 * 1024)
     await make(tmp_path / "v", host_dirs(tmp_path, 1))
     async with opened(tmp_path / "v", options=options) as volume:
         held = Held(volume, monkeypatch)
@@ -310,11 +315,111 @@ async def test_what_comes_while_others_are_in_flight_is_not_gathered_for_their_s
         waiting = held.waiting
         assert waiting
         assert volume.values.shipper._buffered_tails == 0
-        for number in range(first, first + 300):
-            await volume.namespace.append(create(volume, number), line(number))
-            await trio.sleep(0.005)
+        with trio.fail_after(30):
+            for number in range(first, first + 300):
+                await volume.namespace.append(create(volume, number), line(number))
+                await trio.sleep(0.005)
         assert volume.values.shipper._buffered_tails == 300
         assert held.waiting == waiting
         held.go.set()
         await volume.flush()
         await check(volume, range(first + 300))
+
+
+async def test_who_changes_what_is_there_waits_for_commits_too(tmp_path: Path) -> None:
+    """I7: in memory is what is not committed, and what LMDB has not taken over."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    async with opened(tmp_path / "v", options=OPTIONS) as volume:
+        await fill(volume, 6000, 500)
+        store = volume.store
+        most = 0
+        with trio.fail_after(30):
+            for number in range(6000):
+                await volume.namespace.keep_pace()
+                volume.namespace.unlink(1, b"file%d" % number)
+                most = max(most, store._memtable.pending_bytes)
+        assert store._commit_ops <= most < 1.5 * store._commit_ops
+
+
+async def test_removing_is_never_refused_for_hosts_that_take_nothing_and_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 2.0)
+    monkeypatch.setattr("storage.values.values.ROOM_WAIT", 2.0)
+    await make(tmp_path / "v", ["mem:rm"])
+    content = memory_content("rm")
+    async with opened(tmp_path / "v", options=replace(OPTIONS, tail_budget=16 * 1024 * 1024)) as volume:
+        content.capacity = content.used()
+        number = 0
+        with trio.fail_after(40), pytest.raises(NoSpace):
+            while True:
+                await volume.namespace.append(create(volume, number), line(number))
+                number += 1
+                if number % 100 == 0:
+                    await volume.commit()
+        assert number > 1000
+        store = volume.store
+        with trio.fail_after(40):
+            # The last one was made, and nothing could be appended to it.
+            for at in range(number - 20):
+                await volume.files.delete(f"file{at}")
+                assert store._memtable.pending_bytes < 1.5 * store._commit_ops
+            await volume.commit()
+        # As soon as LMDB has them.
+        with trio.fail_after(40):
+            for more in range(number + 1, number + 200):
+                ino = create(volume, more)
+                while volume.namespace.attributes(ino).size == 0:
+                    try:
+                        await volume.namespace.append(ino, line(more))
+                    except NoSpace:
+                        await trio.sleep(0.5)
+            await volume.commit()
+        content.capacity = None
+        await volume.flush()
+        await check(volume, range(number - 20, number))
+        await check(volume, range(number + 1, number + 200))
+
+
+class NamesWatched:
+    """Of a namespace: which way of waiting was used; nothing else may be done before."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def hold_back(self) -> None:
+        self.asked.append("hold_back")
+        raise pyfuse3.FUSEError(errno.EUCLEAN)
+
+    async def keep_pace(self) -> None:
+        self.asked.append("keep_pace")
+        raise pyfuse3.FUSEError(errno.EUCLEAN)
+
+
+@pytest.mark.parametrize(
+    ("handler", "arguments", "way"),
+    [
+        ("create", (1, b"a", 0o644, 0), "hold_back"),
+        ("mknod", (1, b"a", 0o644, 0), "hold_back"),
+        ("mkdir", (1, b"a", 0o755), "hold_back"),
+        ("symlink", (1, b"a", b"b"), "hold_back"),
+        ("link", (2, 1, b"a"), "hold_back"),
+        ("unlink", (1, b"a"), "keep_pace"),
+        ("rmdir", (1, b"a"), "keep_pace"),
+        ("rename", (1, b"a", 1, b"b", 0), "keep_pace"),
+        ("setattr", (2, None, None, None), "keep_pace"),
+        ("setxattr", (2, b"user.a", b"b"), "keep_pace"),
+        ("removexattr", (2, b"user.a"), "keep_pace"),
+    ],
+)
+async def test_on_a_mount_all_that_is_recorded_waits_before_anything_is_done(handler: str, arguments: tuple[object, ...], way: str) -> None:
+    operations = object.__new__(Operations)
+    names = NamesWatched()
+    operations.namespace = names  # type: ignore[assignment]
+    operations.receiver = Receiver()
+    operations.options = SimpleNamespace(link_denied=False, xattr=True)  # type: ignore[assignment]
+    operations.kernel = SimpleNamespace(own_request=lambda _pid: None)  # type: ignore[assignment]
+    with pytest.raises(pyfuse3.FUSEError) as raised:
+        await getattr(operations, handler)(*arguments, SimpleNamespace(uid=0, gid=0, pid=0))
+    assert raised.value.errno == errno.EUCLEAN
+    assert names.asked == [way]

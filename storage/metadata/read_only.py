@@ -95,6 +95,9 @@ class ReadOnlyStore:
     def tails_wait(self) -> bool:
         return False
 
+    def can_spare(self, ops_bytes: int) -> bool:  # noqa: ARG002 (the Protocol's)
+        return False
+
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
         """There is no room."""
 

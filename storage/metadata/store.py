@@ -204,6 +204,12 @@ class Store:
         sizes = journal.needed(ops, self._tail_bytes + flying[1], len(self._tails) + flying[2])
         return not journal.admits(sizes, urgent=False)
 
+    def can_spare(self, ops_bytes: int) -> bool:
+        """See MetadataStore."""
+        flying, journal = self._flying, self._journal
+        ops = self._memtable.pending_bytes + flying[0] + ops_bytes
+        return journal.admits(journal.needed(ops, self._tail_bytes + flying[1], len(self._tails) + flying[2]), urgent=True)
+
     @property
     def trouble(self) -> FusefsError | None:
         return self._takeover.trouble

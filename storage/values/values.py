@@ -110,6 +110,8 @@ class Values:
         self._most_blocks = max(1, tail_budget // BLOCK)
         #: Why nothing could be caught up with, and until when nobody else tries.
         self._refused: tuple[FusefsError, float] | None = None
+        #: Since the last commit values were freed that have bytes in the journal.
+        self._removed = False
         #: Bytes that may be appended before the journal's room is looked at again.
         self._allowance = 0
 
@@ -148,6 +150,7 @@ class Values:
         self.rewriter.forget(batch, value_id)
         tail = self._tails.pop(value_id, None)
         if tail is not None:
+            self._removed |= tail.handed > tail.sealed
             self.shipper.drop(tail)
             tail.block = None
         self._reclaimer.freed(value_id)
@@ -231,15 +234,23 @@ class Values:
         self._refused = None
 
     async def keep_pace(self) -> None:
-        if self.local_trouble is not None or not self._store.overdue:
-            return  # In trouble commits do not help, or only who removes something helps them.
+        if not self._store.overdue:
+            return
         try:
-            await self.hold_back()
+            if self._emptying():
+                await self._store.catch_up(urgent=True)
+            else:
+                await self.hold_back()
         except Fenced:
             raise
         except FusefsError:
             # Said to who makes something new. What is pending stays within what `MetadataStore.apply` takes.
-            await trio.lowlevel.checkpoint_if_cancelled()
+            return
+
+    def _emptying(self) -> bool:
+        """Does what waits for a commit remove some of what fills the journal? Then, of the room that is kept for what lands, it may have
+        what that does not need: where hosts are full nothing lands, and only removals can help, once they are committed."""
+        return self._removed and self._store.can_spare(LANDED * len(self._tails))
 
     async def reserve(self, value_id: int, length: int) -> None:
         if self.reserve_now(value_id, length):
@@ -596,11 +607,20 @@ class Values:
 
     async def _commit_store(self) -> None:
         """Commit; and remember whether it could be done, for `check_room`."""
+        removed, self._removed = self._removed, False
         try:
-            await self._store.commit()
+            try:
+                await self._store.commit()
+            except NoSpace:
+                self._removed |= removed
+                if not self._emptying():
+                    raise
+                self._removed = False
+                await self._store.commit(urgent=True)
         except Fenced:
             raise
         except FusefsError as error:
+            self._removed |= removed
             if self.local_trouble is None:
                 log.error("what was written lately is not durable, and nothing more is accepted until it is: %s", error)
             self.local_trouble = error
