@@ -45,9 +45,11 @@ class AttributeHandlers(HandlerBase):
         fh: int | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        # No await in this handler: size, taint, times and the answer are one step.
-        opened = self.handles.inode(inode)
         own = self.kernel.own_request(ctx.pid)
+        if own is None:
+            await self.namespace.keep_pace()
+        # No await from here on: size, taint, times and the answer are one step.
+        opened = self.handles.inode(inode)
         if own is not None:
             if own.ino != inode:
                 raise pyfuse3.FUSEError(errno.ESTALE)  # reached by path, and another file has that path now
@@ -161,6 +163,7 @@ class AttributeHandlers(HandlerBase):
     @guarded
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
         self._need_xattrs(name)
+        await self.namespace.keep_pace()
         self.namespace.setxattr(inode, name, value)
 
     @guarded
@@ -171,6 +174,7 @@ class AttributeHandlers(HandlerBase):
     @guarded
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         self._need_xattrs(name)
+        await self.namespace.keep_pace()
         try:
             self.namespace.removexattr(inode, name)
         except NotFound:

@@ -40,6 +40,7 @@ class ContentHandlers(HandlerBase):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         check_name(name)
+        await self.namespace.hold_back()
         ino = self.namespace.create(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid)
         # No await up to the return: an error after the pin would leave it behind.
         attributes = self.namespace.attributes(ino)

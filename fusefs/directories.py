@@ -49,16 +49,19 @@ class DirectoryHandlers(HandlerBase):
     @guarded
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         check_name(name)
+        await self.namespace.hold_back()
         return self.pinned_entry(self.namespace.create(parent_inode, name, mode, ctx.uid, ctx.gid, rdev))
 
     @guarded
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         check_name(name)
+        await self.namespace.hold_back()
         return self.pinned_entry(self.namespace.mkdir(parent_inode, name, stat.S_IMODE(mode), ctx.uid, ctx.gid))
 
     @guarded
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         check_name(name)
+        await self.namespace.hold_back()
         return self.pinned_entry(self.namespace.symlink(parent_inode, name, target, ctx.uid, ctx.gid))
 
     @guarded
@@ -70,15 +73,18 @@ class DirectoryHandlers(HandlerBase):
         if self.options.link_denied:
             raise NotPermitted("hard links are off on this mount (-o link=deny)")
         check_name(new_name)
+        await self.namespace.hold_back()
         self.namespace.link(inode, new_parent_inode, new_name)
         return self.pinned_entry(inode)
 
     @guarded
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self.namespace.keep_pace()
         self.namespace.unlink(parent_inode, name)
 
     @guarded
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self.namespace.keep_pace()
         self.namespace.rmdir(parent_inode, name)
 
     @guarded
@@ -94,6 +100,7 @@ class DirectoryHandlers(HandlerBase):
         if flags & ~(pyfuse3.RENAME_NOREPLACE | pyfuse3.RENAME_EXCHANGE):
             raise pyfuse3.FUSEError(errno.EINVAL)
         check_name(name_new)
+        await self.namespace.keep_pace()
         exchange = bool(flags & pyfuse3.RENAME_EXCHANGE)
         await self._write_back(parent_inode_old, name_old)
         if exchange:

@@ -78,6 +78,28 @@ class MemoryStore:
         await trio.lowlevel.checkpoint()
         return True
 
+    async def clear(self) -> bool:
+        await self.commit(urgent=True)
+        return False
+
+    async def catch_up(self, urgent: bool = False) -> None:
+        """There is nothing to catch up with."""
+
+    @property
+    def overdue(self) -> bool:
+        return False
+
+    @property
+    def overfull(self) -> bool:
+        return False
+
+    @property
+    def tails_wait(self) -> bool:
+        return False
+
+    def can_spare(self, ops_bytes: int) -> bool:  # noqa: ARG002 (the Protocol's)
+        return True
+
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
         """It takes none."""
 

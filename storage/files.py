@@ -83,6 +83,8 @@ class Files:
             raise BadArgument(f"{name!r}: opened for neither reading nor writing")
         parts = _split(name)
         await trio.lowlevel.checkpoint()
+        if not existing:
+            await self._namespace.hold_back()
         # NO AWAIT from here on: the file is found or made, and pinned, in one step.
         parent = self._walk(parts[:-1], name)
         ino = None if parent is None else self._child(parent, parts[-1])
@@ -224,6 +226,7 @@ class Files:
     async def delete(self, name: str) -> None:
         parts = _split(name)
         await trio.lowlevel.checkpoint()
+        await self._namespace.keep_pace()
         # NO AWAIT from here on.
         parent = self._walk(parts[:-1], name)
         ino = None if parent is None else self._child(parent, parts[-1])

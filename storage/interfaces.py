@@ -138,6 +138,38 @@ class MetadataStore(MetadataReader, Protocol):
         asked to. NoSpace, IOFailure: the disk is; nothing is lost. Fenced."""
         ...
 
+    async def clear(self) -> bool:
+        """Have all that is pending committed (`urgent`), and the journal's files emptied of what is needed no more. True if either made
+        room. NoSpace, Fenced."""
+        ...
+
+    @property
+    def overdue(self) -> bool:
+        """So much was applied that who can wait awaits `catch_up` before applying more (I7). What is pending comes in one record, and one
+        that is larger than what is kept back for `urgent` commits could never be written once the journal is full; what is committed
+        stays in memory until it is in LMDB."""
+        ...
+
+    @property
+    def tails_wait(self) -> bool:
+        """Tails were applied that no commit has yet."""
+        ...
+
+    async def catch_up(self, urgent: bool = False) -> None:
+        """Until nothing is `overdue`; at once if nothing is, without a checkpoint. What `commit(urgent)` raises."""
+        ...
+
+    @property
+    def overfull(self) -> bool:
+        """A commit is long overdue, and were many more operations applied, it would not find room in the journal as it is now. Arithmetic
+        only."""
+        ...
+
+    def can_spare(self, ops_bytes: int) -> bool:
+        """Would the journal as it is now, with what is kept for `urgent` commits, take what is pending, and so many bytes of operations
+        more? Arithmetic only."""
+        ...
+
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
         """Room beyond that is not needed for now, and may go back to the disk."""
         ...
@@ -606,11 +638,23 @@ class Values(Protocol):
         ...
 
     def check_room(self) -> None:
-        """NoSpace from a commit that found no room on the local disk until one that did: what cannot be made durable is refused (I7)."""
+        """NoSpace from a commit that found no room on the local disk until one that did, and while so much waits for a commit that the
+        journal could not take more: what cannot be made durable is refused (I7). For what cannot wait; who appends is held back."""
+        ...
+
+    async def hold_back(self) -> None:
+        """For who makes something new and can wait: until a commit that is due has been made, so that `check_room` need not refuse. Usually
+        without a checkpoint. NoSpace, Fenced: what that commit raised."""
+        ...
+
+    async def keep_pace(self) -> None:
+        """For who removes or changes what is there: waits as `hold_back` does, for memory holds what is not in LMDB (I7), but where that
+        does not help it is not refused for it: removing makes room. Fenced."""
         ...
 
     async def reserve(self, value_id: int, length: int) -> None:
-        """Wait until `length` more bytes may be appended (memory budget). NoSpace or Unavailable when waiting would not help.
+        """Wait until `length` more bytes may be appended: until there is room for them in memory, and in the journal. However fast
+        appends come, they wait as long as hosts take what was appended before. NoSpace or Unavailable when waiting would not help.
 
         The permission holds until the next await of the caller: call `append_now` before it.
         """
@@ -751,7 +795,18 @@ class Namespace(Protocol):
         ...
 
     def create(self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0, replication: str | None = None) -> int:
-        """A regular file, fifo, socket or device by the type bits of `mode` (none: regular). Setgid directories hand down their gid."""
+        """A regular file, fifo, socket or device by the type bits of `mode` (none: regular). Setgid directories hand down their gid.
+
+        It waits for nothing, so whoever creates without end, and awaits nothing meanwhile (`hold_back`, an append, a commit), gets NoSpace
+        before more is pending than the journal takes; what was created until then can be committed. So for every new name."""
+        ...
+
+    async def hold_back(self) -> None:
+        """Before a new name, for who can wait: until what is due is committed. Usually without a checkpoint. NoSpace, Fenced."""
+        ...
+
+    async def keep_pace(self) -> None:
+        """As `hold_back`, before a name is removed or changed, or attributes are: which is never refused for what is due. Fenced."""
         ...
 
     def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> int: ...

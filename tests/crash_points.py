@@ -673,6 +673,7 @@ def hasten() -> list[tuple[object, str, object]]:
         (shipping, "RETRY_FIRST", 0.02),
         (shipping, "RETRY_LAST", 0.1),
         (merge, "RETRY_SECONDS", 0.05),
+        (merge, "SWITCHED", 2),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     for module, name, value in changes:

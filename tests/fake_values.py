@@ -91,6 +91,12 @@ class FakeValues:
     async def stored_as(self, value_id: int) -> dict[str, int]:
         return {self.replication_of(value_id): self.size_of(value_id)}
 
+    async def hold_back(self) -> None:
+        return None
+
+    async def keep_pace(self) -> None:
+        return None
+
     async def reserve(self, value_id: int, length: int) -> None:
         if self.hold is not None:
             await self.hold.wait()

@@ -318,6 +318,8 @@ async def test_what_is_not_safe_is_counted(tmp_path: Path) -> None:
             await trio.sleep(0.001)
             assert shipper.unsafe == sum(tail.size - tail.journaled for tail in tails.values()), step
             assert shipper.unsafe_tails == sum(tail.size > tail.journaled for tail in tails.values()), step
+            assert shipper.uncommitted == {number: tail for number, tail in tails.items() if tail.size > tail.journaled}, step
+            assert shipper._buffered_tails == sum(tail.buffer.length > 0 for tail in tails.values()), step
         faults.gone = None
         await volume.commit()
         assert shipper.unsafe == shipper.unsafe_tails == 0

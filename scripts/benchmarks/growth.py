@@ -15,8 +15,6 @@ from scripts.benchmarks.systems import PASSPHRASE, Fusefs, drop_caches
 SMALL = 1000
 #: Changes between two commits while a volume is made.
 SLICE = 5000
-#: Files between two flushes to the hosts.
-SHIPPED = 100_000
 #: What memory is measured as.
 MEMORY = "memory, anonymous and shared, MiB"
 
@@ -44,9 +42,6 @@ class Grown(Fusefs):
                     await names.append(ino, b"a line of text\n")
                     if number % SLICE == SLICE - 1:
                         await volume.commit()
-                    if number % SHIPPED == SHIPPED - 1:
-                        # A line of each of so many files is in the journal, which does not have room for all of them.
-                        await volume.flush()
             await volume.flush()
 
 

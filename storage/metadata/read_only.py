@@ -76,6 +76,28 @@ class ReadOnlyStore:
         """Fenced: nothing is ever to be written."""
         raise Fenced(self.failure or "opened for reading only")
 
+    async def clear(self) -> bool:
+        """Fenced: nothing is ever to be written."""
+        raise Fenced(self.failure or "opened for reading only")
+
+    async def catch_up(self, urgent: bool = False) -> None:
+        """There is nothing to catch up with."""
+
+    @property
+    def overdue(self) -> bool:
+        return False
+
+    @property
+    def overfull(self) -> bool:
+        return False
+
+    @property
+    def tails_wait(self) -> bool:
+        return False
+
+    def can_spare(self, ops_bytes: int) -> bool:  # noqa: ARG002 (the Protocol's)
+        return False
+
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
         """There is no room."""
 

@@ -42,8 +42,11 @@ GROWTH_PAUSE = 0.5
 #: Seconds such an attempt waits for segments to be recycled.
 CLEAR_WAIT = 5.0
 #: Pending operations of this many bytes, or of half a segment if that is more, are committed without being asked for: they come in one
-#: record, which must find room in one segment.
+#: record, which must find room in one segment. Never more than this share of a small journal: it must be able to take them.
 COMMIT_OPS = 1024 * 1024
+COMMIT_SHARE = 8
+#: While LMDB takes a layer over, the next one grows to so many times what makes a takeover due before those who can wait do.
+AHEAD = 4
 #: Passes of the scheduler that the committer waits for others, at most.
 GATHERINGS = 8
 #: u64: the last commit that a majority of the hosts has. u64: the commit of metadata that came from hosts, and have no journal yet.
@@ -54,7 +57,7 @@ RESTORED_KEY = LOCAL + b"restored"
 class _Round:
     """Callers waiting for one commit."""
 
-    __slots__ = ("_done", "ended", "error", "sequence", "urgent", "wanted")
+    __slots__ = ("_done", "ended", "error", "patient", "sequence", "urgent", "wanted")
 
     def __init__(self) -> None:
         self.ended = False
@@ -64,6 +67,8 @@ class _Round:
         self.sequence = 0
         #: Somebody waits for it; somebody who may use the reserve does.
         self.wanted = self.urgent = False
+        #: How many wait for it who may not, and have time.
+        self.patient = 0
 
     def end(self, error: FusefsError | None = None) -> None:
         self.error = error
@@ -116,7 +121,7 @@ class Store:
         # What the commit being written takes at most: it may have taken it from the segments already, or not.
         self._flying = (0, 0, 0)
         self._cramped: tuple[FusefsError, float] | None = None
-        self._commit_ops = max(COMMIT_OPS, journal.segment_size // 2)
+        self._commit_ops = min(max(COMMIT_OPS, journal.segment_size // 2), journal.limit_bytes // COMMIT_SHARE)
         if memtable.active.values:
             self._takeover.since = seams.clock.monotonic()
         #: What the hosts do not have yet of what was applied.
@@ -156,6 +161,54 @@ class Store:
     @property
     def journal_fill(self) -> float:
         return self._journal.fill
+
+    @property
+    def overdue(self) -> bool:
+        memtable = self._memtable
+        return memtable.pending_bytes >= self._commit_ops or (memtable.frozen is not None and self._ahead)
+
+    @property
+    def _ahead(self) -> bool:
+        """More was changed while LMDB takes a layer over than memory should hold. Not where the disk refuses LMDB: the journal's limit is
+        one, too."""
+        active = self._memtable.active
+        return (active.cost >= AHEAD * MAX_COST or len(active.values) >= AHEAD * MAX_KEYS) and not self._takeover.pausing
+
+    @property
+    def tails_wait(self) -> bool:
+        return bool(self._tails)
+
+    async def catch_up(self, urgent: bool = False) -> None:
+        """See MetadataStore."""
+        takeover = self._takeover
+        while self.overdue:
+            if self._memtable.pending_bytes >= self._commit_ops:
+                await self.commit(urgent=urgent)
+                continue
+            # Its thread needs the GIL for every record, which a loop that never rests leaves to it rarely.
+            wanted = takeover.begun + 1
+            takeover.kick()
+            # A pass takes over what is frozen, or fails and then pauses. The limit: what made it slow is looked at anew.
+            with trio.move_on_after(CLEAR_WAIT):
+                while takeover.ended < wanted:
+                    await takeover.passed.wait()
+            self._check()
+
+    @property
+    def overfull(self) -> bool:
+        # Half of that may come at any moment from what lands in the background, and goes again without anybody's help.
+        if self._memtable.pending_bytes < 2 * self._commit_ops:
+            return False
+        flying, journal = self._flying, self._journal
+        ops = self._memtable.pending_bytes + flying[0] + self._commit_ops
+        sizes = journal.needed(ops, self._tail_bytes + flying[1], len(self._tails) + flying[2])
+        return not journal.admits(sizes, urgent=False)
+
+    def can_spare(self, ops_bytes: int) -> bool:
+        """See MetadataStore."""
+        flying, journal = self._flying, self._journal
+        ops = self._memtable.pending_bytes + flying[0] + ops_bytes
+        return journal.admits(journal.needed(ops, self._tail_bytes + flying[1], len(self._tails) + flying[2]), urgent=True)
 
     @property
     def trouble(self) -> FusefsError | None:
@@ -275,7 +328,11 @@ class Store:
             await trio.lowlevel.checkpoint()
             return self._progress.durable
         if not waited.ended:
-            await waited.wait()
+            waited.patient += not urgent
+            try:
+                await waited.wait()
+            finally:
+                waited.patient -= not urgent
         if waited.error is not None:
             raise type(waited.error)(str(waited.error))
         return waited.sequence
@@ -411,6 +468,7 @@ class Store:
         journal, takeover = self._journal, self._takeover
         begun = trio.current_time()
         asked_at, asked_pass = -math.inf, 0
+        urgent_pass = 0
         try:
             while True:
                 self._run_hooks()
@@ -428,7 +486,11 @@ class Store:
                 if self._drop_tails():
                     continue
                 now = trio.current_time()
-                if waiting.urgent and 0 < asked_pass <= takeover.ended:
+                if waiting.urgent and not urgent_pass:
+                    # Maybe it has joined a round that has waited for long: what was applied with it, no pass has seen yet.
+                    asked_at, urgent_pass = -math.inf, takeover.begun + 1
+                # Who waits with it patiently is not refused for its haste: each would be, as soon as something lands in a full journal.
+                if waiting.urgent and urgent_pass <= takeover.ended and not waiting.patient:
                     raise NoSpace("the journal is full, its reserve included: see that hosts are reachable and have room")
                 if now >= begun + ROOM_WAIT:
                     raise NoSpace("the journal is full of tails no host has taken yet: see that hosts are reachable and have room")
@@ -465,6 +527,8 @@ class Store:
             if not self._journal.ready:
                 return True
             if not self._journal.may_hold(count):
+                # What only hosts want makes way.
+                self._takeover.cramped = True
                 self._takeover.kick()
                 if self.on_pressure is not None:
                     self.on_pressure()
@@ -490,8 +554,15 @@ class Store:
         if self._journal.trim(self._wanted(ops_bytes, tail_bytes, tails, kept)):
             self._takeover.kick()
 
+    async def clear(self) -> bool:
+        """See MetadataStore."""
+        pending = self._pending
+        if pending:
+            await self.commit(urgent=True)
+        return await self._clear_out() or pending
+
     async def _clear_out(self) -> bool:
-        """The disk is full: have segments recycled that are kept only because there was room. True if any was."""
+        """There is no room: have segments recycled that are kept only because there was room. True if any was."""
         takeover, before = self._takeover, self._journal.recycled
         takeover.cramped = True
         for _ in range(2):  # A pass that has begun already may not have seen it.

@@ -87,7 +87,7 @@ class Takeover:
         self.tail_needed = tail_needed
         #: A commit waits for room in the journal.
         self.pressed = False
-        #: The disk has no room for another segment.
+        #: The disk, or the journal's limit, has no room for another segment.
         self.cramped = False
         self._ballast = Ballast(journal.directory, journal.segment_size, seams.failpoints)
         self._ballast_at = -math.inf
@@ -108,6 +108,11 @@ class Takeover:
         self._idle = False
         #: What the hosts have of the history reaches up to this commit; None: nobody publishes it. Later segments are kept for a while.
         self.shipped: int | None = None
+
+    @property
+    def pausing(self) -> bool:
+        """The last attempt failed, and the next one is not due yet."""
+        return self._seams.clock.monotonic() < self._retry_at
 
     def kick(self) -> None:
         """Look soon whether something is to be done."""

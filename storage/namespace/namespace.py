@@ -169,6 +169,12 @@ class Namespace:
             rec.value = self._values.create(change.batch, ino, spec)
         return self._enter(change, directory, name, ino, rec)
 
+    async def hold_back(self) -> None:
+        await self._values.hold_back()
+
+    async def keep_pace(self) -> None:
+        await self._values.keep_pace()
+
     def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> int:
         directory = self._room_for(parent, name)
         if directory.rec.nlink >= MAX_DIRECTORY_LINKS:

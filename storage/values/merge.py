@@ -8,14 +8,14 @@ replication, which may be another than that of the sector it comes from: `move` 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import trio
 
 from storage.errors import Fenced, FusefsError, NotFound
 from storage.interfaces import Batch, Buffer, MetadataStore
-from storage.metadata.keys import EXTENT, u64
 from storage.replication import parse_replication
 from storage.seams import Seams
 from storage.sectors.manager import SectorManager
@@ -28,6 +28,8 @@ log = logging.getLogger("fusefs.values")
 
 #: Pieces from which on a merge takes in no further sector: each is some three kilobytes of objects until what moves it is taken over.
 MANY = 32_768
+#: Extents that are pointed elsewhere in one step of the event loop, about: one or two milliseconds.
+SWITCHED = 96
 #: Seconds to wait after a merge failed.
 RETRY_SECONDS = 30.0
 #: Seconds after which sectors that could not be read are tried again.
@@ -40,10 +42,6 @@ class _Piece:
 
     extent: Extent
     data: memoryview
-
-    @property
-    def order(self) -> tuple[int, int]:
-        return self.extent.value_id, self.extent.offset
 
 
 @dataclass(slots=True)
@@ -66,6 +64,7 @@ class Merger:
         self._store = store
         self._sectors = sectors
         self._shipper = shipper
+        self._threads = seams.threads
         self._hit = seams.failpoints.hit
         self._lock = trio.Lock()
         #: In the batch that points extents elsewhere: value id -> bytes that came out of sectors of another replication.
@@ -131,14 +130,17 @@ class Merger:
         held.update(ours)
         try:
             pieces, failure = await self._live_pieces(sources, only)
-            for output in self._pack(pieces):
+            for output in await self._pack(pieces):
+                # As for what lands: many extents change, and the journal must have room for them all.
+                await self._store.catch_up()
                 self._hit("merge.before_write")
                 await self._write(output)
-                self._hit("merge.before_switch")
                 try:
-                    self._switch(output)
+                    await self._switch(output)
                 finally:
                     held.discard(output.sector_id)
+                    # All of it was freed meanwhile, or it was given up before anything pointed to it.
+                    self._delete_empty([output.sector_id])
         finally:
             held.difference_update(ours)
             # Also after a failure: what was emptied meanwhile nobody else deletes while it is held.
@@ -147,6 +149,7 @@ class Merger:
             raise failure
 
     def _delete_empty(self, sources: list[int]) -> None:
+        """Of these sectors, those in which nothing is live."""
         batch = Batch()
         for sector_id in sources:
             try:
@@ -171,8 +174,8 @@ class Merger:
             wanted = [extent for extent in only or () if extent.sector_id == sector_id]
             try:
                 data = memoryview(await self._sectors.read_sector(sector_id))
-                # Merges of k sectors leave extents as long as their table entries, so an entry is either one extent, or dead.
-                found = [Extent(entry.value_id, entry.offset, sector_id, entry.position, entry.length) for entry in parse_table(data)]
+                # In a thread: of very many small files that takes long.
+                entries = await self._threads.run(parse_table, data)
             except FusefsError as error:
                 # One damaged sector must not keep all others from being merged, or their number would grow without bound (I7).
                 self._sectors.partials.set_aside.add(sector_id)
@@ -181,12 +184,14 @@ class Merger:
                     raise
                 failure = failure or error
                 continue
-            if only is not None:
-                found = [*wanted, *self._misplaced(sector_id, found)]
+            # Merges of k sectors leave extents as long as their table entries, so an entry is either one extent, or dead.
+            found = (Extent(entry.value_id, entry.offset, sector_id, entry.position, entry.length) for entry in entries)
             own = 0
-            for count, extent in enumerate(found, 1):
+            for count, extent in enumerate(chain(wanted, found), 1):
                 if count % BREATH == 0:
                     await trio.lowlevel.checkpoint()
+                if only is not None and count > len(wanted) and not self._misplaced(extent):
+                    continue
                 if extent.key not in pieces and self._is_live(extent):
                     own += self._weight(extent)
                     piece = data[extent.position : extent.position + extent.length]
@@ -203,21 +208,25 @@ class Merger:
                     # Another group is due, without these. The rest is read all the same, to know which of it is full.
                     pieces.clear()
                     weight = 0
-        return sorted(pieces.values(), key=lambda piece: piece.order), failure
+        # Keys are in the order of (value, offset).
+        return [pieces[key] for key in sorted(pieces)], failure
 
     def _weight(self, extent: Extent) -> int:
         """Bytes of a sector that it takes, with its entry in the table."""
         value = self._value(extent)
         return extent.length + ENTRY_BYTES + (0 if value is None else len(self._shipper.name_of(value.owner)))
 
-    def _misplaced(self, sector_id: int, extents: Collection[Extent]) -> list[Extent]:
-        """Those whose value has another replication than the sector."""
+    def _misplaced(self, extent: Extent) -> bool:
+        """Has its value another replication than the sector?"""
+        value = self._value(extent)
+        if value is None:
+            return False
         try:
-            spec = parse_replication(self._sectors.record(sector_id).replication)
+            spec = self._sectors.record(extent.sector_id).replication
         except NotFound:
-            # Deleted while it was read.
-            return []
-        return [e for e in extents if (value := self._value(e)) is not None and parse_replication(value.replication) != spec]
+            # Deleted meanwhile.
+            return False
+        return parse_replication(value.replication) != parse_replication(spec)
 
     def _value(self, extent: Extent) -> ValueRecord | None:
         raw = self._store.get(value_key(extent.value_id))
@@ -226,14 +235,16 @@ class Merger:
     def _is_live(self, extent: Extent) -> bool:
         return self._store.get(extent.key) == extent.encode() and self._store.get(value_key(extent.value_id)) is not None
 
-    def _pack(self, pieces: list[_Piece]) -> list[_Output]:
+    async def _pack(self, pieces: list[_Piece]) -> list[_Output]:
         """Next fit in order, for each replication; what adjoins in a value becomes one entry. A piece is never cut: so every old extent
         moves to one place."""
         limit = self._sectors.sector_size - TABLE_BYTES
         outputs: list[_Output] = []
         current: dict[str, _Output] = {}
         commit = self._store.applied_sequence
-        for piece in pieces:
+        for count, piece in enumerate(pieces, 1):
+            if count % BREATH == 0:
+                await trio.lowlevel.checkpoint()
             extent = piece.extent
             value = self._value(extent)
             if value is None or not self._is_live(extent):
@@ -264,29 +275,60 @@ class Merger:
         output.sector_id = await self._sectors.allocate_sector(output.replication)
         self._sectors.partials.held.add(output.sector_id)
         try:
-            await self._sectors.write_sector(output.sector_id, [*output.parts, encode_table(output.entries)], output.replication)
+            table = await self._threads.run(encode_table, output.entries)
+            await self._sectors.write_sector(output.sector_id, [*output.parts, table], output.replication)
         except BaseException:
             self._sectors.partials.held.discard(output.sector_id)
             raise
 
-    def _switch(self, output: _Output) -> None:
-        """Point the extents to the new sector (I2: it is durable). No await: what is live is looked at and changed in one step."""
+    async def _switch(self, output: _Output) -> None:
+        """Point the extents to the new sector (I2: it is durable), so many at a time.
+
+        Between two parts everything is as it should be, and may be committed, published, or left so by a crash: each extent points to a
+        sector that has its bytes, the records of old and new say how much of them is live, and what is read, freed or appended meanwhile
+        meets nothing unusual. A sector of which one part alone was pointed to is a partly filled one with garbage in it, like any other,
+        and old ones stay until nothing in them is live: so merging just takes them up once more. While it goes on all of them are held.
+        """
+        replaced, done = output.replaced, 0
+        part: list[tuple[TableEntry, list[Extent]]] = []
+        size = 0
+        for entry in output.entries:
+            # What was side by side in a value is one entry: never cut, since the table knows it as one.
+            extents = [replaced[done]]
+            while extents[-1].end < entry.offset + entry.length:
+                extents.append(replaced[done + len(extents)])
+            done += len(extents)
+            part.append((entry, extents))
+            size += len(extents)
+            if size >= SWITCHED:
+                await self._switch_part(output, part)
+                part, size = [], 0
+        if part:
+            await self._switch_part(output, part)
+
+    async def _switch_part(self, output: _Output, part: Sequence[tuple[TableEntry, list[Extent]]]) -> None:
+        # As for what lands: who appends is held back by it, and this has no need to be quicker than the journal.
+        await self._store.catch_up()
+        self._hit("merge.before_switch")
+        # No await to the end of the batch: what is live is looked at and changed in one step.
         batch = Batch()
         deltas: dict[int, int] = {}
         moved: dict[int, int] = {}
         live = 0
         spec = parse_replication(output.replication)
-        alive = {extent.key for extent in output.replaced if self._is_live(extent)}
-        for extent in output.replaced:
-            if extent.key in alive:
+        #: Is the sector one of another replication?
+        other: dict[int, bool] = {}
+        for entry, extents in part:
+            # A value is freed whole, so none of an entry's extents is live, or all are.
+            if not all(map(self._is_live, extents)):
+                continue
+            for extent in extents:
                 batch.delete(extent.key)
                 deltas[extent.sector_id] = deltas.get(extent.sector_id, 0) - extent.length
-                if parse_replication(self._sectors.record(extent.sector_id).replication) != spec:
+                if extent.sector_id not in other:
+                    other[extent.sector_id] = parse_replication(self._sectors.record(extent.sector_id).replication) != spec
+                if other[extent.sector_id]:
                     moved[extent.value_id] = moved.get(extent.value_id, 0) + extent.length
-        for entry in output.entries:
-            if EXTENT + u64(entry.value_id) + u64(entry.offset) not in alive:
-                # The value was freed meanwhile; a value is freed whole, so none of the entry's extents is live.
-                continue
             merged = Extent(entry.value_id, entry.offset, output.sector_id, entry.position, entry.length)
             batch.put(merged.key, merged.encode())
             live += entry.length
@@ -295,8 +337,7 @@ class Merger:
         for sector_id in self._sectors.account(batch, deltas):
             if sector_id not in self._sectors.partials.held:
                 self._sectors.delete_now(batch, sector_id)
-        if not live:
-            self._sectors.delete_now(batch, output.sector_id)
         if moved:
             self.on_moved(batch, moved)
         self._store.apply(batch)
+        await trio.lowlevel.checkpoint()

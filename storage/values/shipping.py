@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import msgspec
 import trio
@@ -21,6 +22,11 @@ log = logging.getLogger("fusefs.values")
 
 #: Room kept in a full sector for label, table and trailer of one entry: one page, so that a file's pages do not straddle sectors.
 RESERVE = 4096
+#: What a tail takes of the budget beside its bytes: about the memory of its objects. A million files of a line each are more of these than
+#: of bytes.
+TAIL_COST = 768
+#: Flights that come down in one step of the event loop, at most.
+LANDING = 512
 #: Share of the budget at which small tails are gathered without waiting for `flush_interval`.
 PRESSURE = 0.5
 #: Seconds between attempts after hosts refused: doubling from the first to the last.
@@ -66,10 +72,11 @@ class Shipper:
         self._default = parse_replication(default_replication)
         #: Invariant: the bytes of all buffers and of all flights that have not landed or been dropped.
         self.pending = 0
-        #: Bytes of the buffers alone.
-        self._buffered = 0
-        #: Invariant: bytes that neither the journal nor a pending commit has, of all tails (size - journaled), and how many tails that is.
-        self.unsafe = self.unsafe_tails = 0
+        #: Bytes of the buffers alone, and how many tails have any.
+        self._buffered = self._buffered_tails = 0
+        #: Invariant: bytes that neither the journal nor a pending commit has, of all tails (size - journaled), and those tails by value.
+        self.unsafe = 0
+        self.uncommitted: dict[int, Tail] = {}
         #: Cargos flying or parked.
         self._cargos: set[Cargo] = set()
         #: What hosts said last, while they refuse; None from the next success on.
@@ -92,8 +99,18 @@ class Shipper:
     # ------------------------------------------------------------------------------------------------------------
     # The budget
 
+    @property
+    def unsafe_tails(self) -> int:
+        """How many have bytes that neither the journal nor a pending commit has."""
+        return len(self.uncommitted)
+
+    @property
+    def _used(self) -> int:
+        """Of the budget."""
+        return self.pending + TAIL_COST * len(self._tails)
+
     def has_room(self, length: int) -> bool:
-        return self.pending + length <= self._budget
+        return self._used + TAIL_COST + length <= self._budget
 
     async def wait_room(self, length: int) -> None:
         """Until `length` fits (or nothing is pending, for one append larger than the whole budget)."""
@@ -106,27 +123,29 @@ class Shipper:
             await self._room.wait()
 
     def accepting(self) -> bool:
-        return self.trouble is None and not self._low_space and self.pending < self._budget
+        return self.trouble is None and not self._low_space and self._used < self._budget
 
-    def kept(self, length: int) -> None:
+    def kept(self, tail: Tail, length: int) -> None:
         """Bytes stand in a tail's buffer, and stay there."""
         self.pending += length
         self._buffered += length
+        self._buffered_tails += 0 < length == tail.buffer.length
 
     def added(self, tail: Tail, length: int) -> None:
         """Bytes were appended to the tail's buffer: cut what fills a sector."""
-        self.kept(length)
+        self.kept(tail, length)
         while tail.buffer.length >= self.payload_limit:
             cargo = Cargo(tail.replication)
             self._load(cargo, tail, self.payload_limit)
             self._dispatch(cargo)
-        if self._buffered > self._budget * PRESSURE:
+        # What is in flight is not to be gathered: else few of those that come meanwhile would make a sector each time.
+        if self._buffered + TAIL_COST * self._buffered_tails > self._budget * PRESSURE:
             self._gather.set()
 
     def accepted(self, tail: Tail, length: int) -> None:
         """Bytes were appended to the tail's buffer that are nowhere else."""
         if length:
-            self.unsafe_tails += tail.size - length == tail.journaled
+            self.uncommitted[tail.value_id] = tail
             self.unsafe += length
         self.added(tail, length)
 
@@ -134,7 +153,10 @@ class Shipper:
         """The journal, or an extent, has the tail up to there; or has it only up to there after all."""
         if journaled != tail.journaled:
             self.unsafe += tail.journaled - journaled
-            self.unsafe_tails += (tail.size > journaled) - (tail.size > tail.journaled)
+            if tail.size > journaled:
+                self.uncommitted[tail.value_id] = tail
+            else:
+                self.uncommitted.pop(tail.value_id, None)
             tail.journaled = journaled
             tail.handed = max(tail.handed, journaled)
 
@@ -152,6 +174,7 @@ class Shipper:
         self.mark(tail, tail.size)
         released = tail.buffer.length
         self._buffered -= tail.buffer.length
+        self._buffered_tails -= tail.buffer.length > 0
         written: set[Cargo] = set()
         for flight in tail.flights:
             released += flight.length
@@ -195,6 +218,7 @@ class Shipper:
         cargo.add(flight, 0)
         tail.flights.append(flight)
         self._buffered -= length
+        self._buffered_tails -= not tail.buffer.length
 
     async def gather(self) -> None:
         """Put every tail in memory into cargos, many files to a sector, each file's bytes together, files of one directory near each
@@ -233,11 +257,11 @@ class Shipper:
         """Until the cargo's sector is durable, or nobody needs its bytes any more."""
         delay = RETRY_FIRST
         try:
-            while any(flight.state is not FlightState.DROPPED for flight in cargo.flights):
+            while any(flight.state not in (FlightState.DROPPED, FlightState.LANDED) for flight in cargo.flights):
                 try:
                     if not self._on_record(cargo):
                         await self._write(cargo)
-                    self._land(cargo)
+                    await self._land(cargo)
                     self.trouble = None
                     return
                 except Fenced as error:
@@ -249,6 +273,10 @@ class Shipper:
                     await self._retry.wait()
                 delay = min(delay * 2, RETRY_LAST)
                 self._unpark(cargo)
+            # The rest was freed, maybe after some had landed.
+            with suppress(FusefsError):
+                if self._on_record(cargo):
+                    self._let_go([cargo])
         finally:
             for flight in cargo.flights:
                 if flight.state is FlightState.FLYING:
@@ -321,26 +349,49 @@ class Shipper:
         for flight in parked:
             flight.state = FlightState.FLYING
 
-    def _land(self, cargo: Cargo) -> None:
-        """The sector is durable: turn flights into extents, each value's in order (I2). No await: readers see all of it or nothing."""
+    async def _land(self, cargo: Cargo) -> None:
+        """The sector is durable: turn flights into extents, each value's in order (I2), so many at a time.
+
+        The sectors of a full journal have more extents than the part of it that is kept for the commit that points to them could take in
+        one (I7): so they are committed while they come down, not when all have.
+        """
+        for start in range(0, len(cargo.flights), LANDING):
+            try:
+                await self._store.catch_up(urgent=True)
+            except NoSpace:
+                # Where tails wait to go into a journal that is full, only their coming down makes them superfluous, and the commit fit.
+                if not self._store.tails_wait:
+                    raise
+            # No await from here on: between the look and what is applied.
+            stop = start + LANDING
+            self._bring_down(cargo, cargo.flights[start:stop], last=stop >= len(cargo.flights))
+            if stop < len(cargo.flights):
+                await trio.lowlevel.checkpoint()
+        self.on_landed()
+
+    def _bring_down(self, cargo: Cargo, flights: Sequence[Flight], *, last: bool) -> None:
+        """Some flights of the cargo, `last`: and all others are down. No await: readers see all of it or nothing."""
         # A failed store refuses here, and so does the damaged record of a sector, before anything in memory has changed.
         self._store.apply(Batch())
-        tails = [flight.tail for flight in cargo.flights if flight.state is not FlightState.DROPPED]
-        earlier = {other.cargo for tail in tails for other in tail.flights if other.state is FlightState.WAITING}
+        # Some may have landed in an attempt before.
+        flights = [flight for flight in flights if flight.state not in (FlightState.DROPPED, FlightState.LANDED)]
+        if not flights:
+            # All were freed meanwhile; perhaps the sector is gone, too.
+            if last:
+                self._let_go([cargo])
+            return
+        earlier = {other.cargo for flight in flights for other in flight.tail.flights if other.state is FlightState.WAITING}
         for each in {cargo, *earlier}:
             if each is not None:
                 self._sectors.record(each.sector_id)
-        for flight in cargo.flights:
-            if flight.state is not FlightState.DROPPED:
-                flight.state = FlightState.WAITING
+        for flight in flights:
+            flight.state = FlightState.WAITING
         batch = Batch()
         deltas: dict[int, int] = {}
         settled: set[Cargo] = {cargo}
         released = 0
-        for flight in cargo.flights:
+        for flight in flights:
             tail = flight.tail
-            if flight.state is FlightState.DROPPED:
-                continue
             landed = False
             misplaced = 0
             while tail.flights and tail.flights[0].state is FlightState.WAITING:
@@ -373,8 +424,10 @@ class Shipper:
         self._store.apply(batch)
         self._landed_in = self._store.applied_sequence
         self._release(released)
+        if not last:
+            # Others of it fly.
+            settled.discard(cargo)
         self._let_go(settled)
-        self.on_landed()
 
     def _let_go(self, cargos: Iterable[Cargo]) -> None:
         """Cargos all of whose flights are down may be merged from now on, or, if nothing of them is live, deleted."""

@@ -10,7 +10,7 @@ from weakref import ref
 import trio
 
 from storage.coprocess.client import ARENA
-from storage.errors import Corrupt, Fenced, FusefsError, NotFound, Unavailable
+from storage.errors import Corrupt, Fenced, FusefsError, NoSpace, NotFound, Unavailable
 from storage.history.objects import Tail as LogTail
 from storage.interfaces import Batch, Buffer, FlushProgress, FlushReport, MetadataStore, TailPiece
 from storage.metadata.counters import Counter
@@ -25,7 +25,7 @@ from storage.values.reclaim import Reclaimer
 from storage.values.records import VERSION, Extent, ValueRecord, decode_value, decode_values, extents_between, value_key
 from storage.values.rewrite import Rewriter
 from storage.values.shipping import BREATH, Shipper
-from storage.values.tail import Tail
+from storage.values.tail import Flight, Tail
 
 log = logging.getLogger("fusefs.values")
 
@@ -35,11 +35,16 @@ EXTENTS_PER_SCAN = 64
 READ_ATTEMPTS = 8
 #: What the metadata of a tail's value and file take in the journal beside its bytes (inode, extent, value, sector), at most.
 BESIDE = 448
+#: ... and what of that comes only as its bytes land (extent, value): so it is still to come of what the journal has.
+LANDED = 160
 #: Shares of a journal segment left over by appends, and by what makes new names: so that renames, deletions and the records of what lands
 #: in sectors find room when the disk has none any more.
 APPEND_KEPT, CREATE_KEPT = 0.5, 0.25
 #: Bytes of appends (and of what stands beside them) for which the journal's room is looked at once.
 ALLOWANCE = 32 * 1024
+#: Bytes of a tail that a commit puts into the journal although they are in flight. Waiting for a sector of very many small files to come
+#: down takes seconds, and those bytes are hardly any.
+LITTLE = 4096
 #: Seconds an append on a full disk waits for what was appended before to get to the hosts.
 ROOM_WAIT = 30.0
 #: Seconds between two looks whether a full disk is full still.
@@ -48,6 +53,8 @@ FULL_INTERVAL = 3.0
 LARGE, STREAM = 64 * 1024, 1024 * 1024
 #: Bytes of such memory that a value gets at a time.
 BLOCK = 4 * 1024 * 1024
+#: Seconds in which those who come after one that was refused for want of room are refused as well.
+REFUSED_PAUSE = 2.0
 #: Sequential streams remembered for read-ahead.
 STREAMS = 128
 
@@ -101,6 +108,10 @@ class Values:
         #: Blocks of shared memory that pieces of tails stand in.
         self._blocks: list[ref[object]] = []
         self._most_blocks = max(1, tail_budget // BLOCK)
+        #: Why nothing could be caught up with, and until when nobody else tries.
+        self._refused: tuple[FusefsError, float] | None = None
+        #: Since the last commit values were freed that have bytes in the journal.
+        self._removed = False
         #: Bytes that may be appended before the journal's room is looked at again.
         self._allowance = 0
 
@@ -139,6 +150,7 @@ class Values:
         self.rewriter.forget(batch, value_id)
         tail = self._tails.pop(value_id, None)
         if tail is not None:
+            self._removed |= tail.handed > tail.sealed
             self.shipper.drop(tail)
             tail.block = None
         self._reclaimer.freed(value_id)
@@ -167,7 +179,7 @@ class Values:
                 if ship:
                     self.shipper.added(tail, tail.buffer.length)
                 else:
-                    self.shipper.kept(tail.buffer.length)
+                    self.shipper.kept(tail, tail.buffer.length)
         return recovered
 
     def _record(self, value_id: int) -> ValueRecord:
@@ -205,6 +217,41 @@ class Values:
     # ------------------------------------------------------------------------------------------------------------
     # Appending
 
+    async def hold_back(self) -> None:
+        if self.local_trouble is not None or not self._store.overdue:
+            return  # In trouble `check_room` refuses at once.
+        refused = self._refused
+        if refused is not None and trio.current_time() < refused[1]:
+            # Not each of very many has to wait for the same answer.
+            raise type(refused[0])(str(refused[0]))
+        try:
+            await self._store.catch_up()
+        except Fenced:
+            raise
+        except FusefsError as error:
+            self._refused = error, trio.current_time() + REFUSED_PAUSE
+            raise
+        self._refused = None
+
+    async def keep_pace(self) -> None:
+        if not self._store.overdue:
+            return
+        try:
+            if self._emptying():
+                await self._store.catch_up(urgent=True)
+            else:
+                await self.hold_back()
+        except Fenced:
+            raise
+        except FusefsError:
+            # Said to who makes something new. What is pending stays within what `MetadataStore.apply` takes.
+            return
+
+    def _emptying(self) -> bool:
+        """Does what waits for a commit remove some of what fills the journal? Then, of the room that is kept for what lands, it may have
+        what that does not need: where hosts are full nothing lands, and only removals can help, once they are committed."""
+        return self._removed and self._store.can_spare(LANDED * len(self._tails))
+
     async def reserve(self, value_id: int, length: int) -> None:
         if self.reserve_now(value_id, length):
             return
@@ -216,7 +263,7 @@ class Values:
         await self._wait_room(length)
 
     def reserve_now(self, value_id: int, length: int) -> bool:  # noqa: ARG002 (the Protocol's: a budget per value may come)
-        if self.local_trouble is not None or self._store.failure is not None:
+        if self.local_trouble is not None or self._store.failure is not None or self._store.overdue:
             return False
         cost = length + BESIDE
         if cost > self._allowance:
@@ -231,9 +278,13 @@ class Values:
 
     def _assured(self, length: int, kept: float) -> bool:
         """Would everything accepted so far, and `length` bytes more, find room in the journal as it stands on the disk? Arithmetic only."""
-        shipper = self.shipper
-        tails = shipper.unsafe_tails + 1
-        return self._store.has_room(BESIDE * tails, shipper.unsafe + length, tails, kept)
+        tails = self.shipper.unsafe_tails + 1
+        return self._store.has_room(self._beside(tails), self.shipper.unsafe + length, tails, kept)
+
+    def _beside(self, unsafe: int) -> int:
+        """Bytes of operations that tails have yet to bring, of which so many have bytes the journal does not have. What takes them out of a
+        full journal is counted as they go in: else no commit could say one day where they went."""
+        return BESIDE * unsafe + LANDED * max(len(self._tails) - unsafe, 0)
 
     async def _wait_room(self, length: int) -> None:
         """Until there is room for `length` bytes in memory, and in the journal (I7: what is accepted can be made durable)."""
@@ -241,6 +292,10 @@ class Values:
         deadline = trio.current_time() + ROOM_WAIT
         while True:
             await shipper.wait_room(length)
+            if self._store.overdue:
+                # New names come without waiting, so whoever fills them waits for both.
+                await self._store.catch_up()
+                continue
             if self._assured(length, APPEND_KEPT):
                 return
             error = await self._grow(length)
@@ -250,8 +305,10 @@ class Values:
             if self._assured(length, APPEND_KEPT) and shipper.has_room(length):
                 return
             if not shipper.pending and error is None:
-                # An append larger than the whole journal, or one that is full of what has landed: the commit waits for room.
-                return
+                # Full of what has landed; or the append is larger than the whole journal: then its commit waits for room.
+                if not await self._store.clear() or trio.current_time() >= deadline:
+                    return
+                continue
             if error is not None and (not shipper.pending or shipper.trouble is not None or trio.current_time() >= deadline):
                 raise error
             # Room comes as bytes get to the hosts.
@@ -261,7 +318,7 @@ class Values:
         """Have the journal's files grow by what `length` bytes need. Returns why they cannot; None: they did, or their limit is reached."""
         tails = self.shipper.unsafe_tails + 1
         try:
-            await self._store.make_room(BESIDE * tails, self.shipper.unsafe + length, tails, APPEND_KEPT)
+            await self._store.make_room(self._beside(tails), self.shipper.unsafe + length, tails, APPEND_KEPT)
         except Fenced:
             raise
         except FusefsError as error:
@@ -490,6 +547,12 @@ class Values:
         size = tail.size
         if tail.journaled >= size:
             return []
+        # Exactly what `settle` does not wait for: a flight behind a parked one is tail like any other, or an fsync would leave it out.
+        return self._taken(tail, tail.first_flying(size))
+
+    def _taken(self, tail: Tail, flying: Flight | None) -> list[TailPiece]:
+        """What the journal does not have, up to that flight; it counts as handed over."""
+        size, value_id = tail.size, tail.value_id
         if not tail.flights:
             # The usual case, of what follows.
             start = max(tail.journaled, tail.sealed)
@@ -499,8 +562,6 @@ class Values:
             return [TailPiece(value_id, start, tuple(data))]
         start, at = max(tail.journaled, tail.sealed), tail.sealed
         data = []
-        # Exactly what `settle` does not wait for: a flight behind a parked one is tail like any other, or an fsync would leave it out.
-        flying = tail.first_flying(tail.size)
         for flight in tail.flights:
             if flight is flying:
                 break
@@ -518,36 +579,55 @@ class Values:
         return [TailPiece(value_id, start, tuple(data))]
 
     async def commit(self, value_id: int) -> None:
-        size = self.size_of(value_id)
         tail = self._tails.get(value_id)
-        if tail is not None:
-            if tail.flights:
-                await self.settle(value_id, size)
+        if tail is None:
+            # It exists, or that is the error.
+            self._record(value_id)
+        elif tail.journaled < tail.size:
+            if self._awaited(tail):
+                await self.settle(value_id, tail.size)
             self._hand_over(value_id)
         await self._commit_store()
 
     async def commit_all(self) -> None:
-        for number, (value_id, size) in enumerate([(tail.value_id, tail.size) for tail in self._tails.values()], 1):
-            await self.settle(value_id, size)
+        # Only those that have something the journal has not: of very many small files most wait for nothing but their sector.
+        for number, (value_id, size) in enumerate([(value_id, tail.size) for value_id, tail in self.shipper.uncommitted.items()], 1):
+            tail = self._tails.get(value_id)
+            if tail is not None and self._awaited(tail):
+                await self.settle(value_id, size)
             self._hand_over(value_id)
             if number % BREATH == 0:
                 await trio.lowlevel.checkpoint()
         await self._commit_store()
 
+    @staticmethod
+    def _awaited(tail: Tail) -> bool:
+        """Is so much of it in flight, and not in the journal, that it is better to wait until it has landed?"""
+        return bool(tail.flights) and tail.size - tail.journaled > LITTLE
+
     async def _commit_store(self) -> None:
         """Commit; and remember whether it could be done, for `check_room`."""
+        removed, self._removed = self._removed, False
         try:
-            await self._store.commit()
+            try:
+                await self._store.commit()
+            except NoSpace:
+                self._removed |= removed
+                if not self._emptying():
+                    raise
+                self._removed = False
+                await self._store.commit(urgent=True)
         except Fenced:
             raise
         except FusefsError as error:
+            self._removed |= removed
             if self.local_trouble is None:
                 log.error("what was written lately is not durable, and nothing more is accepted until it is: %s", error)
             self.local_trouble = error
             raise
         self.local_trouble = None
         shipper = self.shipper
-        self._store.keep_room(BESIDE * shipper.unsafe_tails, shipper.unsafe, shipper.unsafe_tails, APPEND_KEPT)
+        self._store.keep_room(self._beside(shipper.unsafe_tails), shipper.unsafe, shipper.unsafe_tails, APPEND_KEPT)
 
     def check_room(self) -> None:
         local = self.local_trouble
@@ -557,10 +637,15 @@ class Values:
             self._cramped.set()
             if self.full is not None:
                 raise type(self.full)(f"{self.full}; nothing new is accepted until there is room for it")
+            if self._store.overfull:
+                raise NoSpace("more changes wait for a commit than the journal has room for; nothing new is accepted until one is made")
 
     def _hand_over(self, value_id: int) -> None:
         """Give the store what it does not have of the tail. No await between taking and applying: `journaled` says the store has it."""
-        pieces = self.uncommitted_tail(value_id)
+        tail = self._tails.get(value_id)
+        if tail is None or tail.journaled >= tail.size:
+            return
+        pieces = self._taken(tail, tail.first_flying(tail.size) if self._awaited(tail) else None)
         if pieces:
             try:
                 self._store.apply(Batch(), pieces)
