@@ -490,7 +490,11 @@ async def test_a_volume_that_is_closed_leaves_no_reader_waiting_for_what_was_to_
         value = new_value(volume)
         await append(volume, value, noise(8 * SECTOR_SIZE))
         await volume.flush()
-    monkeypatch.setattr(SectorReader, "_fetch", lambda *_: trio.sleep_forever())
+
+    async def never(*_: object) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(SectorReader, "_fetch", never)
     monkeypatch.setattr("storage.sectors.reader.AHEAD_NEAR", AHEAD)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=40 * SECTOR_SIZE)) as volume:
         with trio.move_on_after(0.1):
