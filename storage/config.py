@@ -4,7 +4,7 @@ A document (storage/documents.py) with these fields:
 
 | field | value |
 |---|---|
-| `format`, `format_version` | `fusefs volume`, 2: of all there is in the directory and on hosts; 1, before any release, is refused |
+| `format`, `format_version` | `fusefs volume`, 3: of all there is in the directory and on hosts; 1 and 2, before any release, are refused |
 | `volume_id` | 32 hexadecimal digits, random |
 | `sector_size` | plaintext bytes of a full sector: 64 KiB to 32 MiB, a multiple of 4096 |
 | `replication` | for what is not told otherwise: "2", "4+2" |

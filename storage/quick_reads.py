@@ -125,10 +125,10 @@ class QuickReads:
         opener, name = known
         if host is None or self._locked.known(number, sector_root):
             return None
+        started = time.perf_counter()
         if not host.soon(name) and (more_coming() or not host.soon(name, SPUN)):
             return None
         _, _, at, size = block_range(first * BLOCK, count * BLOCK, plaintext_length)
-        started = time.perf_counter()
         raw, asked = host.get_range_now(name, at, size), 1
         while raw is None:
             # Whether others wait costs a quarter of asking the disk; a disk is asked some twenty times.

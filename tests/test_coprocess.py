@@ -426,6 +426,31 @@ def test_descriptors(what: str, coprocess: Coprocess, monkeypatch: pytest.Monkey
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.parametrize("who", ["start", "there"])
+def test_one_that_has_started_well_is_forgiven_what_was_before(monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    """Else some deaths in a year would have threads do its work for an hour each time."""
+    coprocess = Coprocess(Arena())
+    coprocess.wanted = True
+    monkeypatch.setattr(client, "PAUSE", 0.01)
+    try:
+        for _ in range(3):
+            deadline = time.monotonic() + 20
+            coprocess.start()
+            while not (coprocess.start() if who == "start" else coprocess.there):
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+                if coprocess.pid is None:
+                    coprocess.start()
+            assert coprocess._pause == 0
+            process = coprocess._process
+            assert process is not None
+            with coprocess._lock:
+                coprocess._end(process, "test")
+            assert coprocess._pause == 0.01
+    finally:
+        coprocess.close()
+
+
 def test_one_that_cannot_start_says_why_and_is_tried_less_and_less(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

@@ -97,8 +97,8 @@ class Coprocess:
             return False
         if not process.ready and self._lock.acquire(blocking=False):
             try:
-                if self._process is process:
-                    process.look()
+                if self._process is process and process.look():
+                    self._pause = 0.0
             except OSError as error:
                 # Whoever starts it anew says so.
                 log.debug("%s", error)

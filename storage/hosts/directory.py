@@ -1,7 +1,7 @@
 """The directory host: `dir:/mnt/disk1`. See `tree` for what lies where and what is durable when.
 
 All blocking work is one hop into a thread per call. Calls that hang (a dead network mount, a dying disk) can be given up by cancelling
-them; at most `SLOTS` threads are ever caught in one host.
+them; at most `SLOTS` threads are ever caught in one host, and the one that opens files briefly (see `held`).
 What becomes of changes that were given up: see `slots`.
 """
 

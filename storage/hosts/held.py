@@ -48,6 +48,7 @@ class Held:
         self._files: dict[str, HeldFile] = {}
         #: Runs while anything is held.
         self._timer: threading.Timer | None = None
+        self._closed = False
 
     def find(self, name: str) -> HeldFile | None:
         """Not for longer than a call takes."""
@@ -55,12 +56,13 @@ class Held:
         return file if file is not None and time.monotonic() - file.opened < LIFE else None
 
     def hold(self, name: str, file: HeldFile) -> None:
-        """From now on `find` finds it."""
+        """From now on `find` finds it, unless nobody could close it in time."""
         with self._lock:
+            if self._closed or not self._run():
+                return
             old = self._files.pop(name, None)
             self._files[name] = file
             oldest = self._files.pop(next(iter(self._files))) if len(self._files) > FILES else None
-            self._run()
         del old, oldest
 
     def drop(self, name: str) -> None:
@@ -70,21 +72,28 @@ class Held:
         del file
 
     def close(self) -> None:
-        """Let go of everything now."""
+        """Let go of everything now, and hold nothing any more."""
         with self._lock:
+            self._closed = True
             files, self._files = self._files, {}
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
         files.clear()
 
-    def _run(self) -> None:
-        """With the lock."""
+    def _run(self) -> bool:
+        """With the lock: will what is held be closed?"""
         if self._timer is None:
-            self._timer = threading.Timer(LIFE, self._sweep)
-            self._timer.daemon = True
-            self._timer.name = "fusefs-held"
-            self._timer.start()
+            timer = threading.Timer(LIFE, self._sweep)
+            timer.daemon = True
+            timer.name = "fusefs-held"
+            try:
+                timer.start()
+            except RuntimeError as error:
+                log.debug("nothing is kept open: %s", error)
+                return False
+            self._timer = timer
+        return True
 
     def _sweep(self) -> None:
         """In the timer's thread: close what has been held for long enough."""
@@ -110,15 +119,36 @@ class BriefOpening:
     def __init__(self, hold: Callable[[str], object]) -> None:
         """`hold`, in the thread, opens the named file and holds it; FusefsError."""
         self._hold = hold
-        #: Names, each with a lock that is released when it is done; None: end. None itself until there is a thread.
+        #: Guards what follows, which the event loop only looks at.
+        self._lock = threading.Lock()
+        self._closed = False
+        #: Names, each with a lock that is released when it is done; None: end. None itself while there is no thread.
         self._names: queue.SimpleQueue[tuple[str, threading.Lock] | None] | None = None
-        #: That of the last one, while nobody has seen its end.
+        #: The event loop's: the lock of the last one, while nobody has seen its end.
         self._pending: threading.Lock | None = None
-        #: Those that are not to be asked for now, and were the last time.
+        #: The event loop's: those that are not to be asked for now, and were the last time.
         self._left = self._pause = 0
+
+    def start(self) -> None:
+        """Have the thread, which takes waiting: from another thread, before it is of use."""
+        if self._names is not None:
+            return
+        with self._lock:
+            if self._closed or self._names is not None:
+                return
+            names: queue.SimpleQueue[tuple[str, threading.Lock] | None] = queue.SimpleQueue()
+            try:
+                threading.Thread(target=self._serve, args=(names,), name="fusefs-opening", daemon=True).start()
+            except RuntimeError as error:
+                log.debug("files are opened as usual: %s", error)
+                return
+            self._names = names
 
     def open(self, name: str, patience: float) -> bool:
         """In the event loop: was it seen to end within so many seconds? Whether the file is held then is to be looked at."""
+        names = self._names
+        if names is None:
+            return False
         if self._left:
             self._left -= 1
             return False
@@ -126,12 +156,9 @@ class BriefOpening:
             if not self._pending.acquire(blocking=False):
                 return False
             self._pending = None
-        if self._names is None:
-            self._names = queue.SimpleQueue()
-            threading.Thread(target=self._serve, args=(self._names,), name="fusefs-opening", daemon=True).start()
         done = threading.Lock()
         done.acquire()
-        self._names.put((name, done))
+        names.put((name, done))
         if not done.acquire(timeout=patience):
             self._pending = done
             self._left = self._pause = min(UNASKED, 2 * self._pause or 1)
@@ -140,10 +167,12 @@ class BriefOpening:
         return True
 
     def close(self) -> None:
-        """The thread ends, as soon as nothing hangs."""
-        if self._names is not None:
-            self._names.put(None)
-            self._names = None
+        """The thread ends, as soon as nothing hangs, and there is none any more."""
+        with self._lock:
+            self._closed = True
+            names, self._names = self._names, None
+        if names is not None:
+            names.put(None)
 
     def _serve(self, names: queue.SimpleQueue[tuple[str, threading.Lock] | None]) -> None:
         while (asked := names.get()) is not None:
@@ -152,5 +181,7 @@ class BriefOpening:
                 self._hold(name)
             except FusefsError as error:
                 log.debug("not opened ahead of the read that says so: %s", error)
+            except Exception:
+                log.exception("bug in opening %s", name)
             finally:
                 done.release()

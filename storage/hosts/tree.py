@@ -1,4 +1,4 @@
-"""Objects as files below a directory, durably: the blocking half of the directory host. Everything here is for threads.
+"""Objects as files below a directory, durably: the blocking half of the directory host. For threads, but for `read_now` and `holds`.
 
     root/~tmp/<random>      written, fsync'ed, then renamed to its name; what a crash leaves there is removed when it is a day old
     root/~lock              flock: exclusive for a conditional put, shared around every other rename and unlink
@@ -58,7 +58,7 @@ T = TypeVar("T")
 MIN_DIRECT = 256 * 1024
 #: The most that is read so at a time, whole: a sealed sector of the usual size. In small pieces a disk gives half of it, for twice the CPU.
 MOST_DIRECT = 4 * 1024 * 1024 + 64 * 1024
-#: To read into, of all hosts: for as many threads as read sectors ahead.
+#: To read into, of all hosts; kept for as many threads as read sectors ahead.
 PIECES = Buffers(5 * MOST_DIRECT)
 #: Digits of the directories that a volume's shards are spread over: all there are become known as durable with one flush of their parent.
 FAN_DIGITS = 2
@@ -97,6 +97,8 @@ class Tree:
         self._flushed: set[str] = set()
         self._held = Held()
         self._briefly = BriefOpening(self._hold_named)
+        #: Until the filesystem is found to know no reading that does not wait.
+        self._nowait = True
         #: To read into, for `get_range_in`.
         self._steps = Buffers(STEPS)
         #: For `read_now`, which only the event loop calls.
@@ -217,13 +219,17 @@ class Tree:
             view = self._now[:length]
             if os.preadv(file.fd, [view], offset, os.RWF_NOWAIT) < length or not os.fstat(file.fd).st_nlink:
                 return None
-        except OSError:
-            # EAGAIN; or a filesystem that knows no such thing, or a disk that fails, which a thread will find out.
+        except OSError as error:
+            # EAGAIN; or a disk that fails, which a thread will find out.
+            if error.errno == errno.EOPNOTSUPP:
+                self._nowait = False
             return None
         return view
 
     def holds(self, name: str, patience: float = 0.0) -> bool:
         """For the event loop: is it worth asking `read_now`? With `patience`, seconds, a file that is not held may become so meanwhile."""
+        if not self._nowait:
+            return False
         if self._held.find(name) is not None:
             return True
         return patience > 0 and self._briefly.open(name, patience) and self._held.find(name) is not None
@@ -238,6 +244,7 @@ class Tree:
         self._held.close()
 
     def _hold(self, name: str, parts: list[str]) -> tuple[HeldFile, int]:
+        self._briefly.start()
         fd, size = self._open_object(parts)
         file = HeldFile(fd)
         with suppress(OSError):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -33,8 +33,8 @@ B = TypeVar("B", bound=Buffer)
 
 #: Sectors being prefetched at once: less than the slots of a directory, so that who wants a block does not wait for all of them.
 PREFETCHES = 5
-#: Of those from disks of this machine: one is read, one is opened, and one is on its way there or back. With more of them all come later,
-#: the first of a stream as well, and all of their memory is touched for the first time.
+#: Of those from one disk of this machine: one is read, one is opened, and one is on its way there or back. With more of them all come
+#: later, the first of a stream as well, and all of their memory is touched for the first time.
 AT_ONCE = 3
 #: Sectors fetched ahead of a sequential reader; and from a disk of this machine where threads of this process open them, which take
 #: turns for the interpreter's lock: the event loop wants it as well, and two keep the disk busy.
@@ -49,8 +49,15 @@ ROOTS = 65536
 #: Sectors whose records are kept as they were decoded; less than 1 MB.
 RECORDS = 1024
 
-#: A sector to bring, its record, and its shards that hold data.
-_Ahead = tuple[int, SectorRecord, list[int]]
+
+@dataclass(slots=True)
+class _Lane:
+    """Sectors that are to be brought from one host, and how many tasks are at it."""
+
+    #: Each with its record and the shards that hold data, in the order in which they are wanted: trio starts tasks in any order, and who
+    #: reads waits for the first.
+    wanted: deque[tuple[int, SectorRecord, list[int]]] = field(default_factory=deque)
+    tasks: int = 0
 
 
 class SectorReader:
@@ -72,11 +79,8 @@ class SectorReader:
         self._records: dict[int, tuple[bytes, SectorRecord]] = {}
         #: Whole sectors on their way into the cache: others who want a block of one wait for it instead of asking again.
         self._fetching: dict[int, trio.Event] = {}
-        #: Those of them that nobody has begun with, in the order in which they are wanted: from disks of this machine, and from elsewhere.
-        self._near_ahead: deque[_Ahead] = deque()
-        self._far_ahead: deque[_Ahead] = deque()
-        #: Tasks that bring those from disks of this machine.
-        self._bringing = 0
+        #: By the host that is asked first, so that none waits for another that hangs.
+        self._lanes: dict[int, _Lane] = {}
         #: The sealed bytes of a shard (sector id, number) that is still on its way to a host, for as long as they are in memory anyhow. At
         #: write quorum a sector can be read, and some of its shards are nowhere yet: without this, reading one of k+m would touch k hosts.
         self.in_flight: Callable[[int, int], SealedShard | None] = lambda _sector_id, _number: None
@@ -291,32 +295,27 @@ class SectorReader:
         if record.length * 4 > self._cache.limit or all(self._has(record.shards[part.shard], part) for part in parts):
             return True
         self._fetching[sector_id] = trio.Event()
-        wanted = sector_id, record, [part.shard for part in parts]
-        if not all(self._near(shard) for shard in record.shards):
-            self._far_ahead.append(wanted)
-            nursery.start_soon(self._bring, self._far_ahead)
-            return True
-        self._near_ahead.append(wanted)
-        if self._bringing < AT_ONCE:
-            self._bringing += 1
-            nursery.start_soon(self._bring_near)
+        hosts = record.shards[parts[0].shard].hosts
+        lane = self._lanes.setdefault(self._hostdb.rank(hosts)[0] if hosts else 0, _Lane())
+        lane.wanted.append((sector_id, record, [part.shard for part in parts]))
+        if lane.tasks < (AT_ONCE if all(self._near(shard) for shard in record.shards) else PREFETCHES):
+            lane.tasks += 1
+            nursery.start_soon(self._bring_all, lane)
         return True
 
-    async def _bring_near(self) -> None:
-        """One after the other, for as long as there are any."""
+    async def _bring_all(self, lane: _Lane) -> None:
+        """What is wanted, one after the other, for as long as there is anything."""
         try:
-            while self._near_ahead:
-                await self._bring(self._near_ahead)
+            while lane.wanted:
+                await self._bring(*lane.wanted.popleft())
         finally:
-            self._bringing -= 1
-            if not self._bringing:
+            lane.tasks -= 1
+            if not lane.tasks:
                 # Cancelled: nobody brings them any more, and nobody is to wait for it.
-                while self._near_ahead:
-                    self._fetching.pop(self._near_ahead.popleft()[0]).set()
+                while lane.wanted:
+                    self._fetching.pop(lane.wanted.popleft()[0]).set()
 
-    async def _bring(self, ahead: deque[_Ahead]) -> None:
-        """The first of them. trio starts tasks in any order, and who reads waits for the first."""
-        sector_id, record, shards = ahead.popleft()
+    async def _bring(self, sector_id: int, record: SectorRecord, shards: list[int]) -> None:
         try:
             record = await self._located(sector_id)
             layout = layout_for(record, sector_id)
