@@ -83,11 +83,10 @@ class Files:
             raise BadArgument(f"{name!r}: opened for neither reading nor writing")
         parts = _split(name)
         await trio.lowlevel.checkpoint()
-        if not existing:
+        if not existing and self._find(parts, name) is None:
             await self._namespace.hold_back()
         # NO AWAIT from here on: the file is found or made, and pinned, in one step.
-        parent = self._walk(parts[:-1], name)
-        ino = None if parent is None else self._child(parent, parts[-1])
+        ino = self._find(parts, name)
         if ino is None:
             if existing:
                 raise NotFound(f"{name!r}: no such file")
@@ -248,6 +247,11 @@ class Files:
             if not stat.S_ISDIR(self._namespace.attributes(ino).mode):
                 raise NotADirectory(f"{name!r}: {os.fsdecode(part)!r} in it is not a directory")
         return ino
+
+    def _find(self, parts: Sequence[bytes], name: str) -> int | None:
+        """What is at `parts`; as `_walk`."""
+        parent = self._walk(parts[:-1], name)
+        return None if parent is None else self._child(parent, parts[-1])
 
     def _child(self, parent: int, part: bytes) -> int | None:
         try:

@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -26,7 +27,7 @@ from tests.crash_points import DeadFrom, leaves
 from tests.fakes import Crash
 from tests.metadata_rig import quick_directory
 from tests.rig import PASSPHRASE, host_dirs, make, published
-from tests.test_replication_change import SECTOR_SIZE, compare, ino_of, opened, put, sound
+from tests.test_replication_change import SECTOR_SIZE, compare, ino_of, opened, put, sound, specs_of
 
 #: Of these sectors one is made.
 ROUNDS = BASE
@@ -202,6 +203,57 @@ async def test_what_is_read_appended_and_freed_between_two_parts_is_as_it_should
     await sound(tmp_path / "v")
     async with opened(tmp_path / "v") as volume:
         await compare(volume, content)
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+async def test_another_replication_that_is_given_between_two_parts_is_what_comes_of_it(tmp_path: Path, at: int) -> None:
+    """Nobody would look for bytes again that a merge has put where they were not to be any more."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 2), sector_size=SECTOR_SIZE)
+    content: dict[str, bytes] = {}
+    async with opened(tmp_path / "v") as volume:
+        await fill(volume, range(ROUNDS - 1), content)
+        seen = 0
+        given = trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            async def give() -> None:
+                # Those first that are in no part yet.
+                for name in reversed(list(content)):
+                    await volume.namespace.give_replication(ino_of(volume, name), "2")
+                given.set()
+
+            def between(name: str) -> None:
+                nonlocal seen
+                if name == "merge.before_switch":
+                    seen += 1
+                    if seen == at:
+                        nursery.start_soon(give)
+
+            merger, rewriter = volume.values._merger, volume.values.rewriter
+            switch = merger._switch_part
+
+            async def part(*args: Any) -> None:
+                # Whoever moves them has looked them up, and waits for his turn.
+                if seen == at:
+                    with trio.fail_after(20):
+                        while not (given.is_set() and rewriter._group.extents and merger._lock.statistics().tasks_waiting):
+                            await trio.sleep(0.01)
+                await switch(*args)
+
+            merger._hit = between
+            merger._switch_part = part  # type: ignore[method-assign]
+            await fill(volume, range(ROUNDS - 1, ROUNDS), content)
+            with trio.fail_after(20):
+                await given.wait()
+                while not seen > at:
+                    await trio.sleep(0.01)
+        assert seen > at
+        with trio.fail_after(20):
+            while any(specs_of(volume, name) != {"2"} for name in content):
+                await volume.flush()
+                await trio.sleep(0.02)
+        await compare(volume, content)
+    await sound(tmp_path / "v")
 
 
 async def test_a_merge_that_finds_no_room_after_some_parts_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

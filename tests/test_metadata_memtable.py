@@ -85,6 +85,8 @@ def test_reads_equal_a_dict_whatever_is_taken_frozen_and_absorbed(plan: list[tup
             start, stop, limit, reverse = argument
             expected = sorted(((k, v) for k, v in now.items() if start <= k < stop), reverse=reverse)
             assert table.scan(start, stop, limit, reverse) == expected[: max(limit, 0)]
+        # What a commit of it takes, however often a key was put: else what cannot be committed for a while never could be.
+        assert table.pending_bytes == sum(16 + len(key) + len(value or b"") for key, value in table.pending.items())
         looked_for = sorted({*now, *committed, b"\0", b"\1\1"}, reverse=True)
         for key in looked_for:
             assert table.get(key) == now.get(key)

@@ -179,7 +179,10 @@ class Journal:
             return [self._first]
         if ops_bytes + self._waste <= self.segment_size - HEADER_SIZE:
             return [self.segment_size] * self._count(tails + ops_bytes + _RECORD)
-        return [self.segment_size] * self._count(tails) + [-(-(HEADER_SIZE + ops_bytes + self._waste) // 4096) * 4096]
+        # Without tails there is one record alone, in a segment of its own.
+        return [self.segment_size] * (self._count(tails) if tail_count else 0) + [
+            -(-(HEADER_SIZE + ops_bytes + self._waste) // 4096) * 4096
+        ]
 
     @property
     def _waste(self) -> int:

@@ -138,11 +138,15 @@ class Memtable:
         pending, undo, active = self.pending, self._undo, self.active
         values = active.values
         size = 16 * len(ops)
-        fresh = 0
+        fresh = again = 0
         for key, value in ops:
             old = values.get(key, _MISSING)
             if key not in pending:
                 undo[key] = old
+            else:
+                # It takes its room in the commit once: what cannot be committed for long must not seem to be more and more.
+                before = pending[key]
+                again += 16 + len(key) + (0 if before is None else len(before))
             pending[key] = value
             # As `Layer.put`, which this is the busiest caller of.
             if old is _MISSING:
@@ -150,7 +154,7 @@ class Memtable:
                 fresh += ENTRY_COST
             values[key] = value
             size += len(key) if value is None else len(key) + len(value)
-        self.pending_bytes += size
+        self.pending_bytes += size - again
         # Not exact where a key is put again: `cost` is only there to say when a takeover is due.
         active.cost += fresh + size
 

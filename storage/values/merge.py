@@ -322,6 +322,10 @@ class Merger:
             # A value is freed whole, so none of an entry's extents is live, or all are.
             if not all(map(self._is_live, extents)):
                 continue
+            # Given another replication meanwhile: whoever moves it there looks for it where it is now.
+            value = self._value(extents[0])
+            if value is None or parse_replication(value.replication) != spec:
+                continue
             for extent in extents:
                 batch.delete(extent.key)
                 deltas[extent.sector_id] = deltas.get(extent.sector_id, 0) - extent.length

@@ -355,13 +355,17 @@ class Shipper:
         The sectors of a full journal have more extents than the part of it that is kept for the commit that points to them could take in
         one (I7): so they are committed while they come down, not when all have.
         """
+        refused = False
         for start in range(0, len(cargo.flights), LANDING):
             try:
-                await self._store.catch_up(urgent=True)
+                # Not tried anew with each part: the answer takes half a minute.
+                if not (refused and self._store.tails_wait):
+                    await self._store.catch_up(urgent=True)
             except NoSpace:
                 # Where tails wait to go into a journal that is full, only their coming down makes them superfluous, and the commit fit.
                 if not self._store.tails_wait:
                     raise
+                refused = True
             # No await from here on: between the look and what is applied.
             stop = start + LANDING
             self._bring_down(cargo, cargo.flights[start:stop], last=stop >= len(cargo.flights))

@@ -110,8 +110,8 @@ class Values:
         self._most_blocks = max(1, tail_budget // BLOCK)
         #: Why nothing could be caught up with, and until when nobody else tries.
         self._refused: tuple[FusefsError, float] | None = None
-        #: Since the last commit values were freed that have bytes in the journal.
-        self._removed = False
+        #: Values freed that had bytes in the journal, and how many of them there were when a commit was begun that was made.
+        self._removed = self._removed_durably = 0
         #: Bytes that may be appended before the journal's room is looked at again.
         self._allowance = 0
 
@@ -150,7 +150,7 @@ class Values:
         self.rewriter.forget(batch, value_id)
         tail = self._tails.pop(value_id, None)
         if tail is not None:
-            self._removed |= tail.handed > tail.sealed
+            self._removed += tail.handed > tail.sealed
             self.shipper.drop(tail)
             tail.block = None
         self._reclaimer.freed(value_id)
@@ -238,7 +238,9 @@ class Values:
             return
         try:
             if self._emptying():
+                removed = self._removed
                 await self._store.catch_up(urgent=True)
+                self._removed_durably = max(removed, self._removed_durably)
             else:
                 await self.hold_back()
         except Fenced:
@@ -250,7 +252,7 @@ class Values:
     def _emptying(self) -> bool:
         """Does what waits for a commit remove some of what fills the journal? Then, of the room that is kept for what lands, it may have
         what that does not need: where hosts are full nothing lands, and only removals can help, once they are committed."""
-        return self._removed and self._store.can_spare(LANDED * len(self._tails))
+        return self._removed > self._removed_durably and self._store.can_spare(LANDED * len(self._tails))
 
     async def reserve(self, value_id: int, length: int) -> None:
         if self.reserve_now(value_id, length):
@@ -607,25 +609,23 @@ class Values:
 
     async def _commit_store(self) -> None:
         """Commit; and remember whether it could be done, for `check_room`."""
-        removed, self._removed = self._removed, False
+        removed = self._removed
         try:
             try:
                 await self._store.commit()
             except NoSpace:
-                self._removed |= removed
                 if not self._emptying():
                     raise
-                self._removed = False
                 await self._store.commit(urgent=True)
         except Fenced:
             raise
         except FusefsError as error:
-            self._removed |= removed
             if self.local_trouble is None:
                 log.error("what was written lately is not durable, and nothing more is accepted until it is: %s", error)
             self.local_trouble = error
             raise
         self.local_trouble = None
+        self._removed_durably = max(removed, self._removed_durably)
         shipper = self.shipper
         self._store.keep_room(self._beside(shipper.unsafe_tails), shipper.unsafe, shipper.unsafe_tails, APPEND_KEPT)
 
