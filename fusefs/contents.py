@@ -51,7 +51,7 @@ class ContentHandlers(HandlerBase):
     @guarded
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         if flags & os.O_TRUNC:
-            await self.namespace.keep_pace()
+            await self.namespace.keep_pace(removing=True)
         before = self.namespace.attributes(inode)
         if not flags & os.O_TRUNC:
             return self._file_info(before, flags, ctx)

@@ -79,12 +79,12 @@ class DirectoryHandlers(HandlerBase):
 
     @guarded
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        await self.namespace.keep_pace()
+        await self.namespace.keep_pace(removing=True)
         self.namespace.unlink(parent_inode, name)
 
     @guarded
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        await self.namespace.keep_pace()
+        await self.namespace.keep_pace(removing=True)
         self.namespace.rmdir(parent_inode, name)
 
     @guarded

@@ -93,6 +93,9 @@ class MemoryStore:
     def overfull(self) -> bool:
         return False
 
+    def empties(self) -> None:
+        return
+
     @property
     def tails_wait(self) -> bool:
         return False

@@ -225,7 +225,7 @@ class Files:
     async def delete(self, name: str) -> None:
         parts = _split(name)
         await trio.lowlevel.checkpoint()
-        await self._namespace.keep_pace()
+        await self._namespace.keep_pace(removing=True)
         # NO AWAIT from here on.
         parent = self._walk(parts[:-1], name)
         ino = None if parent is None else self._child(parent, parts[-1])

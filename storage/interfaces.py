@@ -150,6 +150,11 @@ class MetadataStore(MetadataReader, Protocol):
         stays in memory until it is in LMDB."""
         ...
 
+    def empties(self) -> None:
+        """What was just applied, or is about to be, makes tails in the journal superfluous once it is committed. So that commit may stand
+        beyond the journal's limit where there is no other way: what it is full of goes by it."""
+        ...
+
     @property
     def tails_wait(self) -> bool:
         """Tails were applied that no commit has yet."""
@@ -647,9 +652,9 @@ class Values(Protocol):
         without a checkpoint. NoSpace, Fenced: what that commit raised."""
         ...
 
-    async def keep_pace(self) -> None:
-        """For who removes or changes what is there: waits as `hold_back` does, for memory holds what is not in LMDB (I7), but where that
-        does not help it is not refused for it: removing makes room. Fenced."""
+    async def keep_pace(self, removing: bool = False) -> None:
+        """For who removes or changes what is there: waits as `hold_back` does, for memory holds what is not in LMDB (I7). Where that does
+        not help, `removing` is not refused, since it makes room; anything else is as soon as no commit could take it. NoSpace, Fenced."""
         ...
 
     async def reserve(self, value_id: int, length: int) -> None:
@@ -805,8 +810,8 @@ class Namespace(Protocol):
         """Before a new name, for who can wait: until what is due is committed. Usually without a checkpoint. NoSpace, Fenced."""
         ...
 
-    async def keep_pace(self) -> None:
-        """As `hold_back`, before a name is removed or changed, or attributes are: which is never refused for what is due. Fenced."""
+    async def keep_pace(self, removing: bool = False) -> None:
+        """As `Values.keep_pace`, before a name is removed or changed, or attributes are."""
         ...
 
     def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> int: ...

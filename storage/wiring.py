@@ -15,7 +15,7 @@ from storage.config import VolumeConfig, load_config
 from storage.contractor import Contractor
 from storage.coprocess import client as coprocess
 from storage.epochs import Epochs
-from storage.errors import BadArgument, FusefsError, Unavailable
+from storage.errors import BadArgument, FusefsError, NoSpace, Unavailable
 from storage.files import Files
 from storage.history.publisher import Publisher
 from storage.host_io import HostIO
@@ -195,7 +195,11 @@ async def _close(volume: Volume) -> None:
     volume.scrubber.save(batch)
     try:
         if volume.store.failure is None:
-            volume.store.apply(batch)
+            try:
+                volume.store.apply(batch)
+            except NoSpace as error:
+                # What was learned of hosts is of less worth than what else waits for this commit.
+                log.warning("what was learned of hosts lately is forgotten: %s", error)
             await volume.commit()
             publisher = volume.publisher
             if publisher is not None and publisher.dirty and volume.hosts.numbers():

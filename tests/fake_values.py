@@ -94,7 +94,7 @@ class FakeValues:
     async def hold_back(self) -> None:
         return None
 
-    async def keep_pace(self) -> None:
+    async def keep_pace(self, removing: bool = False) -> None:
         return None
 
     async def reserve(self, value_id: int, length: int) -> None:

@@ -4,8 +4,10 @@ as long as hosts take what is shipped (I7)."""
 from __future__ import annotations
 
 import errno
+import os
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -341,6 +343,87 @@ async def test_who_changes_what_is_there_waits_for_commits_too(tmp_path: Path) -
         assert store._commit_ops <= most < 1.5 * store._commit_ops
 
 
+@pytest.mark.parametrize("committing", [False, True])
+async def test_whatever_is_changed_while_the_journal_is_full_all_is_well_once_hosts_have_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, committing: bool
+) -> None:
+    """Changes are taken as long as a commit could take them, and refused then."""
+    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 1.0)
+    monkeypatch.setattr("storage.values.values.ROOM_WAIT", 1.0)
+    await make(tmp_path / "v", ["mem:ch"])
+    content = memory_content("ch")
+    async with opened(tmp_path / "v", options=replace(OPTIONS, tail_budget=16 * 1024 * 1024)) as volume:
+        store = volume.store
+        await fill(volume, 6000, 500)
+        await volume.flush()
+        content.capacity = content.used()
+        number = 6000
+        with trio.fail_after(40), pytest.raises(NoSpace):
+            while True:
+                await volume.namespace.append(create(volume, number), line(number))
+                number += 1
+                if number % 100 == 0:
+                    await volume.commit()
+        with trio.fail_after(100):
+            for at in range(10 * number):
+                try:
+                    await volume.namespace.keep_pace()
+                    if committing and at % 2000 == 0:
+                        await volume.commit()
+                except NoSpace:
+                    continue
+                ino = volume.namespace.lookup(1, b"file%d" % (at % number))
+                volume.namespace.set_attributes(ino, mode=0o600 + at // number % 2)
+                assert store._memtable.pending_bytes < 4 * store._commit_ops
+        content.capacity = None
+        with trio.fail_after(60):
+            await volume.flush()
+            await volume.namespace.keep_pace()
+            await volume.commit()
+        for at in range(0, number, 500):
+            await check(volume, range(at, at + 1))
+
+
+async def test_what_was_removed_is_committed_whatever_else_was_changed_while_hosts_take_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only removing helps then; and without that commit the journal would stay full of what is gone."""
+    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 1.0)
+    monkeypatch.setattr("storage.values.values.ROOM_WAIT", 1.0)
+    await make(tmp_path / "v", ["mem:rc"])
+    content = memory_content("rc")
+    async with opened(tmp_path / "v", options=replace(OPTIONS, tail_budget=16 * 1024 * 1024)) as volume:
+        await fill(volume, 6000, 500)
+        await volume.flush()
+        content.capacity = content.used()
+        number = 6000
+        with trio.fail_after(40), pytest.raises(NoSpace):
+            while True:
+                await volume.namespace.append(create(volume, number), line(number))
+                number += 1
+                if number % 100 == 0:
+                    await volume.commit()
+        gone = 6000
+        with trio.fail_after(100):
+            for _ in range(6):
+                await volume.files.delete(f"file{gone}")
+                gone += 1
+                for at in range(3000):
+                    with suppress(NoSpace):
+                        await volume.namespace.keep_pace()
+                        volume.namespace.set_attributes(volume.namespace.lookup(1, b"file%d" % at), mode=0o600 + gone % 2)
+                with suppress(NoSpace):
+                    await volume.commit()
+            while gone <= number:
+                await volume.files.delete(f"file{gone}")
+                gone += 1
+            await volume.commit()
+            await volume.namespace.keep_pace()
+        for at in range(0, 6000, 500):
+            await check(volume, range(at, at + 1))
+        content.capacity = None
+
+
 async def test_removing_is_never_refused_for_hosts_that_take_nothing_nor_is_its_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,8 +466,8 @@ class NamesWatched:
         self.asked.append("hold_back")
         raise pyfuse3.FUSEError(errno.EUCLEAN)
 
-    async def keep_pace(self) -> None:
-        self.asked.append("keep_pace")
+    async def keep_pace(self, removing: bool = False) -> None:
+        self.asked.append("keep_pace, removing" if removing else "keep_pace")
         raise pyfuse3.FUSEError(errno.EUCLEAN)
 
 
@@ -396,9 +479,10 @@ class NamesWatched:
         ("mkdir", (1, b"a", 0o755), "hold_back"),
         ("symlink", (1, b"a", b"b"), "hold_back"),
         ("link", (2, 1, b"a"), "hold_back"),
-        ("unlink", (1, b"a"), "keep_pace"),
-        ("rmdir", (1, b"a"), "keep_pace"),
+        ("unlink", (1, b"a"), "keep_pace, removing"),
+        ("rmdir", (1, b"a"), "keep_pace, removing"),
         ("rename", (1, b"a", 1, b"b", 0), "keep_pace"),
+        ("open", (2, os.O_WRONLY | os.O_TRUNC), "keep_pace, removing"),
         ("setattr", (2, None, None, None), "keep_pace"),
         ("setxattr", (2, b"user.a", b"b"), "keep_pace"),
         ("removexattr", (2, b"user.a"), "keep_pace"),

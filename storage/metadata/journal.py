@@ -213,15 +213,17 @@ class Journal:
         """Does the limit allow for so many?"""
         return self.free_bytes >= (count + RESERVED) * self.segment_size
 
-    def admits(self, sizes: list[int], urgent: bool) -> bool:
-        """May a commit that begins segments of these sizes be written now?"""
+    def admits(self, sizes: list[int], urgent: bool, beyond: bool = False) -> bool:
+        """May a commit that begins segments of these sizes be written now? `beyond`: it is the one that lets go of what the journal is full
+        of, so it may stand beyond the limit, by as much again at most."""
         if self.beginning and len(sizes) == 1 and sizes[0] <= self.segment_size:
             # The epoch's first: without it a volume whose journal is full could never be opened again, nor its journal emptied.
             return True
         if urgent and not sizes:
             # It fits where the journal is being written, also if that stands beyond the limit for the reason above.
             return True
-        return self.free_bytes - sum(sizes) >= (0 if urgent else RESERVED * self.segment_size)
+        kept = -self.limit_bytes if beyond else 0 if urgent else RESERVED * self.segment_size
+        return self.free_bytes - sum(sizes) >= kept
 
     def fits(self, ops_bytes: int, tail_bytes: int, tail_count: int, urgent: bool) -> bool:
         """`needed` is nothing, and `admits` says yes to that."""

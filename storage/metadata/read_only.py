@@ -91,6 +91,9 @@ class ReadOnlyStore:
     def overfull(self) -> bool:
         return False
 
+    def empties(self) -> None:
+        return
+
     @property
     def tails_wait(self) -> bool:
         return False

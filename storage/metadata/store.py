@@ -121,6 +121,8 @@ class Store:
         # What the commit being written takes at most: it may have taken it from the segments already, or not.
         self._flying = (0, 0, 0)
         self._cramped: tuple[FusefsError, float] | None = None
+        #: What is pending, or is about to be applied, makes tails in the journal superfluous.
+        self._empties = False
         self._commit_ops = min(max(COMMIT_OPS, journal.segment_size // 2), journal.limit_bytes // COMMIT_SHARE)
         if memtable.active.values:
             self._takeover.since = seams.clock.monotonic()
@@ -173,6 +175,10 @@ class Store:
         one, too."""
         active = self._memtable.active
         return (active.cost >= AHEAD * MAX_COST or len(active.values) >= AHEAD * MAX_KEYS) and not self._takeover.pausing
+
+    def empties(self) -> None:
+        """See MetadataStore."""
+        self._empties = True
 
     @property
     def tails_wait(self) -> bool:
@@ -450,6 +456,7 @@ class Store:
         self._progress.flight = this
         self._flying = (self._memtable.pending_bytes, self._tail_bytes, len(self._tails))
         tails, self._tails, self._tail_bytes = self._tails, [], 0
+        self._empties = False
         group = Group(this.sequence, self._memtable.take(), tails)
         if self._takeover.freeze_next and self._memtable.frozen is None:
             self._takeover.freeze()
@@ -469,11 +476,12 @@ class Store:
         begun = trio.current_time()
         asked_at, asked_pass = -math.inf, 0
         urgent_pass = 0
+        beyond = False
         try:
             while True:
                 self._run_hooks()
                 sizes = journal.needed(self._memtable.pending_bytes, self._tail_bytes, len(self._tails))
-                if journal.admits(sizes, waiting.urgent):
+                if journal.admits(sizes, waiting.urgent, beyond and not self._tails):
                     if journal.prepared(sizes):
                         return
                     try:
@@ -489,10 +497,15 @@ class Store:
                 if waiting.urgent and not urgent_pass:
                     # Maybe it has joined a round that has waited for long: what was applied with it, no pass has seen yet.
                     asked_at, urgent_pass = -math.inf, takeover.begun + 1
+                late = now >= begun + ROOM_WAIT
+                if (late or (waiting.urgent and urgent_pass <= takeover.ended)) and self._empties and not self._tails and not beyond:
+                    # Changes that nobody needs the journal for have taken the reserve, and without this commit it stays full for ever.
+                    beyond = True
+                    continue
                 # Who waits with it patiently is not refused for its haste: each would be, as soon as something lands in a full journal.
                 if waiting.urgent and urgent_pass <= takeover.ended and not waiting.patient:
                     raise NoSpace("the journal is full, its reserve included: see that hosts are reachable and have room")
-                if now >= begun + ROOM_WAIT:
+                if late:
                     raise NoSpace("the journal is full of tails no host has taken yet: see that hosts are reachable and have room")
                 if now >= asked_at + 1.0:
                     # A pass that has begun already may not have seen what is durable now.

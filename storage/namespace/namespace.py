@@ -172,8 +172,8 @@ class Namespace:
     async def hold_back(self) -> None:
         await self._values.hold_back()
 
-    async def keep_pace(self) -> None:
-        await self._values.keep_pace()
+    async def keep_pace(self, removing: bool = False) -> None:
+        await self._values.keep_pace(removing)
 
     def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> int:
         directory = self._room_for(parent, name)

@@ -357,6 +357,7 @@ class Shipper:
         """
         refused = False
         for start in range(0, len(cargo.flights), LANDING):
+            self._store.empties()
             try:
                 # Not tried anew with each part: the answer takes half a minute.
                 if not (refused and self._store.tails_wait):
@@ -426,6 +427,7 @@ class Shipper:
                     self._tails.pop(tail.value_id, None)
         self._sectors.account(batch, deltas)
         self._store.apply(batch)
+        self._store.empties()
         self._landed_in = self._store.applied_sequence
         self._release(released)
         if not last:

@@ -150,7 +150,9 @@ class Values:
         self.rewriter.forget(batch, value_id)
         tail = self._tails.pop(value_id, None)
         if tail is not None:
-            self._removed += tail.handed > tail.sealed
+            if tail.handed > tail.sealed:
+                self._removed += 1
+                self._store.empties()
             self.shipper.drop(tail)
             tail.block = None
         self._reclaimer.freed(value_id)
@@ -233,7 +235,7 @@ class Values:
             raise
         self._refused = None
 
-    async def keep_pace(self) -> None:
+    async def keep_pace(self, removing: bool = False) -> None:
         if not self._store.overdue:
             return
         try:
@@ -245,9 +247,11 @@ class Values:
                 await self.hold_back()
         except Fenced:
             raise
-        except FusefsError:
-            # Said to who makes something new. What is pending stays within what `MetadataStore.apply` takes.
-            return
+        except FusefsError as error:
+            # Said to who makes something new.
+            log.debug("not waited for: %s", error)
+        if not removing and self._store.overfull:
+            raise NoSpace("more changes wait for a commit than the journal has room for; nothing more is changed until one is made")
 
     def _emptying(self) -> bool:
         """Does what waits for a commit remove some of what fills the journal? Then, of the room that is kept for what lands, it may have
