@@ -22,6 +22,7 @@ from storage.errors import FusefsError, NoSpace
 from storage.hosts.memory import memory_content
 from storage.interfaces import Batch, Buffer, TailPiece
 from storage.metadata import store as metadata_store
+from storage.namespace.namespace import Namespace
 from storage.read_only import ReadOnlySource, open_read_only
 from storage.values.shipping import TAIL_COST
 from storage.volume import Volume
@@ -46,6 +47,17 @@ async def fill(volume: Volume, count: int, commit_every: int | None) -> None:
         await volume.namespace.append(ino, line(number))
         if commit_every is not None and number % commit_every == commit_every - 1:
             await volume.commit()
+
+
+async def fill_up(volume: Volume, number: int) -> int:
+    """Files from that number on, until no more are taken. The number of the last, to which nothing could be appended."""
+    with trio.fail_after(40), pytest.raises(NoSpace):
+        while True:
+            await volume.namespace.append(create(volume, number), line(number))
+            number += 1
+            if number % 100 == 0:
+                await volume.commit()
+    return number
 
 
 async def check(volume: Volume, numbers: range) -> None:
@@ -357,13 +369,7 @@ async def test_whatever_is_changed_while_the_journal_is_full_all_is_well_once_ho
         await fill(volume, 6000, 500)
         await volume.flush()
         content.capacity = content.used()
-        number = 6000
-        with trio.fail_after(40), pytest.raises(NoSpace):
-            while True:
-                await volume.namespace.append(create(volume, number), line(number))
-                number += 1
-                if number % 100 == 0:
-                    await volume.commit()
+        number = await fill_up(volume, 6000)
         with trio.fail_after(100):
             for at in range(10 * number):
                 try:
@@ -396,13 +402,7 @@ async def test_what_was_removed_is_committed_whatever_else_was_changed_while_hos
         await fill(volume, 6000, 500)
         await volume.flush()
         content.capacity = content.used()
-        number = 6000
-        with trio.fail_after(40), pytest.raises(NoSpace):
-            while True:
-                await volume.namespace.append(create(volume, number), line(number))
-                number += 1
-                if number % 100 == 0:
-                    await volume.commit()
+        number = await fill_up(volume, 6000)
         gone = 6000
         with trio.fail_after(100):
             for _ in range(6):
@@ -433,13 +433,7 @@ async def test_removing_is_never_refused_for_hosts_that_take_nothing_nor_is_its_
     content = memory_content("rm")
     async with opened(tmp_path / "v", options=replace(OPTIONS, tail_budget=16 * 1024 * 1024)) as volume:
         content.capacity = content.used()
-        number = 0
-        with trio.fail_after(40), pytest.raises(NoSpace):
-            while True:
-                await volume.namespace.append(create(volume, number), line(number))
-                number += 1
-                if number % 100 == 0:
-                    await volume.commit()
+        number = await fill_up(volume, 0)
         assert number > 1000
         store = volume.store
         with trio.fail_after(40):
@@ -499,3 +493,18 @@ async def test_on_a_mount_all_that_is_recorded_waits_before_anything_is_done(han
         await getattr(operations, handler)(*arguments, SimpleNamespace(uid=0, gid=0, pid=0))
     assert raised.value.errno == errno.EUCLEAN
     assert names.asked == [way]
+
+
+async def test_who_opens_what_is_there_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored can be read whatever else waits for a commit."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    async with opened(tmp_path / "v", options=OPTIONS) as volume:
+        await fill(volume, 1, None)
+
+        async def full(_names: Namespace) -> None:
+            raise NoSpace("on purpose")
+
+        monkeypatch.setattr(Namespace, "hold_back", full)
+        await volume.files.close(await volume.files.open("file0"))
+        with pytest.raises(NoSpace):
+            await volume.files.open("new", write=True)

@@ -232,13 +232,26 @@ async def test_another_replication_that_is_given_between_two_parts_is_what_comes
             merger, rewriter = volume.values._merger, volume.values.rewriter
             switch = merger._switch_part
 
-            async def part(*args: Any) -> None:
+            left = 0
+
+            async def part(output: Any, entries: Any) -> None:
+                nonlocal left
                 # Whoever moves them has looked them up, and waits for his turn.
                 if seen == at:
                     with trio.fail_after(20):
                         while not (given.is_set() and rewriter._group.extents and merger._lock.statistics().tasks_waiting):
                             await trio.sleep(0.01)
-                await switch(*args)
+                misplaced = [
+                    extent
+                    for entry, extents in entries
+                    if volume.values.replication_of(entry.value_id) != output.replication
+                    for extent in extents
+                    if volume.store.get(extent.key) == extent.encode()
+                ]
+                await switch(output, entries)
+                # What is to be elsewhere by now is still where whoever moves it has found it.
+                assert all(volume.store.get(extent.key) == extent.encode() for extent in misplaced)
+                left += len(misplaced)
 
             merger._hit = between
             merger._switch_part = part  # type: ignore[method-assign]
@@ -248,6 +261,7 @@ async def test_another_replication_that_is_given_between_two_parts_is_what_comes
                 while not seen > at:
                     await trio.sleep(0.01)
         assert seen > at
+        assert left
         with trio.fail_after(20):
             while any(specs_of(volume, name) != {"2"} for name in content):
                 await volume.flush()

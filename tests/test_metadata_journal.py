@@ -328,6 +328,13 @@ async def test_a_journal_older_than_the_metadata_is_said(tmp_path: Path) -> None
         load(tmp_path, held=2, chain=result.chain)
 
 
+async def test_operations_larger_than_a_segment_take_one_of_their_own_and_no_more(tmp_path: Path) -> None:
+    """Where the journal is nearly full, another would not fit beside it."""
+    journal = await written(tmp_path, [group(n) for n in range(1, 80)], segment_size=4096)
+    assert [size > 9000 for size in journal.needed(9000, 0, 0)] == [True]
+    assert len(journal.needed(9000, 100, 1)) > 1
+
+
 async def test_records_of_an_earlier_life_of_a_file_never_come_back(tmp_path: Path) -> None:
     """A recycled segment is full of whole records; only the new header stands between them and a replay."""
     journal = await written(tmp_path, [group(n) for n in range(1, 80)], segment_size=4096)
