@@ -99,11 +99,23 @@ async def take_over(store: Store) -> None:
 
 
 def copy(directory: Path, to: Path, ignore: Callable[[str, list[str]], set[str]] | None = None) -> Path:
-    """What a crash now would leave. Once more where the store's housekeeping renamed a file under the copy."""
+    """What a crash now would leave, while commits may go on. Once more where the store's housekeeping renamed a file under the copy.
+
+    The journal's segments come last and the newest of them first. What is in one then proves that those before it are whole by the time
+    they are copied, as a crash would leave them; in any other order one could be copied before it is full, and the next after it was begun.
+    """
+
+    def but_segments(directory: str, names: list[str]) -> set[str]:
+        return {name for name in names if name.startswith("segment-")} | (ignore(directory, names) if ignore else set())
+
     for attempt in range(20):
         try:
-            shutil.copytree(directory, to, ignore=ignore)
-        except shutil.Error:
+            there = segments(directory)
+            shutil.copytree(directory, to, ignore=but_segments)
+            # Those that were there when the metadata were copied must still be; there may be more.
+            for path in sorted({*there, *segments(directory)}, reverse=True):
+                shutil.copy2(path, to / "journal")
+        except (shutil.Error, FileNotFoundError):
             if attempt == 19:
                 raise
             shutil.rmtree(to)
