@@ -24,7 +24,7 @@ from storage.hosts.hostdb import Direction, HostDB
 from storage.hosts.layout import check_root, shard_name
 from storage.hosts.locked_shards import LockedShards
 from storage.hosts.registry import HostRegistry
-from storage.interfaces import Batch, Buffer, Host, MetadataStore, QuickHost, SealedShard
+from storage.interfaces import Batch, Buffer, Host, MetadataStore, SealedShard
 from storage.keys import Keys
 from storage.quick_reads import QuickReads
 from storage.sealed_ids import SealedIds
@@ -184,11 +184,12 @@ class HostIO:
             return opening.plain()
 
         async def blocks(host: Host) -> bytes | _Opened[Buffer]:
-            if many_blocks and isinstance(host, QuickHost):
+            quick = self.quick.host(number) if many_blocks else None
+            if quick is not None:
                 # Read and opened by one thread, a few blocks at a time, which so stay in the processor's cache. With memory of its own for
                 # each attempt: one that hangs, and that nobody waits for any more, may go on one day.
                 opening = Opening(self._epochs.key_for(sector_id, self._keys), header, offset, length, lend, SEALING.open_into)
-                return _Opened(await host.get_range_opened(name, at, size, STEP, opening), opening.plain())
+                return _Opened(await quick.get_range_opened(name, at, size, STEP, opening), opening.plain())
             return await host.get_range(name, at, size)
 
         plain = await self._fetch(number, sector_root, sector_id, blocks, (at, size), size, verify)

@@ -65,7 +65,7 @@ class QuickReads:
         A disk that answers within `POLLED` is waited for in the event loop, which looks again and again between other tasks: a thread would
         have to be woken, and to wake the loop, for what takes no longer than that. A disk that does not is left alone for some reads.
         """
-        host = self._host(number)
+        host = self.host(number)
         name = shard_name(self._volume_id, sector_root)
         if host is None or not host.soon(name) or self._locked.known(number, sector_root):
             return None
@@ -114,7 +114,7 @@ class QuickReads:
         more_coming = self.more_coming
         if more_coming is None or self._polled or self._polling.get(number, (0, 0))[0]:
             return None
-        host = self._host(number)
+        host = self.host(number)
         known = self._openers.get(sector_id)
         if known is None:
             if len(self._openers) >= OPENERS:
@@ -146,9 +146,9 @@ class QuickReads:
 
     def near(self, number: int) -> bool:
         """Is the host so near that what is read from it again costs little?"""
-        return self._host(number) is not None
+        return self.host(number) is not None
 
-    def _host(self, number: int) -> QuickHost | None:
+    def host(self, number: int) -> QuickHost | None:
         """The host, if it is one of those and can be used now."""
         if not self._registry.available(number):
             return None

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.checking import Finding, check_volume
+from storage.coprocess.client import ARENA
 from storage.errors import BadArgument, Corrupt, FusefsError, Unavailable
 from storage.interfaces import Buffer, Host, QuickHost, RangeOpening
 from storage.recovery import recover_volume
@@ -83,6 +84,38 @@ def test_parity_is_what_pyeclib_makes_whether_it_or_isal_is_asked(k: int, m: int
     assert b"".join(found) == content + b"".join(coded._parity(content))
     coded._encoder = None
     assert [b"".join(map(bytes, piece)) for piece in coded.pieces([content], pieces * ALIGNMENT)] == found
+
+
+def _lent(content: bytes) -> memoryview:
+    """The same, where the coprocess sees it."""
+    lent = ARENA.lend(max(1, len(content)))[: len(content)]
+    lent[:] = content
+    return lent
+
+
+@given(
+    k=st.integers(1, 12),
+    m=st.integers(1, 6),
+    pieces=st.integers(1, 400),
+    cuts=st.lists(st.integers(0, 1 << 20), max_size=40),
+    short=st.integers(0, 5_000),
+    kinds=st.lists(st.sampled_from([bytes, bytearray, memoryview, _lent]), min_size=1, max_size=5),
+)
+def test_a_sector_is_encoded_where_its_buffers_stand_however_it_is_cut(
+    k: int, m: int, pieces: int, cuts: list[int], short: int, kinds: list[Callable[[bytes], Buffer]]
+) -> None:
+    """Appends of any length, in memory that can be written to or not, make the shards that one buffer makes."""
+    content = os.urandom(max(0, k * pieces * ALIGNMENT - short))
+    at = [0, *sorted(cut % (len(content) + 1) for cut in cuts), len(content)]
+    parts = [kinds[number % len(kinds)](content[begin:end]) for number, (begin, end) in enumerate(itertools.pairwise(at))]
+    coded = redundancy._Coded(k, m)
+    wanted = coded._parity(content + bytes(k * pieces * ALIGNMENT - len(content)))
+    for most in (redundancy._PARTS, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(redundancy, "_PARTS", most)
+            found = [b"".join(map(bytes, piece)) for piece in coded.pieces(parts, pieces * ALIGNMENT)]
+        assert b"".join(found[:k])[: len(content)] == content
+        assert found[k:] == wanted
 
 
 def test_isal_that_does_something_else_than_pyeclib_is_not_used(caplog: pytest.LogCaptureFixture) -> None:

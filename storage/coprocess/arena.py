@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 
+from storage.buffers import address_of
 from storage.interfaces import Buffer
 from storage.lending import Buffers
 
@@ -195,7 +196,7 @@ class Arena:
         memory = self._memory
         if memory is None or not len(data):
             return None
-        at = _address(data) - memory.begin
+        at = address_of(data) - memory.begin
         return (at, len(data)) if 0 <= at <= memory.size - len(data) else None
 
     def fill(self, target: memoryview, pieces: Sequence[Buffer]) -> bool:
@@ -258,31 +259,3 @@ def _strict() -> bool:
             return file.read().strip() == b"2"
     except OSError:
         return False
-
-
-class _View(ctypes.Structure):
-    """`Py_buffer` (Python's C API, stable since 3.11)."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.py_object),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
-def _address(data: Buffer) -> int:
-    """Where it begins; also of what cannot be written to, of which ctypes tells nothing."""
-    view = _View()
-    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(data), ctypes.byref(view), 0)
-    try:
-        return view.buf or 0
-    finally:
-        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(view))

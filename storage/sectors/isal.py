@@ -11,9 +11,12 @@ import ctypes
 import importlib.metadata
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes.util import find_library
 from functools import cache
+
+from storage.buffers import address_of
+from storage.interfaces import Buffer
 
 log = logging.getLogger("fusefs.sectors")
 
@@ -36,16 +39,31 @@ class Encoder:
         # Its first k rows are the data themselves.
         library.ec_init_tables(k, m, ctypes.byref(matrix, k * k), self._tables)
 
-    def encode(self, data: memoryview, parity: memoryview) -> None:
-        """`data`: k pieces of one length, one after the other; `parity`: room for m of them. Both can be written to. Blocking; without the
-        GIL."""
-        piece = data.nbytes // self._k
-        if data.nbytes != self._k * piece or parity.nbytes != self._m * piece:
-            raise RuntimeError(f"{data.nbytes} and {parity.nbytes} bytes are not {self._k} and {self._m} pieces")
-        begins = ctypes.addressof(ctypes.c_char.from_buffer(data)), ctypes.addressof(ctypes.c_char.from_buffer(parity))
-        sources = (ctypes.c_void_p * self._k)(*(begins[0] + number * piece for number in range(self._k)))
-        targets = (ctypes.c_void_p * self._m)(*(begins[1] + number * piece for number in range(self._m)))
-        self._call(piece, self._k, self._m, self._tables, sources, targets)
+    def encode(self, data: Sequence[Sequence[Buffer]], parity: memoryview) -> None:
+        """`data`: the buffers that make up each of k pieces of one length; `parity`: room for m of them, one after the other. Blocking;
+        without the GIL.
+
+        A byte of parity is made of the bytes at the same place of all pieces, so they are taken in ranges in which each is one buffer.
+        """
+        piece = sum(map(len, data[0]))
+        if len(data) != self._k or any(sum(map(len, buffers)) != piece for buffers in data) or parity.nbytes != self._m * piece:
+            raise RuntimeError(f"{len(data)} pieces of {piece} bytes and {parity.nbytes} of parity are not {self._k} and {self._m} pieces")
+        target = address_of(parity)
+        #: Of each piece: where its buffers begin and how long they are, the next one last.
+        left = [[(address_of(buffer), len(buffer)) for buffer in reversed(buffers) if len(buffer)] for buffers in data]
+        sources, targets = (ctypes.c_void_p * self._k)(), (ctypes.c_void_p * self._m)()
+        at = 0
+        while at < piece:
+            step = min(buffers[-1][1] for buffers in left)
+            for number, buffers in enumerate(left):
+                begin, length = buffers.pop()
+                sources[number] = begin
+                if length > step:
+                    buffers.append((begin + step, length - step))
+            for number in range(self._m):
+                targets[number] = target + number * piece + at
+            self._call(step, self._k, self._m, self._tables, sources, targets)
+            at += step
 
 
 def encoder(k: int, m: int, reference: Callable[[bytes], list[bytes]]) -> Encoder | None:
@@ -55,7 +73,7 @@ def encoder(k: int, m: int, reference: Callable[[bytes], list[bytes]]) -> Encode
         return None
     made = Encoder(library, k, m)
     sample, parity = bytearray(os.urandom(k * _SAMPLE)), bytearray(m * _SAMPLE)
-    made.encode(memoryview(sample), memoryview(parity))
+    made.encode([[memoryview(sample)[number * _SAMPLE : (number + 1) * _SAMPLE]] for number in range(k)], memoryview(parity))
     if bytes(parity) != b"".join(reference(bytes(sample))):
         log.warning('ISA-L and pyeclib do not agree on "%d+%d"; pyeclib encodes', k, m)
         return None

@@ -28,6 +28,8 @@ from storage.sectors.label import LABEL_SIZE, Label
 
 #: Pieces are padded to a multiple of so many bytes: the width ISA-L's vector code works in.
 ALIGNMENT = 32
+#: Buffers of a sector that are encoded where they stand; more of them are quicker copied together.
+_PARTS = 256
 #: Bytes before each of pyeclib's fragments.
 _HEADER = 80
 
@@ -84,21 +86,17 @@ class _Coded:
         return [fragment[_HEADER:] for fragment in fragments[self._k :]]
 
     def pieces(self, parts: Sequence[Buffer], piece: int) -> list[list[Buffer]]:
-        whole, length = ARENA.lend(self._k * piece), sum(map(len, parts))
-        padded = [*parts, bytes(len(whole) - length)]
-        if not ARENA.fill(whole, padded):
-            at = 0
-            for part in padded:
-                whole[at : at + len(part)] = part
-                at += len(part)
-        if self._encoder is not None:
-            coded = ARENA.lend(self._m * piece)
-            self._encoder.encode(whole, coded)
-            parity = [coded[number * piece : (number + 1) * piece].toreadonly() for number in range(self._m)]
-        else:
-            parity = [memoryview(made) for made in self._parity(bytes(whole))]
-        data = [whole[number * piece : (number + 1) * piece].toreadonly() for number in range(self._k)]
-        return [[each] for each in (*data, *parity)]
+        whole = [*parts, bytes(self._k * piece - sum(map(len, parts)))]
+        if len(whole) > _PARTS:
+            whole = [_gathered(whole, self._k * piece)]
+        # Where they stand: large appends are where the coprocess sees them.
+        data = _cut(whole, piece)
+        if self._encoder is None:
+            parity: list[Buffer] = [*self._parity(b"".join(whole))]
+            return [*data, *([made] for made in parity)]
+        coded = ARENA.lend(self._m * piece)
+        self._encoder.encode(data, coded)
+        return [*data, *_cut([coded], piece)]
 
     def rebuild(self, number: int, columns: Mapping[int, bytes]) -> bytes:
         if number in columns:
@@ -108,6 +106,32 @@ class _Coded:
         fragments = [headers[other] + columns[other] for other in sorted(columns)[: self._k]]
         (fragment,) = self._driver.reconstruct(fragments, [number])
         return bytes(memoryview(fragment)[_HEADER:])
+
+
+def _gathered(parts: Sequence[Buffer], size: int) -> memoryview:
+    """One after the other, `size` bytes."""
+    whole = ARENA.lend(size)
+    if not ARENA.fill(whole, parts):
+        at = 0
+        for part in parts:
+            whole[at : at + len(part)] = part
+            at += len(part)
+    return whole.toreadonly()
+
+
+def _cut(parts: Sequence[Buffer], piece: int) -> list[list[Buffer]]:
+    """The buffers that make up each `piece` bytes of `parts`, which have a multiple of that together."""
+    pieces: list[list[Buffer]] = []
+    room = 0
+    for part in parts:
+        view = memoryview(part)
+        while len(view):
+            if not room:
+                pieces.append([])
+                room = piece
+            pieces[-1].append(view[:room].toreadonly())
+            room, view = max(0, room - len(view)), view[room:]
+    return pieces
 
 
 _COPIES = _Copies()

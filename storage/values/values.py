@@ -31,6 +31,8 @@ log = logging.getLogger("fusefs.values")
 
 #: Extents looked up in one go while reading.
 EXTENTS_PER_SCAN = 64
+#: ... and for a sequential reader, beyond what it reads now.
+EXTENTS_AHEAD = 16
 #: A read whose sector was merged away under it looks the extents up again; each time means a whole merge finished in between.
 READ_ATTEMPTS = 8
 #: What the metadata of a tail's value and file take in the journal beside its bytes (inode, extent, value, sector), at most.
@@ -520,13 +522,28 @@ class Values:
                 self._sectors.passed(asked)
             # Once for each sector: many reads fall into one.
             last = extents[-1]
-            ahead = self._sectors.ahead(last.sector_id)
-            following = extents_between(self._store, value_id, last.end, last.end + ahead * self._sectors.sector_size, ahead)
+            following = self._following(value_id, last.end, self._sectors.ahead(last.sector_id))
             begun = [self._sectors.prefetch(extent.sector_id) for extent in (extents[0], *following)]
             asked = extents[0].sector_id if all(begun) else 0
         self._streams[value_id] = (stop, asked)
         if len(self._streams) > STREAMS:
             self._streams.pop(next(iter(self._streams)))
+
+    def _following(self, value_id: int, at: int, count: int) -> list[Extent]:
+        """The extents from `at` on, at most `count`. A reader gets to each of them: they are looked up many at a time, and remembered."""
+        found: list[Extent] = []
+        while len(found) < count:
+            extent = self._places.find(value_id, at)
+            if extent is None:
+                more = extents_between(self._store, value_id, at, at + EXTENTS_AHEAD * self._sectors.sector_size, EXTENTS_AHEAD)
+                if not more:
+                    break
+                self._places.add(more)
+                found += more[: count - len(found)]
+                break
+            found.append(extent)
+            at = extent.end
+        return found
 
     def local_at(self, value_id: int, offset: int) -> bool:
         tail = self._tails.get(value_id)
