@@ -54,7 +54,7 @@ LOOK_SECONDS = 2.0
 #: Seconds until a sector is looked for again whose shards are neither here nor on a host.
 LOST_SECONDS = 60.0
 #: Where nothing was to be sent before, sending begins so many seconds after the last sector was staged, or after the first.
-QUIET, HELD_MOST = 0.25, 2.0
+QUIET, HELD_MOST = 0.1, 2.0
 #: Seconds over which the rate is taken.
 RATE_WINDOW = 30.0
 
