@@ -59,7 +59,7 @@ def coprocess(monkeypatch: pytest.MonkeyPatch) -> Iterator[Coprocess]:
     made = Coprocess(Arena())
     made.wanted = True
     # Whatever asks for it.
-    monkeypatch.setattr("storage.hosts.tree.DISKS", made)
+    monkeypatch.setattr("storage.hosts.delegating.DISKS", made)
     bring(made)
     yield made
     pid = made.pid
@@ -219,7 +219,7 @@ async def test_what_is_given_up_before_the_rename_does_not_happen(coprocess: Cop
 
     if how == "orphaned":
         memory = memoryview(bytearray(2 * size))
-        put = Put(host._tree._directory, check_name(NAME), (0, size), "temporary", size)
+        put = Put(host._tree._root.told, check_name(NAME), (0, size), "temporary", size)
         answer = serve.Channel(socket.socket(), memory, os.getppid() + 1)._answer(put)
         assert answer == Failed("Abandoned", "")
     else:
@@ -263,7 +263,7 @@ async def test_names_whose_flush_failed_there_are_flushed_before_a_superblock(
     host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
     sealed, _ = coprocess.seal(KEY, header(size), [noise(size)])
     await host.put(NAME, sealed)
-    assert "v/sectors/aa" not in host._tree._doubtful
+    assert "v/sectors/aa" not in host._tree._root._doubtful
 
     def fails(*_: object, **__: object) -> client.Done:
         raise Unavailable("fsync of its directory failed")
@@ -271,7 +271,7 @@ async def test_names_whose_flush_failed_there_are_flushed_before_a_superblock(
     monkeypatch.setattr(coprocess, "ask", fails)
     with pytest.raises(Unavailable, match="fsync"):
         await host.put(NAME, sealed)
-    assert "v/sectors/aa" in host._tree._doubtful
+    assert "v/sectors/aa" in host._tree._root._doubtful
 
 
 # ---- when it is gone
@@ -497,7 +497,7 @@ async def test_after_a_change_it_did_not_end_directories_are_flushed_again(
         (tmp_path / "h" / NAME).parent.mkdir()
         raise client.Gone
 
-    monkeypatch.setattr("storage.hosts.tree._sync_directory", spied)
+    monkeypatch.setattr("storage.hosts.root.sync_directory", spied)
     monkeypatch.setattr(coprocess, "ask", dies)
     await host.put(NAME, sealed)
     assert (tmp_path / "h" / NAME).read_bytes() == sealed
