@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from storage.coprocess.arena import Arena
-from storage.coprocess.client import DISKS, SEALING
+from storage.coprocess.pair import DISKS, SEALING
 from storage.errors import Corrupt, NotFound
 from storage.lending import huge
 from storage.quick_reads import SPUN
@@ -401,7 +401,7 @@ async def test_a_disk_of_this_machine_is_read_fewer_sectors_ahead_and_one_thread
     # Where a second process opens them, none of this holds anybody up.
     monkeypatch.setattr(DISKS, "wanted", False)
     monkeypatch.setattr(SEALING, "wanted", False)
-    monkeypatch.setattr("storage.coprocess.client.open_blocks_into", watched)
+    monkeypatch.setattr("storage.coprocess.sealer.open_blocks_into", watched)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=20 * size)) as volume:
         assert await volume.values.read(value, 0, 4 * BLOCK) == data[: 4 * BLOCK]
         with trio.fail_after(20):

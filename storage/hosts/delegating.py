@@ -10,7 +10,8 @@ import os
 from contextlib import suppress
 
 from storage.abandoned import Tell, Wanted
-from storage.coprocess.client import DISKS, Gone
+from storage.coprocess.client import Gone
+from storage.coprocess.pair import DISKS
 from storage.errors import FusefsError
 from storage.failpoints import Failpoints, NoFailpoints
 from storage.hosts.tree import TEMPORARY, Tree

@@ -9,7 +9,7 @@ from weakref import ref
 
 import trio
 
-from storage.coprocess.client import ARENA
+from storage.coprocess.pair import ARENA
 from storage.errors import Corrupt, Fenced, FusefsError, NoSpace, NotFound, Unavailable
 from storage.history.objects import Tail as LogTail
 from storage.interfaces import Batch, Buffer, FlushProgress, FlushReport, MetadataStore, TailPiece
