@@ -678,6 +678,35 @@ def test_it_ends_with_its_mount(tmp_path: Path, end: str) -> None:
         wait_until(lambda: not any(map(alive, children)), "their end")
 
 
+@pytest.mark.parametrize("isolated", ["-P", "-I"])
+def test_ps_shows_what_each_is_wherever_it_was_started(tmp_path: Path, isolated: str) -> None:
+    root = str(Path(__file__).parent.parent)
+    program = f"""
+import sys, time
+sys.path.insert(0, {root!r})
+from storage.coprocess import pair
+while not (pair.SEALING.start() & pair.DISKS.start()):
+    time.sleep(0.01)
+for each in (pair.SEALING, pair.DISKS):
+    print(each.pid)
+sys.stdout.flush()
+sys.stdin.read()
+"""
+    # Nothing there is taken for what it is called.
+    for name in ("socket.py", "storage.py", "msgspec.py"):
+        (tmp_path / name).write_text("raise SystemExit('not this one')")
+    command = [sys.executable, isolated, "-c", program.replace("import sys, time", "import sys, time; sys.path.append('')")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path) as started:
+        assert started.stdout is not None and started.stdin is not None
+        pids = [int(started.stdout.readline()) for _ in range(2)]
+        for pid, name in zip(pids, ("sealing", "disks"), strict=True):
+            shown = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            assert shown == [sys.executable, "-I", f"{root}/storage/coprocess/__main__.py", name, ""]
+            assert Path(f"/proc/{pid}/comm").read_text() == f"fusefs-{name}\n"
+        started.stdin.close()
+    wait_until(lambda: not any(map(alive, pids)), "their end")
+
+
 def children_of(pid: int) -> list[int]:
     """That are coprocesses."""
     found = []
@@ -685,7 +714,7 @@ def children_of(pid: int) -> list[int]:
         for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
             # Others come and go.
             with suppress(OSError):
-                if b"storage.coprocess" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if b"/storage/coprocess/" in Path(f"/proc/{child}/cmdline").read_bytes():
                     found.append(int(child))
     return found
 

@@ -28,5 +28,5 @@ Invariants:
     client     starts one, asks it, and notices when it is gone; `process` is what was started, from its start to its end
     sealer, disks     clients: what each of the two is asked for, and what stands in for an answer
     pair       the arena and the two of this process
-    serve      their own side
+    serve      their own side; `__main__`: how it begins
 """

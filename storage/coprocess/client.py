@@ -43,7 +43,8 @@ class Gone(Exception):
 class Coprocess:
     """See the package. What each kind is asked for: `sealer` and `disks`."""
 
-    #: What it does, for messages.
+    #: What it is called, for ps(1), and what it does, for messages.
+    name: str
     work: str
 
     def __init__(self, arena: Arena) -> None:
@@ -109,7 +110,7 @@ class Coprocess:
             self.wanted = False
             return
         try:
-            self._process = Process(memory)
+            self._process = Process(self.name, memory)
         except (OSError, ValueError) as error:
             self._put_off()
             log.warning("no process that %s can be started (%s): threads do it", self.work, error)

@@ -14,6 +14,7 @@ from storage.interfaces import Buffer, RangeOpening
 class Disks(Coprocess):
     """See the module. From any thread."""
 
+    name = "disks"
     work = "writes to disks"
 
     def put(self, directory: Directory, parts: list[str], data: Buffer, temporary: str, wanted: Wanted, tell: Tell | None) -> str | None:

@@ -26,6 +26,7 @@ Job = tuple[bytes, ShardHeader, Sequence[Buffer]]
 class Sealer(Coprocess):
     """See the module. From any thread."""
 
+    name = "sealing"
     work = "seals sectors"
 
     def __init__(self, arena: Arena) -> None:

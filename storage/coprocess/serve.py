@@ -135,16 +135,16 @@ class Channel:
         return Done(size=size)
 
 
-def main(control: int, memory: int, size: int, parent: int) -> None:
+def serve(control: socket.socket, memory: int, size: int, parent: int) -> None:
     """Until `control`, on which new channels come, is closed at the other end, that of the process `parent`. Never returns."""
     gc.freeze()
     mapped = memoryview(mmap.mmap(memory, size, mmap.MAP_SHARED))
     os.close(memory)
-    with socket.socket(fileno=control) as channels:
-        channels.send(encode(Done()))
+    with control:
+        control.send(encode(Done()))
         while True:
             try:
-                packet, descriptors, _, _ = socket.recv_fds(channels, 1, 1)
+                packet, descriptors, _, _ = socket.recv_fds(control, 1, 1)
             except OSError:
                 break
             if not packet:
