@@ -28,7 +28,8 @@ from storage.keys import SALT_SIZE, Keys
 from storage.lock import VolumeLock
 from storage.metadata.counters import Counter
 from storage.metadata.keys import SECTOR, prefix_end, read_u64, u32
-from storage.metadata.store import Store, open_store
+from storage.metadata.opening import open_store
+from storage.metadata.store import Store
 from storage.namespace import Namespace
 from storage.renewal import Renewal
 from storage.replication import parse_replication

@@ -21,7 +21,7 @@ from fusefs.receiver import Receiver
 from storage.errors import FusefsError, NoSpace
 from storage.hosts.memory import memory_content
 from storage.interfaces import Batch, Buffer, TailPiece
-from storage.metadata import store as metadata_store
+from storage.metadata import room
 from storage.namespace.namespace import Namespace
 from storage.read_only import ReadOnlySource, open_read_only
 from storage.values.shipping import TAIL_COST
@@ -109,7 +109,7 @@ async def test_where_hosts_take_nothing_it_is_refused_in_time_and_all_that_was_a
 ) -> None:
     """Also in one go: what was filled, memory or the journal, has room for saying where all of it went."""
     options = replace(OPTIONS, tail_budget=budget * 1024 * 1024)
-    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 3.0)
+    monkeypatch.setattr(room, "ROOM_WAIT", 3.0)
     await make(tmp_path / "v", ["mem:refusing"])
     content = memory_content("refusing")
     number = 0
@@ -181,7 +181,7 @@ async def test_what_lands_while_the_journal_is_full_is_committed_in_parts(tmp_pa
 
 async def test_a_journal_full_of_tails_is_emptied_once_hosts_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then what lands is all that makes room for the commit, which landing so may not wait for."""
-    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 1.0)
+    monkeypatch.setattr(room, "ROOM_WAIT", 1.0)
     monkeypatch.setattr("storage.values.values.ROOM_WAIT", 1.0)
     options = replace(OPTIONS, tail_budget=16 * 1024 * 1024)
     await make(tmp_path / "v", ["mem:wedge"], sector_size=1 << 20)
@@ -197,7 +197,7 @@ async def test_a_journal_full_of_tails_is_emptied_once_hosts_have_room(tmp_path:
         large = [namespace.create(1, b"large%d" % number, stat.S_IFREG | 0o644, 0, 0) for number in range(40)]
         await volume.flush()
         for _ in range(3):
-            await volume.store._clear_out()
+            await volume.store._room.clear_out()
         content.capacity = content.used()
         accepted = 0
         with pytest.raises((NoSpace, trio.TooSlowError)):
@@ -360,7 +360,7 @@ async def test_whatever_is_changed_while_the_journal_is_full_all_is_well_once_ho
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, committing: bool
 ) -> None:
     """Changes are taken as long as a commit could take them, and refused then."""
-    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 1.0)
+    monkeypatch.setattr(room, "ROOM_WAIT", 1.0)
     monkeypatch.setattr("storage.values.values.ROOM_WAIT", 1.0)
     await make(tmp_path / "v", ["mem:ch"])
     content = memory_content("ch")
@@ -394,7 +394,7 @@ async def test_what_was_removed_is_committed_whatever_else_was_changed_while_hos
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only removing helps then; and without that commit the journal would stay full of what is gone."""
-    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 1.0)
+    monkeypatch.setattr(room, "ROOM_WAIT", 1.0)
     monkeypatch.setattr("storage.values.values.ROOM_WAIT", 1.0)
     await make(tmp_path / "v", ["mem:rc"])
     content = memory_content("rc")
@@ -427,7 +427,7 @@ async def test_what_was_removed_is_committed_whatever_else_was_changed_while_hos
 async def test_removing_is_never_refused_for_hosts_that_take_nothing_nor_is_its_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 2.0)
+    monkeypatch.setattr(room, "ROOM_WAIT", 2.0)
     monkeypatch.setattr("storage.values.values.ROOM_WAIT", 2.0)
     await make(tmp_path / "v", ["mem:rm"])
     content = memory_content("rm")

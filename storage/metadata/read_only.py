@@ -18,10 +18,10 @@ from storage.errors import Fenced, FusefsError, NotFound
 from storage.interfaces import Batch, TailPiece
 from storage.metadata.journal import KeyOf
 from storage.metadata.keys import u64
-from storage.metadata.lmdb_base import LmdbBase
+from storage.metadata.lmdb_base import MAP_SIZE, LmdbBase
 from storage.metadata.memtable import Memtable
 from storage.metadata.replay import RecoveredTails, Replayed, replay
-from storage.metadata.store import MAP_SIZE, RESTORED_KEY
+from storage.metadata.store import RESTORED_KEY
 from storage.metadata.takeover import TailNeeded
 from storage.seams import Seams
 
