@@ -180,10 +180,6 @@ class Store:
         """See MetadataStore."""
         self._empties = True
 
-    @property
-    def tails_wait(self) -> bool:
-        return bool(self._tails)
-
     async def catch_up(self, urgent: bool = False) -> None:
         """See MetadataStore."""
         takeover = self._takeover
@@ -481,7 +477,7 @@ class Store:
             while True:
                 self._run_hooks()
                 sizes = journal.needed(self._memtable.pending_bytes, self._tail_bytes, len(self._tails))
-                if journal.admits(sizes, waiting.urgent, beyond and not self._tails):
+                if journal.admits(sizes, waiting.urgent) or (beyond and self._may_exceed(sizes)):
                     if journal.prepared(sizes):
                         return
                     try:
@@ -498,7 +494,7 @@ class Store:
                     # Maybe it has joined a round that has waited for long: what was applied with it, no pass has seen yet.
                     asked_at, urgent_pass = -math.inf, takeover.begun + 1
                 late = now >= begun + ROOM_WAIT
-                if (late or (waiting.urgent and urgent_pass <= takeover.ended)) and self._empties and not self._tails and not beyond:
+                if (late or (waiting.urgent and urgent_pass <= takeover.ended)) and self._empties and not beyond:
                     # Changes that nobody needs the journal for have taken the reserve, and without this commit it stays full for ever.
                     beyond = True
                     continue
@@ -519,6 +515,14 @@ class Store:
                 await _any_of(asked_at + 1.0, self._wake, takeover.passed if takeover.ended < asked_pass else None)
         finally:
             takeover.pressed = False
+
+    def _may_exceed(self, sizes: list[int]) -> bool:
+        """May what is pending, which empties the journal somewhat, stand beyond its limit? By half of that, whatever else is in it. By as
+        much again only if it lets go of what it takes: else such commits could use it all up, and leave the journal full for ever."""
+        journal = self._journal
+        if not self._tails and journal.admits(sizes, True, journal.limit_bytes // 2):
+            return True
+        return journal.admits(sizes, True, journal.limit_bytes) and self._takeover.lets_go(self, sum(sizes))
 
     def has_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:
         """See MetadataStore."""
