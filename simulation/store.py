@@ -96,10 +96,6 @@ class MemoryStore:
     def empties(self) -> None:
         return
 
-    @property
-    def tails_wait(self) -> bool:
-        return False
-
     def can_spare(self, ops_bytes: int) -> bool:  # noqa: ARG002 (the Protocol's)
         return True
 

@@ -450,6 +450,56 @@ async def test_removing_is_never_refused_for_hosts_that_take_nothing_nor_is_its_
             await check(volume, range(at, at + 1))
 
 
+@pytest.mark.parametrize("helps", ["hosts", "removing"])
+async def test_commits_that_hardly_empty_a_full_journal_leave_room_for_the_one_that_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helps: str
+) -> None:
+    """Each has one removal and very many other changes, and may stand beyond the limit; the oldest tails stay. Once they had used up all
+    that is beyond it, nothing could be committed any more: not what landed, nor that everything was removed."""
+    monkeypatch.setattr(room, "ROOM_WAIT", 0.2)
+    monkeypatch.setattr("storage.values.values.ROOM_WAIT", 0.2)
+    options = replace(OPTIONS, journal_segment=64 * 1024, journal_limit=512 * 1024)
+    await make(tmp_path / "v", [f"mem:hardly-{helps}"])
+    content = memory_content(f"hardly-{helps}")
+    async with opened(tmp_path / "v", options=options) as volume:
+        namespace, journal = volume.namespace, volume.store._journal
+        await fill(volume, 600, 200)
+        await volume.flush()
+        await volume.store._room.clear_out()
+        content.capacity = content.used()
+        first = 600
+        number = await fill_up(volume, first)
+        refused = 0
+        while refused < 3:
+            await volume.files.delete(f"file{number}")
+            number -= 1
+            for at in range(600):
+                with suppress(NoSpace):
+                    await namespace.keep_pace()
+                    namespace.set_attributes(namespace.lookup(1, b"file%d" % at), mode=0o600 + number % 2)
+            try:
+                await volume.commit()
+            except NoSpace:
+                refused += 1
+            assert number > first
+        # I7
+        assert journal.limit_bytes < sum(segment.size for segment in journal.live) <= 2 * journal.limit_bytes
+        if helps == "hosts":
+            content.capacity = None
+            await volume.flush()
+        else:
+            while number >= first:
+                await volume.files.delete(f"file{number}")
+                number -= 1
+        with trio.fail_after(10):
+            await volume.commit()
+            while sum(segment.size for segment in journal.live) > journal.limit_bytes:
+                await volume.store._room.clear_out()
+        content.capacity = None
+    async with opened(tmp_path / "v", options=options) as volume:
+        await check(volume, range(number))
+
+
 class NamesWatched:
     """Of a namespace: which way of waiting was used; nothing else may be done before."""
 

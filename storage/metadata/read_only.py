@@ -94,10 +94,6 @@ class ReadOnlyStore:
     def empties(self) -> None:
         return
 
-    @property
-    def tails_wait(self) -> bool:
-        return False
-
     def can_spare(self, ops_bytes: int) -> bool:  # noqa: ARG002 (the Protocol's)
         return False
 

@@ -84,7 +84,7 @@ class Room:
             while True:
                 pending.run_hooks()
                 sizes = journal.needed(*pending.sizes)
-                if journal.admits(sizes, waiting.urgent, beyond and not pending.tails):
+                if journal.admits(sizes, waiting.urgent) or (beyond and self._may_exceed(sizes)):
                     if journal.prepared(sizes):
                         return
                     try:
@@ -101,7 +101,7 @@ class Room:
                     # Maybe it has joined a round that has waited for long: what was applied with it, no pass has seen yet.
                     asked_at, urgent_pass = -math.inf, takeover.begun + 1
                 late = now >= begun + ROOM_WAIT
-                if (late or (waiting.urgent and urgent_pass <= takeover.ended)) and pending.empties and not pending.tails and not beyond:
+                if (late or (waiting.urgent and urgent_pass <= takeover.ended)) and pending.empties and not beyond:
                     # Changes that nobody needs the journal for have taken the reserve, and without this commit it stays full for ever.
                     beyond = True
                     continue
@@ -121,6 +121,14 @@ class Room:
                 await _any_of(asked_at + 1.0, rounds.asleep(), takeover.passed if takeover.ended < asked_pass else None)
         finally:
             takeover.pressed = False
+
+    def _may_exceed(self, sizes: list[int]) -> bool:
+        """May what is pending, which empties the journal somewhat, stand beyond its limit? By half of that, whatever else is in it. By as
+        much again only if it lets go of what it takes: else such commits could use it all up, and leave the journal full for ever."""
+        journal = self._journal
+        if not self._pending.tails and journal.admits(sizes, True, journal.limit_bytes // 2):
+            return True
+        return journal.admits(sizes, True, journal.limit_bytes) and self._takeover.lets_go(self._memtable, sum(sizes))
 
     async def clear_out(self) -> bool:
         """There is no room: have segments recycled that are kept only because there was room. True if any was."""

@@ -119,20 +119,15 @@ class Store:
         """See MetadataStore."""
         self._pending.empties = True
 
-    @property
-    def tails_wait(self) -> bool:
-        return bool(self._pending.tails)
-
     async def catch_up(self, urgent: bool = False) -> None:
         """See MetadataStore."""
-        takeover = self._takeover
         while self.overdue:
             if self._memtable.pending_bytes >= self._commit_ops:
                 await self.commit(urgent=urgent)
                 continue
             # Its thread needs the GIL for every record, which a loop that never rests leaves to it rarely.
             # A pass takes over what is frozen, or fails and then pauses. Not waited for for ever: what made it slow is looked at anew.
-            await takeover.look()
+            await self._takeover.look()
             self._progress.check()
 
     @property

@@ -351,6 +351,16 @@ class Takeover:
                     start, moved = run.run_start, True
         return start == end or self.tail_needed(reader, value_id, start)
 
+    def lets_go(self, reader: MetadataReader, size: int) -> bool:
+        """Would segments of `size` bytes in all be recycled, once LMDB holds all that `reader` shows, and another follows the newest?"""
+        for segment in self._journal.live:
+            if any(self._needed_here(reader, segment, value_id) for value_id in reversed(segment.tails)):
+                return False
+            size -= segment.size
+            if size <= 0:
+                return True
+        return False
+
     def pinned(self, reader: MetadataReader) -> list[tuple[int, int]]:
         """(value id, end) of the tails only the oldest segment has, as `reader` sees it."""
         segment = self._journal.oldest()

@@ -360,12 +360,10 @@ class Shipper:
             self._store.empties()
             try:
                 # Not tried anew with each part: the answer takes half a minute.
-                if not (refused and self._store.tails_wait):
+                if not refused:
                     await self._store.catch_up(urgent=True)
             except NoSpace:
-                # Where tails wait to go into a journal that is full, only their coming down makes them superfluous, and the commit fit.
-                if not self._store.tails_wait:
-                    raise
+                # Only coming down helps: tails that wait to go into the journal are superfluous then, and those in it are let go of.
                 refused = True
             # No await from here on: between the look and what is applied.
             stop = start + LANDING
