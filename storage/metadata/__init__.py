@@ -25,7 +25,7 @@ Modules: `keys` (who owns which prefix), `records` (the journal's format), `segm
 (reading it after a crash), `memtable`, `lmdb_base`, `pending` (what is in no commit yet), `rounds` (who waits for which commit),
 `committer` (the task that makes them), `room` (in the journal: is there enough, and waiting for it), `takeover` (the task that moves what
 is durable on and makes room), `ballast` (room to give when the disk is full), `store` (all of it behind MetadataStore), `opening` (of it),
-`counters` (ids never used twice).
+`read_only` (a store in which nothing changes), `no_journal` (what stores without a journal answer), `counters` (ids never used twice).
 
 Invariants kept here
 
