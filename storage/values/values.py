@@ -240,9 +240,11 @@ class Values:
             return
         try:
             if self._emptying():
-                removed = self._removed
+                removed, sequence = self._removed, self._store.applied_sequence
                 await self._store.catch_up(urgent=True)
-                self._removed_durably = max(removed, self._removed_durably)
+                # It makes no commit where only LMDB was behind.
+                if self._store.durable_sequence >= sequence:
+                    self._removed_durably = max(removed, self._removed_durably)
             else:
                 await self.hold_back()
         except Fenced:
