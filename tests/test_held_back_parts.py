@@ -15,9 +15,11 @@ from storage.errors import NoSpace
 from storage.hosts.memory import memory_content
 from storage.interfaces import Batch, Buffer
 from storage.metadata.keys import SECTOR, u64
+from storage.read_only import ReadOnlySource, open_read_only
 from storage.values import shipping
 from storage.volume import Volume
-from tests.rig import QUIET, append, contents, free, host_dirs, make, new_value, noise, opened
+from tests.metadata_rig import copy
+from tests.rig import PASSPHRASE, QUIET, append, contents, free, host_dirs, make, new_value, noise, opened
 
 
 async def in_journal(volume: Volume, count: int) -> list[int]:
@@ -203,3 +205,47 @@ async def test_what_was_learned_of_hosts_is_given_up_at_the_end_rather_than_what
     assert refused == ["bookkeeping"]
     async with opened(tmp_path / "v") as volume:
         assert volume.namespace.lookup(1, b"file") == ino
+
+
+async def test_a_rename_over_a_file_does_not_wait_for_the_sector_of_what_the_journal_has_or_of_a_few_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of very many small files a sector takes seconds to come down. The bytes are in the commit of the rename all the same (I6); what is
+    large, and nowhere else, is not written twice: it is waited for."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1))
+    written = {b"few": b"a few bytes", b"journaled": noise(100_000), b"large": noise(100_000)}
+    async with opened(tmp_path / "v") as volume:
+        write, go = volume.sectors.write_sector, trio.Event()
+
+        async def held(sector_id: int, parts: Sequence[Buffer], replication: str) -> None:
+            await go.wait()
+            await write(sector_id, parts, replication)
+
+        monkeypatch.setattr(volume.sectors, "write_sector", held)
+        names = volume.namespace
+        for name, content in written.items():
+            names.create(1, name, stat.S_IFREG | 0o644, 0, 0)
+            ino = names.create(1, name + b".new", stat.S_IFREG | 0o644, 0, 0)
+            await names.append(ino, content)
+            if name == b"journaled":
+                await names.commit(ino)
+        await volume.values.shipper.gather()
+        with trio.fail_after(10):
+            for name in (b"few", b"journaled"):
+                await names.rename(1, name + b".new", 1, name)
+            await volume.store.commit()
+        with trio.move_on_after(0.3) as waiting:
+            await names.rename(1, b"large.new", 1, b"large")
+        assert waiting.cancelled_caught
+        copy(tmp_path / "v", tmp_path / "killed")
+        go.set()
+        await names.rename(1, b"large.new", 1, b"large")
+        await volume.flush()
+        for name, content in written.items():
+            assert await names.read(names.lookup(1, name), 0, 1 << 20) == content
+    source = ReadOnlySource(tmp_path / "killed", passphrase=PASSPHRASE)
+    async with open_read_only(source, scratch=tmp_path / "scratch", options=QUIET) as found:
+        for name in (b"few", b"journaled"):
+            assert found.namespace.find(1, name + b".new") is None
+            assert await found.namespace.read(found.namespace.lookup(1, name), 0, 1 << 20) == written[name]
+        assert found.namespace.attributes(found.namespace.lookup(1, b"large")).size == 0
