@@ -47,7 +47,8 @@ class AttributeHandlers(HandlerBase):
     ) -> pyfuse3.EntryAttributes:
         own = self.kernel.own_request(ctx.pid)
         if own is None:
-            await self.namespace.keep_pace()
+            # As with O_TRUNC: emptying a file makes room.
+            await self.namespace.keep_pace(removing=fields.update_size and attr.st_size == 0)
         # No await from here on: size, taint, times and the answer are one step.
         opened = self.handles.inode(inode)
         if own is not None:

@@ -9,8 +9,8 @@ from typing import TypeVar
 import trio
 from sortedcontainers import SortedDict
 
-from storage.errors import FusefsError
 from storage.interfaces import Batch, TailPiece
+from storage.metadata.no_journal import NoJournal
 from storage.seams import Clock, InlineWorker, NoFailpoints, Randomness, Seams, Threads
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ T = TypeVar("T")
 BASE_NS = 1_735_689_600 * 10**9
 
 
-class MemoryStore:
+class MemoryStore(NoJournal):
     """`storage.interfaces.MetadataStore` without a disk: a commit only counts."""
 
     def __init__(self) -> None:
@@ -68,12 +68,6 @@ class MemoryStore:
     def failure(self) -> str | None:
         return None
 
-    def pinned_tails(self) -> list[tuple[int, int]]:
-        return []
-
-    def has_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:  # noqa: ARG002 - the Protocol's
-        return True
-
     async def make_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:  # noqa: ARG002 - the Protocol's
         await trio.lowlevel.checkpoint()
         return True
@@ -81,38 +75,6 @@ class MemoryStore:
     async def clear(self) -> bool:
         await self.commit(urgent=True)
         return False
-
-    async def catch_up(self, urgent: bool = False) -> None:
-        """There is nothing to catch up with."""
-
-    @property
-    def overdue(self) -> bool:
-        return False
-
-    @property
-    def overfull(self) -> bool:
-        return False
-
-    def empties(self) -> None:
-        return
-
-    @property
-    def tails_wait(self) -> bool:
-        return False
-
-    def can_spare(self, ops_bytes: int) -> bool:  # noqa: ARG002 (the Protocol's)
-        return True
-
-    def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
-        """It takes none."""
-
-    @property
-    def journal_fill(self) -> float:
-        return 0.0
-
-    @property
-    def trouble(self) -> FusefsError | None:
-        return None
 
 
 class VirtualClock:

@@ -16,7 +16,8 @@ from typing import Generic, TypeVar
 import trio
 
 from storage.contractor import Contractor
-from storage.coprocess.client import ARENA, DISKS, SEALING, Job
+from storage.coprocess.pair import ARENA, DISKS, SEALING
+from storage.coprocess.sealer import Job
 from storage.epochs import Epochs
 from storage.errors import BadArgument, Corrupt, Expired, NoSpace, NotFound, NotPermitted, Unavailable
 from storage.hosts.holders import decode_holders, holders_key

@@ -152,12 +152,7 @@ class MetadataStore(MetadataReader, Protocol):
 
     def empties(self) -> None:
         """What was just applied, or is about to be, makes tails in the journal superfluous once it is committed. So that commit may stand
-        beyond the journal's limit where there is no other way: what it is full of goes by it."""
-        ...
-
-    @property
-    def tails_wait(self) -> bool:
-        """Tails were applied that no commit has yet."""
+        beyond the journal's limit where there is no other way: by half of that, or by as much again if it lets go of what it takes."""
         ...
 
     async def catch_up(self, urgent: bool = False) -> None:
@@ -687,12 +682,13 @@ class Values(Protocol):
         ...
 
     async def settle(self, value_id: int, upto: int) -> None:
-        """Wait until no sector in flight holds bytes below `upto` (they are in extents, or back in the tail because hosts failed)."""
+        """Wait until no sector in flight holds bytes below `upto` that the journal does not have (they are in extents, or back in the tail
+        because hosts failed). A few bytes are not waited for."""
         ...
 
     def uncommitted_tail(self, value_id: int) -> list[TailPiece]:
-        """For `MetadataStore.apply`: what the journal does not have yet, up to the first byte in flight; from then on it counts as handed
-        over."""
+        """For `MetadataStore.apply`: what the journal does not have yet, up to the first byte in flight (of a few bytes: all); from then on
+        it counts as handed over."""
         ...
 
     async def commit(self, value_id: int) -> None:

@@ -39,9 +39,9 @@ from storage.keys import Keys, master_of_phrase, phrase_of
 from storage.lock import VolumeLock
 from storage.metadata.counters import Counter
 from storage.metadata.keys import HOST, prefix_end
-from storage.metadata.lmdb_base import LmdbBase
+from storage.metadata.lmdb_base import MAP_SIZE, LmdbBase
 from storage.metadata.read_only import ReadOnlyStore, open_read_only_store
-from storage.metadata.store import MAP_SIZE, Store
+from storage.metadata.store import Store
 from storage.seams import Seams
 from storage.status import VolumeStatus
 from storage.values.records import sealed_end, tail_needed

@@ -13,7 +13,7 @@ import trio
 
 from storage.config import VolumeConfig, load_config
 from storage.contractor import Contractor
-from storage.coprocess import client as coprocess
+from storage.coprocess import pair as coprocesses
 from storage.epochs import Epochs
 from storage.errors import BadArgument, FusefsError, NoSpace, Unavailable
 from storage.files import Files
@@ -28,7 +28,8 @@ from storage.keys import SALT_SIZE, Keys
 from storage.lock import VolumeLock
 from storage.metadata.counters import Counter
 from storage.metadata.keys import SECTOR, prefix_end, read_u64, u32
-from storage.metadata.store import Store, open_store
+from storage.metadata.opening import open_store
+from storage.metadata.store import Store
 from storage.namespace import Namespace
 from storage.renewal import Renewal
 from storage.replication import parse_replication
@@ -100,7 +101,7 @@ async def open_volume(
     config = await seams.threads.run(load_config, path)
     if options.coprocesses:
         # They take a moment of a core each: while keys are derived, and not while the first thing is done with the volume.
-        await seams.threads.run(coprocess.start)
+        await seams.threads.run(coprocesses.start)
     keyfile = await seams.threads.run(load_keyfile, path / KEY_FILE, config.volume_id)
     master = await seams.threads.run(open_slots, keyfile, passphrase)
     lock = VolumeLock(path)
@@ -495,7 +496,7 @@ async def trim_idle(seams: Seams) -> None:
     """For ever, in every open volume: memory that large sectors went through goes back to the kernel when none do."""
     while True:
         await seams.clock.sleep(TRIM_SECONDS)
-        await seams.threads.run(coprocess.ARENA.trim)
+        await seams.threads.run(coprocesses.ARENA.trim)
 
 
 async def _hand_down(volume: Volume) -> None:

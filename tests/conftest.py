@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from storage.coprocess import client
+from storage.coprocess import pair
 
 # The machine may be busy with another worker's tests: how long an example takes says nothing.
 settings.register_profile("busy machine", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -157,7 +157,7 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     os.environ[SESSION_VARIABLE] = session
     yield
     # This process's own end with it, which is too late here.
-    client.close()
+    pair.close()
     deadline = time.monotonic() + GRACE_S
     while (mounts := fusefs_mounts(base)) or (processes := processes_of(session)):
         if time.monotonic() > deadline:

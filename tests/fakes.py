@@ -16,6 +16,7 @@ from sortedcontainers import SortedDict
 
 from storage.errors import Fenced, FusefsError
 from storage.interfaces import Batch, TailPiece
+from storage.metadata.no_journal import NoJournal
 from storage.seams import Clock, DedicatedThread, Failpoints, InlineWorker, Randomness, Seams, Threads, WorkerThreads
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ class Crash(BaseException):
     """The process died here. Not an Exception: nothing in the program may survive it by catching errors."""
 
 
-class MemoryStore:
+class MemoryStore(NoJournal):
     """A MetadataStore without a disk. What a crash would keep is kept apart, so `crash()` can show it.
 
     `commit_error`: raised by the next commits until it is None again (NoSpace: nothing is lost, Fenced: the store has failed).
@@ -118,9 +119,6 @@ class MemoryStore:
     def pinned_tails(self) -> list[tuple[int, int]]:
         return list(self.pinned)
 
-    def has_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:
-        return True
-
     async def make_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:
         return True
 
@@ -128,37 +126,9 @@ class MemoryStore:
         await self.commit(urgent=True)
         return False
 
-    async def catch_up(self, urgent: bool = False) -> None:
-        """There is nothing to catch up with."""
-
-    @property
-    def overdue(self) -> bool:
-        return False
-
-    @property
-    def overfull(self) -> bool:
-        return False
-
-    def empties(self) -> None:
-        return
-
-    @property
-    def tails_wait(self) -> bool:
-        return False
-
-    def can_spare(self, ops_bytes: int) -> bool:
-        return True
-
-    def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
-        """It takes none."""
-
     @property
     def journal_fill(self) -> float:
         return self.fill
-
-    @property
-    def trouble(self) -> FusefsError | None:
-        return None
 
     def crash(self) -> MemoryStore:
         """What the next process finds: the durable commits, nothing that was only applied."""

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from storage.interfaces import Batch, MetadataReader, TailPiece
 from storage.metadata.keys import VALUE, read_u64, u64
+from storage.metadata.opening import open_store
 from storage.metadata.records import digest
-from storage.metadata.store import Store, open_store
+from storage.metadata.store import Store
 from storage.seams import Failpoints, Seams
 
 SEGMENT = 4096

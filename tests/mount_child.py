@@ -34,7 +34,7 @@ from fusefs.daemon import setup_logging
 from fusefs.options import MountOptions
 from storage import VolumeOptions, open_volume
 from storage.errors import FusefsError, IOFailure, NoSpace, NotPermitted, Unavailable
-from storage.hosts import tree
+from storage.hosts import root, tree
 from storage.metadata import journal
 from storage.metadata.journal import Journal
 from storage.metadata.store import Store
@@ -197,7 +197,7 @@ def take_out(rule: str) -> None:
         case "host-fsync":
             _replace(tree, "os", _OsWithoutFsync(of_directories=False))
         case "host-dirsync":
-            _replace(tree, "os", _OsWithoutFsync(of_directories=True))
+            _replace(root, "os", _OsWithoutFsync(of_directories=True))
         case "small-journal":
             # Not a rule: segments that are begun, and recycled, many times a second.
             options = functools.partial(VolumeOptions, journal_segment=256 * 1024, journal_limit=8 * 1024 * 1024)

@@ -27,9 +27,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage.abandoned import Abandoned
-from storage.coprocess import client, serve
+from storage.coprocess import client, sealer, serve
 from storage.coprocess.arena import FLAGS, SLOT, SMALL_SLOT, Arena
-from storage.coprocess.client import LEAST, PIECES, Coprocess
+from storage.coprocess.client import LEAST
+from storage.coprocess.disks import Disks
+from storage.coprocess.sealer import PIECES, Job, Sealer
 from storage.coprocess.wire import Failed, Put, Read, directory
 from storage.errors import Corrupt, NotFound, Unavailable
 from storage.hosts.directory import DirectoryHost
@@ -53,13 +55,17 @@ def header(length: int, sector_id: int = 7) -> ShardHeader:
     return ShardHeader(bytes(16), bytes(16), 1, length, sector_id)
 
 
+class Both(Sealer, Disks):
+    """One that does either: each is a kind of the same process."""
+
+
 @pytest.fixture
-def coprocess(monkeypatch: pytest.MonkeyPatch) -> Iterator[Coprocess]:
+def coprocess(monkeypatch: pytest.MonkeyPatch) -> Iterator[Both]:
     """One of the test's own, which is there."""
-    made = Coprocess(Arena())
+    made = Both(Arena())
     made.wanted = True
     # Whatever asks for it.
-    monkeypatch.setattr("storage.hosts.tree.DISKS", made)
+    monkeypatch.setattr("storage.hosts.delegating.DISKS", made)
     bring(made)
     yield made
     pid = made.pid
@@ -67,7 +73,7 @@ def coprocess(monkeypatch: pytest.MonkeyPatch) -> Iterator[Coprocess]:
     assert pid is None or not alive(pid)
 
 
-def bring(coprocess: Coprocess) -> None:
+def bring(coprocess: Both) -> None:
     deadline = time.monotonic() + 20
     while not coprocess.start():
         assert time.monotonic() < deadline
@@ -81,7 +87,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def asked(coprocess: Coprocess, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def asked(coprocess: Both, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kinds of what it is asked for from now on."""
     kinds: list[str] = []
     ask = coprocess.ask
@@ -103,7 +109,7 @@ def asked(coprocess: Coprocess, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     cuts=st.lists(st.integers(0, SLOT + 1), max_size=PIECES + 5),
     there=st.booleans(),
 )
-def test_sealed_there_is_sealed_here(coprocess: Coprocess, size: int, cuts: list[int], there: bool) -> None:
+def test_sealed_there_is_sealed_here(coprocess: Both, size: int, cuts: list[int], there: bool) -> None:
     """In however many pieces, which stand in the arena or not."""
     data: Buffer = noise(size)
     if there:
@@ -120,12 +126,12 @@ def test_sealed_there_is_sealed_here(coprocess: Coprocess, size: int, cuts: list
         memoryview(sealed)[0] = 1
 
 
-def test_several_are_sealed_at_once(coprocess: Coprocess, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_are_sealed_at_once(coprocess: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the shards of a coded sector: each with its own header, and a label behind it that is told as it is."""
     kinds = asked(coprocess, monkeypatch)
     whole = coprocess.arena.lend(4 << 20)
     whole[:] = noise(4 << 20)
-    jobs: list[client.Job] = []
+    jobs: list[Job] = []
     for number in range(5):
         piece = whole[number << 20 : (number + 1) << 20].toreadonly() if number < 4 else noise(1 << 20)
         jobs.append((KEY, header((1 << 20) + 64, number + 1), [piece, bytes([number]) * 64]))
@@ -138,7 +144,7 @@ def test_several_are_sealed_at_once(coprocess: Coprocess, monkeypatch: pytest.Mo
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(size=st.sampled_from([LEAST, 10 * BLOCK, 1_000_003, 4 << 20]), where=st.floats(0, 1), there=st.booleans())
-def test_opened_there_is_opened_here_and_a_flipped_bit_is_found(coprocess: Coprocess, size: int, where: float, there: bool) -> None:
+def test_opened_there_is_opened_here_and_a_flipped_bit_is_found(coprocess: Both, size: int, where: float, there: bool) -> None:
     data = noise(size)
     sealed = memoryview(bytearray(seal(KEY, header(size), [data])))
     blocks = sealed[HEADER_SIZE:]
@@ -154,9 +160,7 @@ def test_opened_there_is_opened_here_and_a_flipped_bit_is_found(coprocess: Copro
         coprocess.open_into(KEY, header(size), 0, blocks, plain)
 
 
-async def test_it_is_asked_for_what_is_large_and_nothing_else(
-    coprocess: Coprocess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+async def test_it_is_asked_for_what_is_large_and_nothing_else(coprocess: Both, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Else all the tests here would be of this process."""
     kinds = asked(coprocess, monkeypatch)
     host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
@@ -169,7 +173,7 @@ async def test_it_is_asked_for_what_is_large_and_nothing_else(
     assert kinds == ["Seal", "Put", "Read", "Open"]
 
 
-async def opened(coprocess: Coprocess, host: DirectoryHost, size: int) -> bytes:
+async def opened(coprocess: Both, host: DirectoryHost, size: int) -> bytes:
     """All of the shard, as HostIO reads it."""
     _, _, at, length = block_range(0, size, size)
     opening = Opening(KEY, header(size), 0, size, coprocess.arena.lend, coprocess.open_into)
@@ -180,7 +184,7 @@ async def opened(coprocess: Coprocess, host: DirectoryHost, size: int) -> bytes:
 # ---- hosts
 
 
-async def test_what_a_disk_says_is_said_here(coprocess: Coprocess, tmp_path: Path) -> None:
+async def test_what_a_disk_says_is_said_here(coprocess: Both, tmp_path: Path) -> None:
     size = 1 << 20
     host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
     sealed, _ = coprocess.seal(KEY, header(size), [noise(size)])
@@ -204,7 +208,7 @@ async def test_what_a_disk_says_is_said_here(coprocess: Coprocess, tmp_path: Pat
 
 
 @pytest.mark.parametrize("how", ["asked", "told", "orphaned"])
-async def test_what_is_given_up_before_the_rename_does_not_happen(coprocess: Coprocess, tmp_path: Path, how: str) -> None:
+async def test_what_is_given_up_before_the_rename_does_not_happen(coprocess: Both, tmp_path: Path, how: str) -> None:
     """Its caller may have put something else there meanwhile; or have died, and another process has the volume."""
     size = 1 << 20
     host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
@@ -219,7 +223,7 @@ async def test_what_is_given_up_before_the_rename_does_not_happen(coprocess: Cop
 
     if how == "orphaned":
         memory = memoryview(bytearray(2 * size))
-        put = Put(host._tree._directory, check_name(NAME), (0, size), "temporary", size)
+        put = Put(host._tree._root.told, check_name(NAME), (0, size), "temporary", size)
         answer = serve.Channel(socket.socket(), memory, os.getppid() + 1)._answer(put)
         assert answer == Failed("Abandoned", "")
     else:
@@ -232,7 +236,7 @@ async def test_what_is_given_up_before_the_rename_does_not_happen(coprocess: Cop
     assert (tmp_path / "h" / NAME).read_bytes() == sealed
 
 
-async def test_a_put_that_is_cancelled_while_it_waits_does_not_happen(coprocess: Coprocess, tmp_path: Path) -> None:
+async def test_a_put_that_is_cancelled_while_it_waits_does_not_happen(coprocess: Both, tmp_path: Path) -> None:
     size = 1 << 20
     host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
     sealed, _ = coprocess.seal(KEY, header(size), [noise(size)])
@@ -256,14 +260,14 @@ async def test_a_put_that_is_cancelled_while_it_waits_does_not_happen(coprocess:
 
 
 async def test_names_whose_flush_failed_there_are_flushed_before_a_superblock(
-    coprocess: Coprocess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    coprocess: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """I4: it may have been renamed, and be in no listing after a power cut."""
     size = 1 << 20
     host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
     sealed, _ = coprocess.seal(KEY, header(size), [noise(size)])
     await host.put(NAME, sealed)
-    assert "v/sectors/aa" not in host._tree._doubtful
+    assert "v/sectors/aa" not in host._tree._root._doubtful
 
     def fails(*_: object, **__: object) -> client.Done:
         raise Unavailable("fsync of its directory failed")
@@ -271,14 +275,14 @@ async def test_names_whose_flush_failed_there_are_flushed_before_a_superblock(
     monkeypatch.setattr(coprocess, "ask", fails)
     with pytest.raises(Unavailable, match="fsync"):
         await host.put(NAME, sealed)
-    assert "v/sectors/aa" in host._tree._doubtful
+    assert "v/sectors/aa" in host._tree._root._doubtful
 
 
 # ---- when it is gone
 
 
 @contextmanager
-def killed_again_and_again(coprocess: Coprocess) -> Iterator[list[int]]:
+def killed_again_and_again(coprocess: Both) -> Iterator[list[int]]:
     ended, killed = threading.Event(), list[int]()
 
     def kill() -> None:
@@ -298,7 +302,7 @@ def killed_again_and_again(coprocess: Coprocess) -> Iterator[list[int]]:
         thread.join()
 
 
-async def test_killed_at_any_time_it_takes_nothing_with_it(coprocess: Coprocess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_killed_at_any_time_it_takes_nothing_with_it(coprocess: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "PAUSE", 0.0)
     size = 1 << 20
     data = noise(size)
@@ -327,9 +331,9 @@ async def test_killed_at_any_time_it_takes_nothing_with_it(coprocess: Coprocess,
 
 
 def test_one_that_does_not_answer_is_not_waited_for_for_ever(
-    coprocess: Coprocess, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    coprocess: Both, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(client, "TIMEOUT", 1)
+    monkeypatch.setattr(sealer, "TIMEOUT", 1)
     size, pid = 1 << 20, coprocess.pid
     assert pid is not None
     expected = seal(KEY, header(size), [noise(size)])
@@ -348,9 +352,7 @@ def test_one_that_does_not_answer_is_not_waited_for_for_ever(
         time.sleep(0.01)
 
 
-async def test_one_that_hangs_does_not_keep_a_host_from_answering(
-    coprocess: Coprocess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_one_that_hangs_does_not_keep_a_host_from_answering(coprocess: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped by a debugger, say. Disks may take as long as they like, so that it is not known by the time an answer takes."""
     monkeypatch.setattr(client, "LOOK", 1)
     monkeypatch.setattr(client, "TIMEOUT", 1)
@@ -369,7 +371,7 @@ async def test_one_that_hangs_does_not_keep_a_host_from_answering(
     assert not coprocess.there
 
 
-async def test_one_that_waits_for_a_disk_is_waited_for(coprocess: Coprocess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_waits_for_a_disk_is_waited_for(coprocess: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "LOOK", 1)
     size, pid = 1 << 20, coprocess.pid
     host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
@@ -388,14 +390,14 @@ async def test_one_that_waits_for_a_disk_is_waited_for(coprocess: Coprocess, tmp
 
 
 @pytest.mark.parametrize("what", ["memfd_create is missing", "no descriptors", "a thousand descriptors"])
-def test_descriptors(what: str, coprocess: Coprocess, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptors(what: str, coprocess: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are, or none."""
     size = 1 << 20
     expected = seal(KEY, header(size), [noise(size)])
     if what == "memfd_create is missing":
         # As of a Python that was built for an old glibc.
         monkeypatch.delattr(os, "memfd_create")
-        other = Coprocess(Arena())
+        other = Both(Arena())
         other.wanted = True
         assert other.seal(KEY, header(size), [noise(size)])[0] == expected
         assert other.pid is None
@@ -429,7 +431,7 @@ def test_descriptors(what: str, coprocess: Coprocess, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("who", ["start", "there"])
 def test_one_that_has_started_well_is_forgiven_what_was_before(monkeypatch: pytest.MonkeyPatch, who: str) -> None:
     """Else some deaths in a year would have threads do its work for an hour each time."""
-    coprocess = Coprocess(Arena())
+    coprocess = Both(Arena())
     coprocess.wanted = True
     monkeypatch.setattr(client, "PAUSE", 0.01)
     try:
@@ -458,7 +460,7 @@ def test_one_that_cannot_start_says_why_and_is_tried_less_and_less(
     program.write_text("#!/bin/sh\necho a line >&2\necho no such module >&2\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    coprocess, clock = Coprocess(Arena()), 1000.0
+    coprocess, clock = Both(Arena()), 1000.0
     coprocess.wanted = True
     monkeypatch.setattr(client, "monotonic", lambda: clock)
     pauses: list[float] = []
@@ -477,7 +479,7 @@ def test_one_that_cannot_start_says_why_and_is_tried_less_and_less(
 
 
 async def test_after_a_change_it_did_not_end_directories_are_flushed_again(
-    coprocess: Coprocess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    coprocess: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """I2: it may have made them anew, after somebody else had removed them, and have died before it flushed their names."""
     size = 1 << 20
@@ -497,7 +499,7 @@ async def test_after_a_change_it_did_not_end_directories_are_flushed_again(
         (tmp_path / "h" / NAME).parent.mkdir()
         raise client.Gone
 
-    monkeypatch.setattr("storage.hosts.tree._sync_directory", spied)
+    monkeypatch.setattr("storage.hosts.root.sync_directory", spied)
     monkeypatch.setattr(coprocess, "ask", dies)
     await host.put(NAME, sealed)
     assert (tmp_path / "h" / NAME).read_bytes() == sealed
@@ -525,9 +527,7 @@ def test_what_it_has_not_enough_of_is_no_error_of_the_disk(number: int, monkeypa
     assert answer.kind == ("Unavailable" if number == errno.EIO else "Gone")
 
 
-def test_whatever_ends_the_waiting_its_memory_is_not_lent_while_it_works_in_it(
-    coprocess: Coprocess, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_ends_the_waiting_its_memory_is_not_lent_while_it_works_in_it(coprocess: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else what it writes there late is another's, and is sealed as if it were good."""
     size, pid = 1 << 20, coprocess.pid
     assert pid is not None
@@ -558,7 +558,7 @@ def test_memory_that_cannot_be_given_back_is_lent_again(monkeypatch: pytest.Monk
     assert arena.free_slots == 4
 
 
-async def test_a_program_with_a_default_timeout_for_sockets_has_it_too(coprocess: Coprocess, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_program_with_a_default_timeout_for_sockets_has_it_too(coprocess: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     socket.setdefaulttimeout(0.05)
     try:
         size, pid = 1 << 20, coprocess.pid
@@ -583,7 +583,7 @@ def test_where_there_can_be_none_threads_do_it(refused: str, monkeypatch: pytest
         monkeypatch.setattr(subprocess, "Popen", refuse)
     else:
         monkeypatch.setattr(sys, "executable", None)
-    coprocess, size = Coprocess(Arena()), 1 << 20
+    coprocess, size = Both(Arena()), 1 << 20
     coprocess.wanted = True
     for _ in range(3):
         sealed, root = coprocess.seal(KEY, header(size), [noise(size)])
@@ -595,7 +595,7 @@ def test_where_there_can_be_none_threads_do_it(refused: str, monkeypatch: pytest
     assert coprocess.pid is None
 
 
-def test_it_knows_no_passphrase(coprocess: Coprocess, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_knows_no_passphrase(coprocess: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEFS_PASSPHRASE", "correct horse battery staple")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("LC_ALL", "C.UTF-8")
@@ -606,7 +606,7 @@ def test_it_knows_no_passphrase(coprocess: Coprocess, monkeypatch: pytest.Monkey
     assert b"LC_ALL=C.UTF-8" in environment.split(b"\0")
 
 
-def test_a_forked_child_has_memory_and_a_process_of_its_own(coprocess: Coprocess) -> None:
+def test_a_forked_child_has_memory_and_a_process_of_its_own(coprocess: Both) -> None:
     """Else both would seal in the same memory."""
     size = 1 << 20
     child = os.fork()
@@ -678,6 +678,35 @@ def test_it_ends_with_its_mount(tmp_path: Path, end: str) -> None:
         wait_until(lambda: not any(map(alive, children)), "their end")
 
 
+@pytest.mark.parametrize("isolated", ["-P", "-I"])
+def test_ps_shows_what_each_is_wherever_it_was_started(tmp_path: Path, isolated: str) -> None:
+    root = str(Path(__file__).parent.parent)
+    program = f"""
+import sys, time
+sys.path.insert(0, {root!r})
+from storage.coprocess import pair
+while not (pair.SEALING.start() & pair.DISKS.start()):
+    time.sleep(0.01)
+for each in (pair.SEALING, pair.DISKS):
+    print(each.pid)
+sys.stdout.flush()
+sys.stdin.read()
+"""
+    # Nothing there is taken for what it is called.
+    for name in ("socket.py", "storage.py", "msgspec.py"):
+        (tmp_path / name).write_text("raise SystemExit('not this one')")
+    command = [sys.executable, isolated, "-c", program.replace("import sys, time", "import sys, time; sys.path.append('')")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path) as started:
+        assert started.stdout is not None and started.stdin is not None
+        pids = [int(started.stdout.readline()) for _ in range(2)]
+        for pid, name in zip(pids, ("sealing", "disks"), strict=True):
+            shown = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            assert shown == [sys.executable, "-I", f"{root}/storage/coprocess/__main__.py", name, ""]
+            assert Path(f"/proc/{pid}/comm").read_text() == f"fusefs-{name}\n"
+        started.stdin.close()
+    wait_until(lambda: not any(map(alive, pids)), "their end")
+
+
 def children_of(pid: int) -> list[int]:
     """That are coprocesses."""
     found = []
@@ -685,7 +714,7 @@ def children_of(pid: int) -> list[int]:
         for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
             # Others come and go.
             with suppress(OSError):
-                if b"storage.coprocess" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if b"/storage/coprocess/" in Path(f"/proc/{child}/cmdline").read_bytes():
                     found.append(int(child))
     return found
 

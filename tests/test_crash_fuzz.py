@@ -18,7 +18,7 @@ import pytest
 import trio
 
 from storage import sealing
-from storage.coprocess import client
+from storage.coprocess import sealer
 from storage.errors import FusefsError, NotFound
 from storage.hosts.faults import shards_only
 from storage.interfaces import Buffer
@@ -219,7 +219,7 @@ async def test_whatever_happens_before_a_crash_nothing_promised_is_lost(tmp_path
         assert sealed.setdefault((key, header.sector_id), content) == content
         return real_seal(key, header, data, lend)
 
-    monkeypatch.setattr(client, "seal", watched)
+    monkeypatch.setattr(sealer, "seal", watched)
     monkeypatch.setattr(shipping, "RETRY_FIRST", 0.02)
     monkeypatch.setattr(shipping, "RETRY_LAST", 0.1)
     monkeypatch.setattr(merge, "RETRY_SECONDS", 0.05)

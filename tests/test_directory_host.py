@@ -18,8 +18,9 @@ import trio.testing
 
 from storage.buffers import ALIGNMENT, aligned
 from storage.errors import Busy, NoSpace, NotFound, Unavailable
+from storage.hosts.direct import MIN_DIRECT
 from storage.hosts.directory import SLOTS, DirectoryHost
-from storage.hosts.tree import MIN_DIRECT, TEMPORARY
+from storage.hosts.tree import TEMPORARY
 from storage.seams import PER_PLACE, Seams
 from tests.fakes import BASE_NS, Crash, CrashAt, ManualClock, RecordingFailpoints, make_seams
 

@@ -15,10 +15,11 @@ import pytest
 import trio
 
 from storage.errors import NotFound, Unavailable
-from storage.hosts import held, tree
+from storage.hosts import held
+from storage.hosts.direct import MIN_DIRECT, MOST_DIRECT, STEPS
 from storage.hosts.directory import DirectoryHost
 from storage.hosts.layout import check_name
-from storage.hosts.tree import MIN_DIRECT, MOST_DIRECT, STEPS
+from storage.hosts.root import Root
 from storage.interfaces import QuickHost
 from tests.fakes import make_seams
 
@@ -168,14 +169,14 @@ async def test_a_disk_that_hangs_does_not_hold_up_who_opens_briefly(tmp_path: Pa
     for name in names:
         await host.put(name, b"x")
     lets_go, begun = threading.Event(), []
-    open_object = tree.Tree._open_object
+    open_object = Root.open_object
 
-    def hangs(self: tree.Tree, parts: list[str]) -> tuple[int, int]:
+    def hangs(self: Root, parts: list[str]) -> tuple[int, int]:
         begun.append("/".join(parts))
         lets_go.wait()
         return open_object(self, parts)
 
-    monkeypatch.setattr(tree.Tree, "_open_object", hangs)
+    monkeypatch.setattr(Root, "open_object", hangs)
     try:
         # That it comes back at all is what is promised: nothing lets go before.
         assert not any(host.soon(name, 0.001) for name in names)
@@ -193,14 +194,14 @@ async def test_nothing_is_held_or_opened_once_a_host_is_closed(tmp_path: Path, m
     host = await with_thread(tmp_path / "h")
     await host.put(NAME, b"0123456789")
     lets_go, begun = threading.Event(), threading.Event()
-    open_object = tree.Tree._open_object
+    open_object = Root.open_object
 
-    def hangs(self: tree.Tree, parts: list[str]) -> tuple[int, int]:
+    def hangs(self: Root, parts: list[str]) -> tuple[int, int]:
         begun.set()
         lets_go.wait()
         return open_object(self, parts)
 
-    monkeypatch.setattr(tree.Tree, "_open_object", hangs)
+    monkeypatch.setattr(Root, "open_object", hangs)
     assert not host.soon(NAME, 0.001)
     await until(begun.is_set)
     await host.aclose()
@@ -357,7 +358,7 @@ async def test_what_is_raised_with_a_piece_comes_out_and_buffers_are_bounded(tmp
     for _ in range(20):
         with pytest.raises(NotFound, match="234"):
             await range_in(host, 2, 3, 10, fails)
-    steps = host._tree._steps
+    steps = host._tree._direct._steps
     buffers = [steps.lend(STEPS // 4) for _ in range(20)]
     del buffers
     assert steps.kept == STEPS
@@ -381,7 +382,7 @@ async def test_large_ranges_go_past_the_page_cache_and_are_whole(
         return got
 
     monkeypatch.setattr(os, "preadv", watched)
-    monkeypatch.setattr(tree, "MOST_DIRECT", most)
+    monkeypatch.setattr("storage.hosts.direct.MOST_DIRECT", most)
     host = await opened(tmp_path / "h")
     data = os.urandom(5 * MIN_DIRECT + 12345)
     await host.put(NAME, data)

@@ -21,7 +21,7 @@ from fusefs.receiver import Receiver
 from storage.errors import FusefsError, NoSpace
 from storage.hosts.memory import memory_content
 from storage.interfaces import Batch, Buffer, TailPiece
-from storage.metadata import store as metadata_store
+from storage.metadata import room
 from storage.namespace.namespace import Namespace
 from storage.read_only import ReadOnlySource, open_read_only
 from storage.values.shipping import TAIL_COST
@@ -109,7 +109,7 @@ async def test_where_hosts_take_nothing_it_is_refused_in_time_and_all_that_was_a
 ) -> None:
     """Also in one go: what was filled, memory or the journal, has room for saying where all of it went."""
     options = replace(OPTIONS, tail_budget=budget * 1024 * 1024)
-    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 3.0)
+    monkeypatch.setattr(room, "ROOM_WAIT", 3.0)
     await make(tmp_path / "v", ["mem:refusing"])
     content = memory_content("refusing")
     number = 0
@@ -181,7 +181,7 @@ async def test_what_lands_while_the_journal_is_full_is_committed_in_parts(tmp_pa
 
 async def test_a_journal_full_of_tails_is_emptied_once_hosts_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then what lands is all that makes room for the commit, which landing so may not wait for."""
-    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 1.0)
+    monkeypatch.setattr(room, "ROOM_WAIT", 1.0)
     monkeypatch.setattr("storage.values.values.ROOM_WAIT", 1.0)
     options = replace(OPTIONS, tail_budget=16 * 1024 * 1024)
     await make(tmp_path / "v", ["mem:wedge"], sector_size=1 << 20)
@@ -197,7 +197,7 @@ async def test_a_journal_full_of_tails_is_emptied_once_hosts_have_room(tmp_path:
         large = [namespace.create(1, b"large%d" % number, stat.S_IFREG | 0o644, 0, 0) for number in range(40)]
         await volume.flush()
         for _ in range(3):
-            await volume.store._clear_out()
+            await volume.store._room.clear_out()
         content.capacity = content.used()
         accepted = 0
         with pytest.raises((NoSpace, trio.TooSlowError)):
@@ -360,7 +360,7 @@ async def test_whatever_is_changed_while_the_journal_is_full_all_is_well_once_ho
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, committing: bool
 ) -> None:
     """Changes are taken as long as a commit could take them, and refused then."""
-    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 1.0)
+    monkeypatch.setattr(room, "ROOM_WAIT", 1.0)
     monkeypatch.setattr("storage.values.values.ROOM_WAIT", 1.0)
     await make(tmp_path / "v", ["mem:ch"])
     content = memory_content("ch")
@@ -394,7 +394,7 @@ async def test_what_was_removed_is_committed_whatever_else_was_changed_while_hos
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only removing helps then; and without that commit the journal would stay full of what is gone."""
-    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 1.0)
+    monkeypatch.setattr(room, "ROOM_WAIT", 1.0)
     monkeypatch.setattr("storage.values.values.ROOM_WAIT", 1.0)
     await make(tmp_path / "v", ["mem:rc"])
     content = memory_content("rc")
@@ -427,7 +427,7 @@ async def test_what_was_removed_is_committed_whatever_else_was_changed_while_hos
 async def test_removing_is_never_refused_for_hosts_that_take_nothing_nor_is_its_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metadata_store, "ROOM_WAIT", 2.0)
+    monkeypatch.setattr(room, "ROOM_WAIT", 2.0)
     monkeypatch.setattr("storage.values.values.ROOM_WAIT", 2.0)
     await make(tmp_path / "v", ["mem:rm"])
     content = memory_content("rm")
@@ -448,6 +448,56 @@ async def test_removing_is_never_refused_for_hosts_that_take_nothing_nor_is_its_
         await volume.flush()
         for at in range(0, number, 50):
             await check(volume, range(at, at + 1))
+
+
+@pytest.mark.parametrize("helps", ["hosts", "removing"])
+async def test_commits_that_hardly_empty_a_full_journal_leave_room_for_the_one_that_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helps: str
+) -> None:
+    """Each has one removal and very many other changes, and may stand beyond the limit; the oldest tails stay. Once they had used up all
+    that is beyond it, nothing could be committed any more: not what landed, nor that everything was removed."""
+    monkeypatch.setattr(room, "ROOM_WAIT", 0.2)
+    monkeypatch.setattr("storage.values.values.ROOM_WAIT", 0.2)
+    options = replace(OPTIONS, journal_segment=64 * 1024, journal_limit=512 * 1024)
+    await make(tmp_path / "v", [f"mem:hardly-{helps}"])
+    content = memory_content(f"hardly-{helps}")
+    async with opened(tmp_path / "v", options=options) as volume:
+        namespace, journal = volume.namespace, volume.store._journal
+        await fill(volume, 600, 200)
+        await volume.flush()
+        await volume.store._room.clear_out()
+        content.capacity = content.used()
+        first = 600
+        number = await fill_up(volume, first)
+        refused = 0
+        while refused < 3:
+            await volume.files.delete(f"file{number}")
+            number -= 1
+            for at in range(600):
+                with suppress(NoSpace):
+                    await namespace.keep_pace()
+                    namespace.set_attributes(namespace.lookup(1, b"file%d" % at), mode=0o600 + number % 2)
+            try:
+                await volume.commit()
+            except NoSpace:
+                refused += 1
+            assert number > first
+        # I7
+        assert journal.limit_bytes < sum(segment.size for segment in journal.live) <= 2 * journal.limit_bytes
+        if helps == "hosts":
+            content.capacity = None
+            await volume.flush()
+        else:
+            while number >= first:
+                await volume.files.delete(f"file{number}")
+                number -= 1
+        with trio.fail_after(10):
+            await volume.commit()
+            while sum(segment.size for segment in journal.live) > journal.limit_bytes:
+                await volume.store._room.clear_out()
+        content.capacity = None
+    async with opened(tmp_path / "v", options=options) as volume:
+        await check(volume, range(number))
 
 
 class NamesWatched:
@@ -477,7 +527,9 @@ class NamesWatched:
         ("rmdir", (1, b"a"), "keep_pace, removing"),
         ("rename", (1, b"a", 1, b"b", 0), "keep_pace"),
         ("open", (2, os.O_WRONLY | os.O_TRUNC), "keep_pace, removing"),
-        ("setattr", (2, None, None, None), "keep_pace"),
+        ("setattr", (2, SimpleNamespace(st_size=0), SimpleNamespace(update_size=True), None), "keep_pace, removing"),
+        ("setattr", (2, SimpleNamespace(st_size=1), SimpleNamespace(update_size=True), None), "keep_pace"),
+        ("setattr", (2, SimpleNamespace(st_size=0), SimpleNamespace(update_size=False), None), "keep_pace"),
         ("setxattr", (2, b"user.a", b"b"), "keep_pace"),
         ("removexattr", (2, b"user.a"), "keep_pace"),
     ],

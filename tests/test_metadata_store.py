@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 
 from storage.errors import BadArgument, Corrupt, Fenced, FusefsError, NoSpace
 from storage.interfaces import Batch, MetadataStore
-from storage.metadata import flushing, keys
+from storage.metadata import flushing, keys, room
 from storage.metadata import journal as journal_module
 from storage.metadata import store as store_module
 from storage.metadata.keys import INODE, VALUE, numbered, u64
 from storage.metadata.lmdb_base import LmdbBase
 from storage.metadata.memtable import Memtable
+from storage.metadata.opening import open_store
 from storage.metadata.store import Store
 from storage.metadata.together import by_number
 from storage.seams import InlineWorker, Seams
@@ -296,7 +297,7 @@ async def test_what_the_block_raises_comes_out_as_itself(tmp_path: Path) -> None
 
 
 async def test_a_commit_before_the_epoch_is_refused(tmp_path: Path) -> None:
-    async with store_module.open_store(tmp_path, Seams(), journal_key=lambda salt: salt * 2, tail_needed=lambda *_: True) as store:
+    async with open_store(tmp_path, Seams(), journal_key=lambda salt: salt * 2, tail_needed=lambda *_: True) as store:
         put(store, b"k", b"1")
         with pytest.raises(BadArgument, match="epoch"):
             await store.commit()
@@ -592,7 +593,7 @@ async def fill(store: Store, value_id: int = 1) -> int:
 
 
 async def test_a_full_journal_refuses_after_waiting_and_goes_on_when_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "ROOM_WAIT", 0.3)
+    monkeypatch.setattr(room, "ROOM_WAIT", 0.3)
     (tmp_path / "v").mkdir()
     limit = 10 * SEGMENT
     async with opened(tmp_path / "v", limit=limit) as store:
@@ -648,7 +649,7 @@ async def test_a_commit_that_waits_for_room_ends_well_when_tails_move_out(tmp_pa
 
 async def test_pending_tails_that_are_in_sectors_by_now_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More tails pending than the journal has room for, reserve included: only their sectors' commit can help, and must not carry them."""
-    monkeypatch.setattr(store_module, "ROOM_WAIT", 0.2)
+    monkeypatch.setattr(room, "ROOM_WAIT", 0.2)
     async with opened(tmp_path, limit=8 * SEGMENT) as store:
         seal(store, 1, 0)
         store.apply(Batch(), [piece(1, 0, b"f" * (9 * SEGMENT))])
@@ -706,14 +707,14 @@ async def test_a_takeover_that_fails_is_tried_again_and_loses_nothing(tmp_path: 
 
 async def test_lmdb_out_of_room_is_no_space_and_keeps_the_journal(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"journal_key": lambda salt: salt * 2, "tail_needed": lambda *_: False, "limit_bytes": 64 << 20}
-    async with store_module.open_store(tmp_path, Seams(), map_size=64 * 1024, **arguments) as store:
+    async with open_store(tmp_path, Seams(), map_size=64 * 1024, **arguments) as store:
         store.begin_epoch(1, b"1" * 16)
         for number in range(200):
             put(store, b"k%03d" % number, b"v" * 2000)
         await store.commit()
         await take_over(store)
         assert store._memtable.frozen is not None
-    async with store_module.open_store(tmp_path, Seams(), map_size=1 << 30, **arguments) as store:
+    async with open_store(tmp_path, Seams(), map_size=1 << 30, **arguments) as store:
         assert len(store.scan(b"k", b"l", 1000)) == 200
 
 

@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from storage.coprocess.arena import Arena
-from storage.coprocess.client import DISKS, SEALING
+from storage.coprocess.pair import DISKS, SEALING
 from storage.errors import Corrupt, NotFound
 from storage.lending import huge
 from storage.quick_reads import SPUN
@@ -28,6 +28,16 @@ from tests.rig import QUIET, append, free, host_dirs, make, new_value, noise, op
 from tests.rig import SECTOR as SECTOR_SIZE
 from tests.test_redundancy import watch_fetches
 from tests.test_values import settled, shards_on
+
+
+async def stored(tmp_path: Path, data: bytes, sector_size: int = SECTOR_SIZE) -> int:
+    """The value of `data`, in sectors on the only host of the volume `tmp_path / "v"`, which nobody has open."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 1), sector_size=sector_size)
+    async with opened(tmp_path / "v") as volume:
+        value = new_value(volume)
+        await append(volume, value, data)
+        await volume.flush()
+    return value
 
 
 def agrees(found: bytes | bytearray | memoryview | None, data: bytes, offset: int, size: int) -> bool:
@@ -89,12 +99,8 @@ async def test_a_cold_read_warms_the_next_and_merging_changes_nothing(tmp_path: 
 
 
 async def test_what_was_handed_out_does_not_change_when_the_cache_forgets_it(tmp_path: Path) -> None:
-    await make(tmp_path / "v", host_dirs(tmp_path, 1))
     data = noise(6 * SECTOR_SIZE)
-    async with opened(tmp_path / "v") as volume:
-        value = new_value(volume)
-        await append(volume, value, data)
-        await volume.flush()
+    value = await stored(tmp_path, data)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=2 * SECTOR_SIZE)) as volume:
         kept = []
         for start in range(0, len(data), 50_000):
@@ -105,12 +111,8 @@ async def test_what_was_handed_out_does_not_change_when_the_cache_forgets_it(tmp
 
 async def test_a_damaged_block_is_never_served_from_the_page_cache(tmp_path: Path) -> None:
     """Read a moment ago, so still open and at hand; then it rots."""
-    await make(tmp_path / "v", host_dirs(tmp_path, 1))
     data = noise(SECTOR_SIZE - 4096)
-    async with opened(tmp_path / "v") as volume:
-        value = new_value(volume)
-        await append(volume, value, data)
-        await volume.flush()
+    value = await stored(tmp_path, data)
     async with opened(tmp_path / "v") as volume:
         assert await volume.values.read(value, 0, 10) == data[:10]
         assert await volume.values.read(value, BLOCK, 10) == data[BLOCK : BLOCK + 10]
@@ -126,12 +128,8 @@ async def test_a_damaged_block_is_never_served_from_the_page_cache(tmp_path: Pat
 
 async def test_no_page_of_a_file_takes_more_than_one_block_of_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor any of those beyond a sector's end: what is read at random costs what a block costs."""
-    await make(tmp_path / "v", host_dirs(tmp_path, 1))
     data = noise(3 * SECTOR_SIZE)
-    async with opened(tmp_path / "v") as volume:
-        value = new_value(volume)
-        await append(volume, value, data)
-        await volume.flush()
+    value = await stored(tmp_path, data)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=1)) as volume:
         fetched = watch_fetches(volume, monkeypatch)
         places = list(range(0, len(data), 4096))
@@ -144,12 +142,8 @@ async def test_no_page_of_a_file_takes_more_than_one_block_of_a_disk(tmp_path: P
 
 
 async def test_where_requests_take_long_a_miss_brings_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    await make(tmp_path / "v", host_dirs(tmp_path, 1))
     data = noise(SECTOR_SIZE - 4096)
-    async with opened(tmp_path / "v") as volume:
-        value = new_value(volume)
-        await append(volume, value, data)
-        await volume.flush()
+    value = await stored(tmp_path, data)
     monkeypatch.setattr("storage.quick_reads.QuickReads.near", lambda *_: False)
     (shard,) = shards_on(tmp_path / "host0")
     bad = TOGETHER + 2
@@ -169,12 +163,8 @@ async def test_where_requests_take_long_a_miss_brings_its_neighbours(tmp_path: P
 
 
 async def test_a_disk_is_waited_for_at_once_while_nobody_wants_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    await make(tmp_path / "v", host_dirs(tmp_path, 1), sector_size=2 * SECTOR_SIZE)
     data = noise(2 * SECTOR_SIZE - 4096)
-    async with opened(tmp_path / "v") as volume:
-        value = new_value(volume)
-        await append(volume, value, data)
-        await volume.flush()
+    value = await stored(tmp_path, data, 2 * SECTOR_SIZE)
     async with opened(tmp_path / "v") as volume:
         read_now = volume.values.read_now
 
@@ -249,11 +239,7 @@ async def test_nothing_behind_a_sector_is_taken_for_its_bytes(tmp_path: Path) ->
 
 async def test_reads_from_the_page_cache_are_counted(tmp_path: Path) -> None:
     """Whoever looks at `status` sees what was asked of a host, however it answered."""
-    await make(tmp_path / "v", host_dirs(tmp_path, 1))
-    async with opened(tmp_path / "v") as volume:
-        value = new_value(volume)
-        await append(volume, value, noise(SECTOR_SIZE - 4096))
-        await volume.flush()
+    value = await stored(tmp_path, noise(SECTOR_SIZE - 4096))
     async with opened(tmp_path / "v") as volume:
         await volume.values.read(value, 0, 10)
         before = volume.hostdb.stats(1)
@@ -267,12 +253,8 @@ async def test_reads_from_the_page_cache_are_counted(tmp_path: Path) -> None:
 
 async def test_a_host_that_does_not_answer_soon_is_waited_for_less_and_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else each read from a slow disk would cost the event loop half a millisecond of looking."""
-    await make(tmp_path / "v", host_dirs(tmp_path, 1))
     data = noise(SECTOR_SIZE - 4096)
-    async with opened(tmp_path / "v") as volume:
-        value = new_value(volume)
-        await append(volume, value, data)
-        await volume.flush()
+    value = await stored(tmp_path, data)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=1)) as volume:
         reads: list[int] = []
         looked: set[int] = set()
@@ -285,12 +267,8 @@ async def test_a_host_that_does_not_answer_soon_is_waited_for_less_and_less(tmp_
 
 
 async def test_a_sequential_reader_is_read_ahead_for_where_every_read_is_at_hand(tmp_path: Path) -> None:
-    await make(tmp_path / "v", host_dirs(tmp_path, 1))
     data = noise(24 * SECTOR_SIZE)
-    async with opened(tmp_path / "v") as volume:
-        value = new_value(volume)
-        await append(volume, value, data)
-        await volume.flush()
+    value = await stored(tmp_path, data)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=64 << 20)) as volume:
         got, waited = b"", 0
         while len(got) < len(data):
@@ -318,12 +296,8 @@ async def test_a_long_file_goes_through_the_same_memory_and_no_view_of_it_is_ove
         made += size > 1 << 20
         return huge(size)
 
-    await make(tmp_path / "v", host_dirs(tmp_path, 1), sector_size=size)
     data = noise(count * size)
-    async with opened(tmp_path / "v") as volume:
-        value = new_value(volume)
-        await append(volume, value, data)
-        await volume.flush()
+    value = await stored(tmp_path, data, size)
     monkeypatch.setattr("storage.lending.huge", counted)
     # The coprocesses know another one.
     monkeypatch.setattr(DISKS, "wanted", False)
@@ -358,12 +332,8 @@ async def test_a_long_file_goes_through_the_same_memory_and_no_view_of_it_is_ove
 async def test_what_a_stream_has_passed_stays_where_to_have_it_again_takes_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, near: bool
 ) -> None:
-    await make(tmp_path / "v", host_dirs(tmp_path, 1))
     data = noise(12 * SECTOR_SIZE)
-    async with opened(tmp_path / "v") as volume:
-        value = new_value(volume)
-        await append(volume, value, data)
-        await volume.flush()
+    value = await stored(tmp_path, data)
     if not near:
         monkeypatch.setattr("storage.quick_reads.QuickReads.near", lambda *_: False)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=14 * SECTOR_SIZE)) as volume:
@@ -380,12 +350,8 @@ async def test_a_disk_of_this_machine_is_read_fewer_sectors_ahead_and_one_thread
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, near: bool
 ) -> None:
     size, count = 2 << 20, 8
-    await make(tmp_path / "v", host_dirs(tmp_path, 1), sector_size=size)
     data = noise(count * size)
-    async with opened(tmp_path / "v") as volume:
-        value = new_value(volume)
-        await append(volume, value, data)
-        await volume.flush()
+    value = await stored(tmp_path, data, size)
     if not near:
         monkeypatch.setattr("storage.quick_reads.QuickReads.near", lambda *_: False)
     opening, together = 0, list[int]()
@@ -401,7 +367,7 @@ async def test_a_disk_of_this_machine_is_read_fewer_sectors_ahead_and_one_thread
     # Where a second process opens them, none of this holds anybody up.
     monkeypatch.setattr(DISKS, "wanted", False)
     monkeypatch.setattr(SEALING, "wanted", False)
-    monkeypatch.setattr("storage.coprocess.client.open_blocks_into", watched)
+    monkeypatch.setattr("storage.coprocess.sealer.open_blocks_into", watched)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=20 * size)) as volume:
         assert await volume.values.read(value, 0, 4 * BLOCK) == data[: 4 * BLOCK]
         with trio.fail_after(20):
@@ -415,12 +381,8 @@ async def test_a_disk_of_this_machine_is_read_fewer_sectors_ahead_and_one_thread
 
 async def test_what_is_read_next_is_fetched_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader waits for the first of five sectors: trio would begin with any."""
-    await make(tmp_path / "v", host_dirs(tmp_path, 1))
     data = noise(6 * SECTOR_SIZE)
-    async with opened(tmp_path / "v") as volume:
-        value = new_value(volume)
-        await append(volume, value, data)
-        await volume.flush()
+    value = await stored(tmp_path, data)
     asked: list[int] = []
     fetch = SectorReader._fetch
 
@@ -443,12 +405,8 @@ async def test_what_is_read_next_is_fetched_first(tmp_path: Path, monkeypatch: p
 async def test_so_many_are_fetched_at_once_and_nobody_waits_for_those_that_nobody_brings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, near: bool
 ) -> None:
-    await make(tmp_path / "v", host_dirs(tmp_path, 1))
     data = noise(8 * SECTOR_SIZE)
-    async with opened(tmp_path / "v") as volume:
-        value = new_value(volume)
-        await append(volume, value, data)
-        await volume.flush()
+    value = await stored(tmp_path, data)
     if not near:
         monkeypatch.setattr("storage.quick_reads.QuickReads.near", lambda *_: False)
     under_way, go_on = 0, trio.Event()
@@ -568,12 +526,8 @@ def test_places_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_what_lies_in_several_sectors_is_not_waited_for_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each piece could take as long as one may: only what lies in one is waited for."""
-    await make(tmp_path / "v", host_dirs(tmp_path, 1))
     data = noise(3 * SECTOR_SIZE)
-    async with opened(tmp_path / "v") as volume:
-        value = new_value(volume)
-        await append(volume, value, data)
-        await volume.flush()
+    value = await stored(tmp_path, data)
     async with opened(tmp_path / "v") as volume:
         volume.host_io.quick.more_coming = lambda: False
         end = extents_between(volume.store, value, 0, 1, 1)[0].end

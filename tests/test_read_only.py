@@ -106,7 +106,7 @@ async def test_memory_that_is_idle_goes_back_whoever_has_the_volume_open(tmp_pat
                 await trio.sleep(0.01)
 
     monkeypatch.setattr("storage.wiring.TRIM_SECONDS", 0.01)
-    monkeypatch.setattr("storage.coprocess.client.ARENA.trim", trim)
+    monkeypatch.setattr("storage.coprocess.pair.ARENA.trim", trim)
     await make(tmp_path / "v", host_dirs(tmp_path, 1))
     async with opened(tmp_path / "v") as volume:
         await seen()

@@ -33,9 +33,10 @@ from storage.interfaces import Batch, MetadataReader
 from storage.keyfile import CHEAP, make_keyfile, make_slot
 from storage.keys import Keys
 from storage.metadata.keys import LOCAL, u64
-from storage.metadata.lmdb_base import LmdbBase
+from storage.metadata.lmdb_base import MAP_SIZE, LmdbBase
+from storage.metadata.opening import open_store
 from storage.metadata.records import Op
-from storage.metadata.store import MAP_SIZE, RESTORED_KEY, open_store
+from storage.metadata.store import RESTORED_KEY
 from storage.values.records import VERSION, ValueRecord, sealed_end, tail_needed, value_key
 from tests.fakes import Crash, CrashAt, SeededRandom, make_seams
 

@@ -198,7 +198,7 @@ async def test_a_failed_store_sends_nothing_more_to_hosts(tmp_path: Path) -> Non
             await volume.sectors.allocate_sector()
             await volume.commit()
             await volume.sectors.allocate_sector()
-            volume.store._fail("the disk is gone")
+            volume.store._committer._fail("the disk is gone")
             await volume.values.shipper.gather()
             await trio.sleep(0.3)
             with pytest.raises(Fenced):
@@ -317,7 +317,7 @@ async def test_a_journal_that_stays_full_does_not_fill_memory(tmp_path: Path) ->
             for _ in range(8):
                 volume.values.shipper._relog()
                 await trio.sleep(0.2)
-                assert volume.store._tail_bytes <= 2 * volume.values.pending_bytes
+                assert volume.store._pending.tail_bytes <= 2 * volume.values.pending_bytes
                 nursery.start_soon(committer)
             nursery.cancel_scope.cancel()
         faults.gone = None

@@ -354,7 +354,7 @@ def test_no_key_and_nonce_ever_seals_two_things_and_no_host_sees_names_or_conten
     logging.disable(logging.WARNING)
     try:
         with ciphers.installed(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("storage.metadata.store.ROOM_WAIT", 0.5)
+            patch.setattr("storage.metadata.room.ROOM_WAIT", 0.5)
             trio.run(Driver(base, puts).run, plan)
         assert ciphers.sealed
         assert ciphers.twice == []
@@ -417,7 +417,7 @@ async def test_a_volume_whose_journal_was_full_opens_and_empties_it_once_hosts_a
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
     """Whatever filled the journal, reserve included: a new epoch's first commit must find room, and so must those that move tails out."""
-    monkeypatch.setattr("storage.metadata.store.ROOM_WAIT", 0.2)
+    monkeypatch.setattr("storage.metadata.room.ROOM_WAIT", 0.2)
     puts = Puts()
     await create_volume(tmp_path / "v", PASSPHRASE, hosts=["mem:one"], sector_size=SECTOR // 4, argon2=keyfile.CHEAP, opener=puts)
     (faults,) = puts.faults.values()

@@ -24,8 +24,8 @@ from storage.keyfile import KEY_FILE, load_keyfile, open_slots
 from storage.keys import Keys
 from storage.lock import VolumeLock
 from storage.metadata.keys import LOST, u32
+from storage.metadata.opening import open_store
 from storage.metadata.replay import RecoveredTails
-from storage.metadata.store import open_store
 from storage.seams import Seams
 from storage.sectors.staging import Staging
 from storage.sectors.strays import Strays

@@ -23,4 +23,10 @@ Invariants:
 - They know what they are told with each request, keys included, and nothing else: no passphrase, no credentials. Who may look into one of
   the processes (root, and their user as far as ptrace(2) is allowed; the arena, by /proc/PID/fd, in any case) may look into the others.
 - Two for each process, however many volumes are open; started with a mount, or else with the first large sector.
+
+    arena      memory all of them see                   wire      what they tell each other
+    client     starts one, asks it, and notices when it is gone; `process` is what was started, from its start to its end
+    sealer, disks     clients: what each of the two is asked for, and what stands in for an answer
+    pair       the arena and the two of this process
+    serve      their own side; `__main__`: how it begins
 """

@@ -1,8 +1,7 @@
-"""This process's side: starts the coprocess, and asks it. For threads: on the event loop only what the arena does."""
+"""This process's side: starts a coprocess, asks it, and notices when it is gone. For threads; on the event loop only what says so."""
 
 from __future__ import annotations
 
-import atexit
 import errno
 import logging
 import os
@@ -10,46 +9,21 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from time import monotonic
 
 import msgspec
 
 from storage import errors
-from storage.abandoned import Abandoned, Tell
-from storage.abandoned import Wanted as Wanting
-from storage.buffers import aligned
-from storage.coprocess.arena import SLOTS, Arena, Place
+from storage.abandoned import Abandoned
+from storage.coprocess.arena import Arena
 from storage.coprocess.process import Process
-from storage.coprocess.wire import (
-    MOST,
-    Answer,
-    Directory,
-    Done,
-    Failed,
-    Go,
-    Open,
-    Ping,
-    Put,
-    Read,
-    Request,
-    Seal,
-    Shard,
-    Wanted,
-    decode_answer,
-    encode,
-)
-from storage.interfaces import Buffer, RangeOpening
-from storage.sealing import ShardHeader, open_blocks_into, root_of, seal, sealed_length
+from storage.coprocess.wire import MOST, Answer, Done, Failed, Go, Ping, Request, Wanted, decode_answer, encode
 
 log = logging.getLogger("fusefs.coprocess")
 
 #: Bytes from which on it is worth asking: for less, asking takes as long as doing it.
 LEAST = 256 * 1024
-#: Pieces of a sector's plaintext that are told one by one, where they stand in the arena already.
-PIECES = 64
-#: Bytes of a piece that is told as it is.
-TOLD = 256
 #: Seconds in which it seals or opens a sector, or says that it is well, however busy the machine is.
 TIMEOUT = 30
 #: Seconds after which one that is busy with a disk is asked whether it is well.
@@ -60,8 +34,6 @@ PAUSE, PAUSE_MOST = 30.0, 3600.0
 
 #: This process is short of something.
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-#: Key, header and plaintext in pieces.
-Job = tuple[bytes, ShardHeader, Sequence[Buffer]]
 
 
 class Gone(Exception):
@@ -69,12 +41,14 @@ class Gone(Exception):
 
 
 class Coprocess:
-    """See the package. Two for each process: `SEALING` and `DISKS`."""
+    """See the package. What each kind is asked for: `sealer` and `disks`."""
 
-    def __init__(self, arena: Arena, work: str = "seals sectors") -> None:
-        """`work`: what it does, for messages."""
+    #: What it is called, for ps(1), and what it does, for messages.
+    name: str
+    work: str
+
+    def __init__(self, arena: Arena) -> None:
         self.arena = arena
-        self._work = work
         #: False: everything is done here. With one core there is nothing to be gained.
         self.wanted = several_cores()
         #: Guards what follows.
@@ -84,8 +58,6 @@ class Coprocess:
         self._pause = 0.0
         #: Killed, and perhaps not ended yet; with what may not be lent again until they are.
         self._ending: list[tuple[Process, object]] = []
-        #: For what is opened here: each thread wants the interpreter's lock for each block, and the event loop wants it, too.
-        self._opening = threading.Lock()
 
     # ---- its life
 
@@ -138,10 +110,10 @@ class Coprocess:
             self.wanted = False
             return
         try:
-            self._process = Process(memory)
+            self._process = Process(self.name, memory)
         except (OSError, ValueError) as error:
             self._put_off()
-            log.warning("no process that %s can be started (%s): threads do it", self._work, error)
+            log.warning("no process that %s can be started (%s): threads do it", self.work, error)
 
     def _put_off(self) -> None:
         self._pause = min(2 * self._pause or PAUSE, PAUSE_MOST)
@@ -158,7 +130,7 @@ class Coprocess:
         said = process.last_words()
         log.warning(
             "the process that %s is gone (%s%s): threads do it, and another is started in %.0f s",
-            self._work,
+            self.work,
             why,
             f": {said}" if said else "",
             self._pause,
@@ -177,7 +149,7 @@ class Coprocess:
     def forget(self) -> None:
         """In a forked child: it is the parent's."""
         process, self._process = self._process, None
-        self._lock, self._opening = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         self._not_before, self._pause, self._ending = 0.0, 0.0, []
         if process is not None:
             process.forget()
@@ -276,112 +248,6 @@ class Coprocess:
             except OSError:
                 return False
 
-    # ---- what it is asked for
-
-    def seal(self, key: bytes, header: ShardHeader, data: Sequence[Buffer]) -> tuple[Buffer, str]:
-        """The sealed shard of `data`, and its root. As `sealing.seal`."""
-        return self.seal_all([(key, header, data)])[0]
-
-    def seal_all(self, jobs: Sequence[Job]) -> list[tuple[Buffer, str]]:
-        """As `seal`, of each."""
-        total = sum(header.plaintext_length for _, header, _ in jobs)
-        if total >= LEAST and self.start():
-            made = self._sealed_there(jobs)
-            if made is not None:
-                return made
-        return [self._sealed_here(*job) for job in jobs]
-
-    def _sealed_there(self, jobs: Sequence[Job]) -> list[tuple[Buffer, str]] | None:
-        held, shards = [], []
-        for key, header, data in jobs:
-            plain, sealed = self._places(data), self.arena.lend(sealed_length(header.plaintext_length))
-            target = self.arena.place(sealed)
-            if plain is None or target is None or sum(map(len, data)) != header.plaintext_length:
-                return None
-            # What was lent for it is held until the other process is done.
-            held.append((sealed, plain[1]))
-            shards.append(Shard(plain[0], target, key, header.encode()))
-        try:
-            roots = self.ask(Seal(shards), held, limit=TIMEOUT).names
-        except Gone as error:
-            log.debug("sealed here: %s", error)
-            return None
-        return [(sealed.toreadonly(), root) for (sealed, _), root in zip(held, roots, strict=True)]
-
-    def _sealed_here(self, key: bytes, header: ShardHeader, data: Sequence[Buffer]) -> tuple[Buffer, str]:
-        made = seal(key, header, data, self.arena.lend_private if header.plaintext_length >= LEAST else aligned)
-        return made, root_of(made)
-
-    def _places(self, data: Sequence[Buffer]) -> tuple[list[Place | bytes], memoryview | None] | None:
-        """Where the pieces of `data` stand in the arena, in order; what stands elsewhere is copied there, into what is lent for it, to be
-        held for as long as the places are used; or is told, if it is small. None: there is no room."""
-        found = [self._place(piece) for piece in data] if len(data) <= PIECES else [None] * len(data)
-        missing = [piece for piece, place in zip(data, found, strict=True) if place is None]
-        at, copy = 0, None
-        if missing:
-            copy = self.arena.lend(sum(map(len, missing)))
-            if not self.arena.fill(copy, missing):
-                return None
-            at, _ = self.arena.place(copy) or (0, 0)
-        places: list[Place | bytes] = []
-        for piece, place in zip(data, found, strict=True):
-            if place is None:
-                place = at, len(piece)
-                at += len(piece)
-            last = places[-1] if places else b""
-            if isinstance(place, bytes) or isinstance(last, bytes) or sum(last) != place[0]:
-                places.append(place)
-            else:
-                places[-1] = last[0], last[1] + place[1]
-        return places, copy
-
-    def _place(self, piece: Buffer) -> Place | bytes | None:
-        return bytes(piece) if len(piece) <= TOLD else self.arena.place(piece)
-
-    def open_into(self, key: bytes, expected: ShardHeader, first: int, blocks: memoryview, plain: memoryview) -> None:
-        """As `sealing.open_blocks_into`."""
-        if len(blocks) >= LEAST and (target := self.arena.place(plain)) is not None and self.start():
-            source = self._places([blocks])
-            if source is not None:
-                try:
-                    (place,) = source[0]
-                    self.ask(Open(place, target, first, key, expected.encode()), (source, plain), limit=TIMEOUT)  # type: ignore[arg-type]
-                    return
-                except Gone as error:
-                    log.debug("opened here: %s", error)
-        with self._opening:
-            open_blocks_into(key, expected, first, blocks, plain)
-
-    def put(self, directory: Directory, parts: list[str], data: Buffer, temporary: str, wanted: Wanting, tell: Tell | None) -> str | None:
-        """As `Tree.put`. None: it is to be done here. Gone: also, and some of it may have been done."""
-        place = self.arena.place(data) if len(data) >= LEAST else None
-        if place is None or not self.start():
-            return None
-        flag = None if tell is None else self.arena.flag()
-        if flag is None or tell is None:
-            (tag,) = self.ask(Put(directory, parts, place, temporary, -1), [data], wanted=wanted).names
-            return tag
-        tell(flag.set)
-        try:
-            (tag,) = self.ask(Put(directory, parts, place, temporary, flag.at), [data, flag]).names
-        finally:
-            # Before another gets the flag.
-            tell(None)
-        return tag
-
-    def read(self, directory: Directory, parts: list[str], offset: int, length: int, step: int, opening: RangeOpening) -> int | None:
-        """As `Tree.get_range_in` with `opening.take`. None: it is to be done here."""
-        place = self.arena.place(opening.target) if length >= LEAST else None
-        if place is None or not self.start():
-            return None
-        request = Read(directory, parts, offset, length, step, place, opening.offset, opening.key, opening.header)
-        try:
-            size = self.ask(request, opening.target).size
-        except Gone:
-            return None
-        opening.done()
-        return size
-
 
 def several_cores() -> bool:
     """Has this process more than one?"""
@@ -405,31 +271,3 @@ def _error(answer: Failed) -> Exception:
     if isinstance(kind, type) and issubclass(kind, errors.FusefsError):
         return kind(answer.message)
     return RuntimeError(answer.message)
-
-
-ARENA = Arena(slots=SLOTS if several_cores() else 0)
-#: One seals and opens, by itself and undisturbed; the other puts and reads, with a thread for each thing. Both in one would quarrel over
-#: one interpreter's lock again: for each block that is sealed it is let go of, and whoever puts takes it.
-SEALING = Coprocess(ARENA)
-DISKS = Coprocess(ARENA, "writes to disks")
-
-
-def start() -> None:
-    """Both, so that the first sector finds them there."""
-    SEALING.start()
-    DISKS.start()
-
-
-def close() -> None:
-    """Both."""
-    SEALING.close()
-    DISKS.close()
-
-
-def _forget() -> None:
-    SEALING.forget()
-    DISKS.forget()
-
-
-atexit.register(close)
-os.register_at_fork(after_in_child=_forget)

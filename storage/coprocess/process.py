@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import subprocess
@@ -11,6 +10,8 @@ from collections import deque
 
 from storage.coprocess.wire import MOST
 
+#: See there.
+_PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
 #: What it gets of the environment: what its interpreter, the memory allocator and messages need. Passphrases and credentials are none of
 #: its business.
 _ENVIRONMENT = ("PATH", "LANG", "LC_", "LD_LIBRARY_PATH", "TZ", "GLIBC_TUNABLES", "MALLOC_")
@@ -21,8 +22,8 @@ _LAST_WORDS = 300
 class Process:
     """Has been started, and may be there."""
 
-    def __init__(self, memory: tuple[int, int]) -> None:
-        """`memory`: descriptor and size of the arena's memory file. OSError, ValueError: it cannot be started."""
+    def __init__(self, name: str, memory: tuple[int, int]) -> None:
+        """`name`: what ps(1) shows. `memory`: descriptor and size of the arena's memory file. OSError, ValueError: it cannot be started."""
         self.ready = False
         #: Channels on which nobody asks now.
         self.idle: deque[socket.socket] = deque()
@@ -32,7 +33,7 @@ class Process:
             self.control.settimeout(None)
             try:
                 with theirs:
-                    self.popen = self._started(theirs.fileno(), memory)
+                    self.popen = self._started(name, theirs.fileno(), memory)
             except BaseException:
                 self.control.close()
                 raise
@@ -40,28 +41,21 @@ class Process:
             os.close(self._errors)
             raise
 
-    def _started(self, control: int, memory: tuple[int, int]) -> subprocess.Popen[bytes]:
-        # Above those of the standard streams, which it gets anew, also where this process has none.
-        passed = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (control, memory[0])]
+    def _started(self, name: str, control: int, memory: tuple[int, int]) -> subprocess.Popen[bytes]:
         # The very modules this process has, wherever it was started, and whatever is in the directory it was started in.
         paths = [path for path in sys.path if os.path.isabs(path)]
-        arguments = f"{passed[0]}, {passed[1]}, {memory[1]}, {os.getpid()}"
-        code = f"import sys; sys.path[:] = {paths!r}; from storage.coprocess.serve import main; main({arguments})"
-        try:
-            return subprocess.Popen(
-                [sys.executable, "-I", "-c", code],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._errors,
-                pass_fds=passed,
-                # Signals from a terminal are for this process; and it keeps no disk from being unmounted.
-                start_new_session=True,
-                cwd="/",
-                env={name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)},
-            )
-        finally:
-            for fd in passed:
-                os.close(fd)
+        start = "\0".join([str(memory[1]), str(os.getpid()), *paths])
+        socket.send_fds(self.control, [os.fsencode(start)], [memory[0]])
+        return subprocess.Popen(
+            [sys.executable, "-I", _PROGRAM, name],
+            stdin=control,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            # Signals from a terminal are for this process; and it keeps no disk from being unmounted.
+            start_new_session=True,
+            cwd="/",
+            env={name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)},
+        )
 
     def look(self) -> bool:
         """Has it said that it is there? OSError: it has ended."""

@@ -1,6 +1,6 @@
 """The coprocess's own side: a thread for each channel, which does one thing after the other. See the package.
 
-Imports little: to start it takes CPU from whoever waits for the first sector.
+Imports nothing that asks others (see `client`), and little: to start it takes CPU from whoever waits for the first sector.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from functools import lru_cache, partial
 
 from storage.abandoned import Abandoned
 from storage.coprocess.arena import Place
-from storage.coprocess.client import DISKS, SEALING
 from storage.coprocess.wire import (
     MOST,
     Answer,
@@ -136,18 +135,16 @@ class Channel:
         return Done(size=size)
 
 
-def main(control: int, memory: int, size: int, parent: int) -> None:
+def serve(control: socket.socket, memory: int, size: int, parent: int) -> None:
     """Until `control`, on which new channels come, is closed at the other end, that of the process `parent`. Never returns."""
-    # It asks nobody itself.
-    DISKS.wanted = SEALING.wanted = False
     gc.freeze()
     mapped = memoryview(mmap.mmap(memory, size, mmap.MAP_SHARED))
     os.close(memory)
-    with socket.socket(fileno=control) as channels:
-        channels.send(encode(Done()))
+    with control:
+        control.send(encode(Done()))
         while True:
             try:
-                packet, descriptors, _, _ = socket.recv_fds(channels, 1, 1)
+                packet, descriptors, _, _ = socket.recv_fds(control, 1, 1)
             except OSError:
                 break
             if not packet:

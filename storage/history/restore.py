@@ -28,9 +28,9 @@ from storage.history.superblock import Body, KnownEpoch, Superblock
 from storage.interfaces import Batch, Host, MetadataReader
 from storage.keys import Keys
 from storage.metadata.keys import NEVER_SHIPPED, u64
-from storage.metadata.lmdb_base import LmdbBase
+from storage.metadata.lmdb_base import MAP_SIZE, LmdbBase
 from storage.metadata.records import HASH, Op
-from storage.metadata.store import MAP_SIZE, RESTORED_KEY
+from storage.metadata.store import RESTORED_KEY
 from storage.seams import Seams
 
 T = TypeVar("T")

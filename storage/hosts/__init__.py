@@ -9,4 +9,12 @@ is never reused. An *object* is a named run of bytes on it, replaced whole or no
     layout     names of objects, and the JSON ones that other tools can read
     directory, memory     implementations of `interfaces.Host`
     faults     a wrapper with the same Protocol, that fails on order
+
+The directory host, from what the event loop asks down to the disk; below `directory` all blocks, and is called in threads:
+
+    directory  a hop into a thread for each call      (slots: how many there are, and changes that were given up)
+    delegating has the coprocess put and read what is large
+    tree       objects as files: read, listed, put, deleted
+    held       files that stay open for a second      direct     large pieces of files, past the page cache
+    root       the way to directories, and what is known of them to be durable      tree_lock     `~lock`
 """

@@ -13,9 +13,10 @@ from typing import TypeVar
 import trio
 
 from storage.errors import BadArgument, Busy
+from storage.hosts.delegating import DelegatingTree
 from storage.hosts.layout import check_name, check_prefix
 from storage.hosts.slots import Slots
-from storage.hosts.tree import Locked, Tree
+from storage.hosts.tree_lock import Locked
 from storage.interfaces import Buffer, HostCapabilities, HostSpace, Level, RangeOpening
 from storage.seams import Seams
 
@@ -31,7 +32,7 @@ LOCK_STEPS = 500
 class DirectoryHost:
     """See `interfaces.Host`. Open with `DirectoryHost.open`."""
 
-    def __init__(self, tree: Tree, seams: Seams) -> None:
+    def __init__(self, tree: DelegatingTree, seams: Seams) -> None:
         self._tree = tree
         self._seams = seams
         #: What its temporary files' names begin with, and how many there were.
@@ -43,7 +44,7 @@ class DirectoryHost:
     async def open(cls, path: str, seams: Seams, *, url: str = "", create: bool = False) -> DirectoryHost:
         """`path`: absolute. Unavailable if it is missing (unless `create`), no directory, or not accessible."""
         now, url = seams.clock.time_ns(), url or f"dir:{path}"
-        return cls(await seams.threads.run_abandonable(url, Tree.open, path, url, seams.failpoints, now, create), seams)
+        return cls(await seams.threads.run_abandonable(url, DelegatingTree.open, path, url, seams.failpoints, now, create), seams)
 
     @property
     def url(self) -> str:

@@ -213,16 +213,15 @@ class Journal:
         """Does the limit allow for so many?"""
         return self.free_bytes >= (count + RESERVED) * self.segment_size
 
-    def admits(self, sizes: list[int], urgent: bool, beyond: bool = False) -> bool:
-        """May a commit that begins segments of these sizes be written now? `beyond`: it is the one that lets go of what the journal is full
-        of, so it may stand beyond the limit, by as much again at most."""
+    def admits(self, sizes: list[int], urgent: bool, beyond: int = 0) -> bool:
+        """May a commit that begins segments of these sizes be written now? `beyond`: so many bytes beyond the limit, if need be."""
         if self.beginning and len(sizes) == 1 and sizes[0] <= self.segment_size:
             # The epoch's first: without it a volume whose journal is full could never be opened again, nor its journal emptied.
             return True
         if urgent and not sizes:
             # It fits where the journal is being written, also if that stands beyond the limit for the reason above.
             return True
-        kept = -self.limit_bytes if beyond else 0 if urgent else RESERVED * self.segment_size
+        kept = -beyond if beyond else 0 if urgent else RESERVED * self.segment_size
         return self.free_bytes - sum(sizes) >= kept
 
     def fits(self, ops_bytes: int, tail_bytes: int, tail_count: int, urgent: bool) -> bool:

@@ -30,6 +30,8 @@ FORMAT_KEY = STORE + b"format"
 OLDEST_KEY = STORE + b"oldest"
 FORMAT = 1
 
+#: Address space, not disk: LMDB's file grows as it must.
+MAP_SIZE = 1 << 40
 #: Processes that read the metadata of one volume at a time, the writer included.
 MAX_READERS = 32
 #: Bytes: a quarter of the memory. A database up to this size may all come to be in memory, so the kernel reads on around each page that is

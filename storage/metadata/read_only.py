@@ -14,19 +14,20 @@ from pathlib import Path
 
 import trio
 
-from storage.errors import Fenced, FusefsError, NotFound
+from storage.errors import Fenced, NotFound
 from storage.interfaces import Batch, TailPiece
 from storage.metadata.journal import KeyOf
 from storage.metadata.keys import u64
-from storage.metadata.lmdb_base import LmdbBase
+from storage.metadata.lmdb_base import MAP_SIZE, LmdbBase
 from storage.metadata.memtable import Memtable
+from storage.metadata.no_journal import NoJournal
 from storage.metadata.replay import RecoveredTails, Replayed, replay
-from storage.metadata.store import MAP_SIZE, RESTORED_KEY
+from storage.metadata.store import RESTORED_KEY
 from storage.metadata.takeover import TailNeeded
 from storage.seams import Seams
 
 
-class ReadOnlyStore:
+class ReadOnlyStore(NoJournal):
     """A MetadataStore in which nothing changes: `apply` raises Fenced, `commit` has nothing to do. `reason`: why, as people read it."""
 
     def __init__(
@@ -69,9 +70,6 @@ class ReadOnlyStore:
     def applied_sequence(self) -> int:
         return self._replayed.sequence
 
-    def has_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:  # noqa: ARG002 - the Protocol's
-        return True
-
     async def make_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> bool:  # noqa: ARG002 - the Protocol's
         """Fenced: nothing is ever to be written."""
         raise Fenced(self.failure or "opened for reading only")
@@ -80,40 +78,9 @@ class ReadOnlyStore:
         """Fenced: nothing is ever to be written."""
         raise Fenced(self.failure or "opened for reading only")
 
-    async def catch_up(self, urgent: bool = False) -> None:
-        """There is nothing to catch up with."""
-
-    @property
-    def overdue(self) -> bool:
-        return False
-
-    @property
-    def overfull(self) -> bool:
-        return False
-
-    def empties(self) -> None:
-        return
-
-    @property
-    def tails_wait(self) -> bool:
-        return False
-
     def can_spare(self, ops_bytes: int) -> bool:  # noqa: ARG002 (the Protocol's)
+        """Nothing is ever to be written."""
         return False
-
-    def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
-        """There is no room."""
-
-    def pinned_tails(self) -> list[tuple[int, int]]:
-        return []
-
-    @property
-    def journal_fill(self) -> float:
-        return 0.0
-
-    @property
-    def trouble(self) -> FusefsError | None:
-        return None
 
     def recovered_tails(self) -> RecoveredTails:
         """Tails that are in no sector. Look before `let_go_of_journal`."""

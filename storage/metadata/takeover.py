@@ -14,7 +14,7 @@ from typing import Protocol
 
 import trio
 
-from storage.errors import FusefsError, NoSpace
+from storage.errors import Fenced, FusefsError, NoSpace
 from storage.interfaces import MetadataReader
 from storage.metadata.ballast import Ballast
 from storage.metadata.journal import Journal
@@ -39,6 +39,8 @@ _SPLIT = 4096
 _RETRY_FIRST, _RETRY_LAST = 1.0, 60.0
 #: ... or, where it is only room that is missing, at the latest after so many.
 _RETRY_FULL = 4.0
+#: Seconds that a pass is waited for.
+_PASS_WAIT = 5.0
 #: Tails asked about between two checkpoints.
 _SLICE = 256
 
@@ -65,6 +67,11 @@ class Progress:
     flight: Flight | None = None
     #: Why nothing may be written any more.
     failure: str | None = None
+
+    def check(self) -> None:
+        """Fenced: nothing may be written any more."""
+        if self.failure is not None:
+            raise Fenced(self.failure)
 
 
 class Takeover:
@@ -117,6 +124,14 @@ class Takeover:
     def kick(self) -> None:
         """Look soon whether something is to be done."""
         self._kick.set()
+
+    async def look(self) -> None:
+        """Have a pass made, and wait for its end; not for ever."""
+        wanted = self.begun + 1
+        self.kick()
+        with trio.move_on_after(_PASS_WAIT):
+            while self.ended < wanted:
+                await self.passed.wait()
 
     def consider(self) -> None:
         """As `kick`, if something is, or if the age of what was just committed has to be watched from now on: `run` sees to that."""
@@ -335,6 +350,16 @@ class Takeover:
                 if run.run_start < start <= run.run_end:
                     start, moved = run.run_start, True
         return start == end or self.tail_needed(reader, value_id, start)
+
+    def lets_go(self, reader: MetadataReader, size: int) -> bool:
+        """Would segments of `size` bytes in all be recycled, once LMDB holds all that `reader` shows, and another follows the newest?"""
+        for segment in self._journal.live:
+            if any(self._needed_here(reader, segment, value_id) for value_id in reversed(segment.tails)):
+                return False
+            size -= segment.size
+            if size <= 0:
+                return True
+        return False
 
     def pinned(self, reader: MetadataReader) -> list[tuple[int, int]]:
         """(value id, end) of the tails only the oldest segment has, as `reader` sees it."""

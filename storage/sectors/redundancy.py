@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from storage.coprocess.client import ARENA
+from storage.coprocess.pair import ARENA
 from storage.errors import Corrupt
 from storage.interfaces import Buffer
 from storage.replication import Replication, parse_replication

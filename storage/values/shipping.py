@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 
 import msgspec
 import trio
@@ -274,9 +273,14 @@ class Shipper:
                 delay = min(delay * 2, RETRY_LAST)
                 self._unpark(cargo)
             # The rest was freed, maybe after some had landed.
-            with suppress(FusefsError):
+            if not any(other.error is not None for other in self._cargos - {cargo}):
+                # Nothing is refused any more. Whether hosts have room by now, the next one finds out.
+                self.trouble = None
+            try:
                 if self._on_record(cargo):
                     self._let_go([cargo])
+            except FusefsError as error:
+                log.warning("sector %d, which nobody needs, stays until the volume is opened again: %s", cargo.sector_id, error)
         finally:
             for flight in cargo.flights:
                 if flight.state is FlightState.FLYING:
@@ -360,12 +364,10 @@ class Shipper:
             self._store.empties()
             try:
                 # Not tried anew with each part: the answer takes half a minute.
-                if not (refused and self._store.tails_wait):
+                if not refused:
                     await self._store.catch_up(urgent=True)
             except NoSpace:
-                # Where tails wait to go into a journal that is full, only their coming down makes them superfluous, and the commit fit.
-                if not self._store.tails_wait:
-                    raise
+                # Only coming down helps: tails that wait to go into the journal are superfluous then, and those in it are let go of.
                 refused = True
             # No await from here on: between the look and what is applied.
             stop = start + LANDING
@@ -444,7 +446,13 @@ class Shipper:
             if cargo.sector_id not in self._sectors.partials.held:
                 continue
             self._sectors.partials.held.discard(cargo.sector_id)
-            if self._sectors.record(cargo.sector_id).live == 0:
+            try:
+                live = self._sectors.record(cargo.sector_id).live
+            except (NotFound, Corrupt) as error:
+                # Whoever frees the last of it has let go of its bytes already, and must not be refused half way.
+                log.error("the space of a sector that nobody may need stays: %s", error)
+                continue
+            if live == 0:
                 self._sectors.delete_now(batch, cargo.sector_id)
         if batch.ops:
             self._store.apply(batch)

@@ -9,7 +9,7 @@ from weakref import ref
 
 import trio
 
-from storage.coprocess.client import ARENA
+from storage.coprocess.pair import ARENA
 from storage.errors import Corrupt, Fenced, FusefsError, NoSpace, NotFound, Unavailable
 from storage.history.objects import Tail as LogTail
 from storage.interfaces import Batch, Buffer, FlushProgress, FlushReport, MetadataStore, TailPiece
@@ -242,9 +242,11 @@ class Values:
             return
         try:
             if self._emptying():
-                removed = self._removed
+                removed, sequence = self._removed, self._store.applied_sequence
                 await self._store.catch_up(urgent=True)
-                self._removed_durably = max(removed, self._removed_durably)
+                # It makes no commit where only LMDB was behind.
+                if self._store.durable_sequence >= sequence:
+                    self._removed_durably = max(removed, self._removed_durably)
             else:
                 await self.hold_back()
         except Fenced:
@@ -557,7 +559,10 @@ class Values:
     # Durability
 
     async def settle(self, value_id: int, upto: int) -> None:
-        while (tail := self._tails.get(value_id)) is not None and (flight := tail.first_flying(upto)) is not None:
+        while (tail := self._tails.get(value_id)) is not None and tail.journaled < upto and self._awaited(tail):
+            flight = tail.first_flying(upto)
+            if flight is None:
+                return
             if flight.cargo is None:
                 raise RuntimeError("a flight without cargo is flying")
             # Bounded by the time limits of HostIO; after a failure the flight is parked, which ends the wait too.
@@ -567,11 +572,14 @@ class Values:
         tail = self._tails.get(value_id)
         if tail is None:
             return []
+        return self._untaken(tail)
+
+    def _untaken(self, tail: Tail) -> list[TailPiece]:
         size = tail.size
         if tail.journaled >= size:
             return []
         # Exactly what `settle` does not wait for: a flight behind a parked one is tail like any other, or an fsync would leave it out.
-        return self._taken(tail, tail.first_flying(size))
+        return self._taken(tail, tail.first_flying(size) if self._awaited(tail) else None)
 
     def _taken(self, tail: Tail, flying: Flight | None) -> list[TailPiece]:
         """What the journal does not have, up to that flight; it counts as handed over."""
@@ -664,9 +672,9 @@ class Values:
     def _hand_over(self, value_id: int) -> None:
         """Give the store what it does not have of the tail. No await between taking and applying: `journaled` says the store has it."""
         tail = self._tails.get(value_id)
-        if tail is None or tail.journaled >= tail.size:
+        if tail is None:
             return
-        pieces = self._taken(tail, tail.first_flying(tail.size) if self._awaited(tail) else None)
+        pieces = self._untaken(tail)
         if pieces:
             try:
                 self._store.apply(Batch(), pieces)
