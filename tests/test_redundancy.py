@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.checking import Finding, check_volume
-from storage.coprocess.client import ARENA
+from storage.coprocess.pair import ARENA
 from storage.errors import BadArgument, Corrupt, FusefsError, Unavailable
 from storage.interfaces import Buffer, Host, QuickHost, RangeOpening
 from storage.recovery import recover_volume
