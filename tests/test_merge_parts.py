@@ -258,10 +258,9 @@ async def test_another_replication_that_is_given_between_two_parts_is_what_comes
             await fill(volume, range(ROUNDS - 1, ROUNDS), content)
             with trio.fail_after(20):
                 await given.wait()
-                while not seen > at:
+                # `left` is counted when a part is done, `seen` in the midst of it.
+                while not (seen > at and left):
                     await trio.sleep(0.01)
-        assert seen > at
-        assert left
         with trio.fail_after(20):
             while any(specs_of(volume, name) != {"2"} for name in content):
                 await volume.flush()
