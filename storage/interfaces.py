@@ -166,8 +166,8 @@ class MetadataStore(MetadataReader, Protocol):
         ...
 
     def can_spare(self, ops_bytes: int) -> bool:
-        """Would the journal as it is now, with what is kept for `urgent` commits, take what is pending, and so many bytes of operations
-        more? Arithmetic only."""
+        """Would the journal as it is now, with what is kept for `urgent` commits, take what is pending, commit hooks run, and so many bytes
+        of operations more? No waiting. What hooks raise."""
         ...
 
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:

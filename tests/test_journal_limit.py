@@ -168,3 +168,21 @@ async def test_as_much_as_can_be_pending_is_taken_with_what_empties_the_journal(
         await store.commit()
         await take_over(store)
         assert in_use(store) <= 2 * SEGMENT
+
+
+async def test_what_commit_hooks_add_counts_when_it_is_asked_whether_the_reserve_can_be_spared(tmp_path: Path) -> None:
+    """Else the commit that was let in with it would be refused, or take what is kept for what lands."""
+    async with opened(tmp_path, limit=LIMIT) as store:
+        await fill(store)
+        assert store.can_spare(100)
+        dirty = True
+
+        def emit() -> None:
+            nonlocal dirty
+            if dirty:
+                dirty = False
+                put(store, b"inodes", bytes(3 * SEGMENT))
+
+        store.add_commit_hook(emit)
+        assert not store.can_spare(100)
+        store.fence("on purpose")

@@ -208,6 +208,8 @@ class Store:
 
     def can_spare(self, ops_bytes: int) -> bool:
         """See MetadataStore."""
+        # With what hooks would add: times and sizes of many inodes.
+        self._run_hooks()
         flying, journal = self._flying, self._journal
         ops = self._memtable.pending_bytes + flying[0] + ops_bytes
         return journal.admits(journal.needed(ops, self._tail_bytes + flying[1], len(self._tails) + flying[2]), urgent=True)
