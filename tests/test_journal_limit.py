@@ -11,6 +11,7 @@ import pytest
 from storage.errors import NoSpace
 from storage.interfaces import Batch
 from storage.metadata import store as store_module
+from storage.metadata.counters import Counter
 from storage.metadata.store import Store
 from tests.metadata_rig import SEGMENT, opened, piece, put, seal, tail_of, take_over
 
@@ -186,3 +187,22 @@ async def test_what_commit_hooks_add_counts_when_it_is_asked_whether_the_reserve
         store.add_commit_hook(emit)
         assert not store.can_spare(100)
         store.fence("on purpose")
+
+
+async def test_a_full_journal_does_not_refuse_the_numbers_under_which_it_is_emptied(tmp_path: Path) -> None:
+    """Sectors are written under numbers whose reservation is durable (I1). Hosts that take nothing use them up, one for each attempt; when
+    they took something again, there were none, until the next mount."""
+    async with opened(tmp_path, limit=LIMIT) as store:
+        values = await fill(store)
+        with pytest.raises(NoSpace):
+            # The reserve is taken.
+            for batch in others():
+                store.apply(batch)
+                await store.commit(urgent=True)
+        numbers = Counter(store, b"sector", 4)
+        assert [await numbers.next_durable() for _ in range(20)] == list(range(1, 21))
+        assert in_use(store) <= LIMIT + LIMIT // 2
+        for value in range(1, values + 1):
+            seal(store, value, 3000)
+        store.empties()
+        await store.commit(urgent=True)
