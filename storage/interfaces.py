@@ -152,7 +152,7 @@ class MetadataStore(MetadataReader, Protocol):
 
     def empties(self) -> None:
         """What was just applied, or is about to be, makes tails in the journal superfluous once it is committed. So that commit may stand
-        beyond the journal's limit where there is no other way: by half of that, or by as much again if it lets go of what it takes."""
+        beyond the journal's limit where there is no other way, the further the more it lets go of."""
         ...
 
     async def catch_up(self, urgent: bool = False) -> None:
@@ -166,8 +166,8 @@ class MetadataStore(MetadataReader, Protocol):
         ...
 
     def can_spare(self, ops_bytes: int) -> bool:
-        """Would the journal as it is now, with what is kept for `urgent` commits, take what is pending, and so many bytes of operations
-        more? Arithmetic only."""
+        """Would the journal as it is now, with what is kept for `urgent` commits, take what is pending, commit hooks run, and so many bytes
+        of operations more? No waiting. What hooks raise."""
         ...
 
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:

@@ -36,6 +36,7 @@ Invariants kept here
   epoch's salt, so no record of an earlier life of the file fits. A gap or damage before a later valid record is Corrupt, never skipped.
 - (key, nonce) of a sealed tail is used once (I1): the key is the epoch's, the counter only goes up, also after a failed write.
 - After a failed write or flush of the journal nothing is acknowledged any more (Fenced) until the volume is opened again.
-- Bounded (I7): the journal by its limit, the memtable by takeovers and by the journal; what does not fit waits, then is refused.
+- Bounded (I7): the journal by its limit, the memtable by takeovers and by the journal; what does not fit waits, then is refused. Only what
+  lets go of what a full journal holds may stand beyond the limit, by one and a half of it at most (`Store._may_exceed`).
 - What callers accept only after `has_room` always finds room: the segments for it are on the disk already, whoever fills it later.
 """

@@ -65,6 +65,8 @@ class Counter:
         """
         number = self.next_now(count)
         if not self._is_durable(number + count - 1):
+            # What a full journal holds goes to the hosts under such numbers: without them it would stay full.
+            self._store.empties()
             await self._store.commit(urgent=True)
         return number
 

@@ -101,8 +101,13 @@ class Room:
                     # Maybe it has joined a round that has waited for long: what was applied with it, no pass has seen yet.
                     asked_at, urgent_pass = -math.inf, takeover.begun + 1
                 late = now >= begun + ROOM_WAIT
-                if (late or (waiting.urgent and urgent_pass <= takeover.ended)) and pending.empties and not beyond:
-                    # Changes that nobody needs the journal for have taken the reserve, and without this commit it stays full for ever.
+                if (
+                    not beyond
+                    and (late or (waiting.urgent and urgent_pass <= takeover.ended))
+                    and (pending.empties or self._may_exceed(sizes))
+                ):
+                    # Changes that nobody needs the journal for have taken the reserve, and without this commit it stays full for ever. Or
+                    # all of it is one commit's segment, which is needed no more, and stays until another follows.
                     beyond = True
                     continue
                 # Who waits with it patiently is not refused for its haste: each would be, as soon as something lands in a full journal.
@@ -123,12 +128,14 @@ class Room:
             takeover.pressed = False
 
     def _may_exceed(self, sizes: list[int]) -> bool:
-        """May what is pending, which empties the journal somewhat, stand beyond its limit? By half of that, whatever else is in it. By as
-        much again only if it lets go of what it takes: else such commits could use it all up, and leave the journal full for ever."""
-        journal = self._journal
-        if not self._pending.tails and journal.admits(sizes, True, journal.limit_bytes // 2):
+        """May what is pending stand beyond the journal's limit? If it empties it somewhat, one commit by as much again, which is all that
+        can be pending, and others by half of it, whatever else is in them. By half more only what lets go of as much as it takes: else
+        commits that hardly empty it could use up all there is, and leave the journal full for ever."""
+        journal, pending = self._journal, self._pending
+        half = journal.limit_bytes // 2
+        if pending.empties and not pending.tails and journal.admits(sizes, True, 2 * half if journal.free_bytes >= 0 else half):
             return True
-        return journal.admits(sizes, True, journal.limit_bytes) and self._takeover.lets_go(self._memtable, sum(sizes))
+        return journal.admits(sizes, True, 3 * half) and self._takeover.lets_go(self._memtable, sum(sizes))
 
     async def clear_out(self) -> bool:
         """There is no room: have segments recycled that are kept only because there was room. True if any was."""

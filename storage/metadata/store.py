@@ -138,6 +138,8 @@ class Store:
 
     def can_spare(self, ops_bytes: int) -> bool:
         """See MetadataStore."""
+        # With what hooks would add: times and sizes of many inodes.
+        self._pending.run_hooks()
         return self._room.takes(ops_bytes, urgent=True)
 
     @property

@@ -352,7 +352,7 @@ class Takeover:
         return start == end or self.tail_needed(reader, value_id, start)
 
     def lets_go(self, reader: MetadataReader, size: int) -> bool:
-        """Would segments of `size` bytes in all be recycled, once LMDB holds all that `reader` shows, and another follows the newest?"""
+        """Would segments of `size` bytes in all be recycled, once LMDB holds what `reader` shows, and another follows the newest?"""
         for segment in self._journal.live:
             if any(self._needed_here(reader, segment, value_id) for value_id in reversed(segment.tails)):
                 return False
