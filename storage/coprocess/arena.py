@@ -30,8 +30,8 @@ log = logging.getLogger("fusefs.coprocess")
 SLOT, SMALL_SLOT = 4 * 1024 * 1024 + 64 * 1024, 1024 * 1024 + 64 * 1024
 #: Of each; 680 MB of address space, not of memory.
 SLOTS = 128
-#: Bytes of pages that are kept at hand, of each: about what is in use while somebody writes as quickly as it goes, appended and sealed. With
-#: half of it pages were given back and taken anew all the time, for a tenth of all CPU.
+#: Bytes of pages that are kept at hand, of each: about what is in use while somebody writes as quickly as it goes, appended and sealed.
+#: With half of it pages were given back and taken anew all the time, for a tenth of all CPU.
 KEEP = 112 * 1024 * 1024
 #: Flags, a page of them.
 FLAGS = 4096
