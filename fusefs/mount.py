@@ -225,7 +225,7 @@ async def _wait_for_previous(volume: Path, note: Note) -> None:
                 if other is not None or status.phase == "starting":
                     raise Busy(f"{volume} is in use by process {status.pid}, which has it mounted on {status.mountpoint}")
                 # Not "mounted" by its own word: it may not have noticed yet, or a program may keep a file open after a lazy unmount.
-                left = status.volume.pending_bytes + status.volume.staging.bytes
+                left = status.volume.pending_bytes + status.volume.logged_bytes + status.volume.staging.bytes
                 note(
                     f"the previous mount of {volume} is not done yet: process {status.pid} has {left} bytes to bring to the hosts; "
                     "waiting for it"

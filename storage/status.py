@@ -269,6 +269,8 @@ class VolumeStatus(msgspec.Struct, frozen=True):
     staging: StagingStatus = StagingStatus()
     repair: RepairStatus = RepairStatus()
     rewrite: RewriteStatus = RewriteStatus()
+    #: Bytes that are in no sector yet, and in the log on a majority of the hosts: `pending_bytes` does not count them.
+    logged_bytes: int = 0
     #: Places that were looked for on a host that has forgotten things, and are not there: as far as no other host has them they are lost.
     missing_places: int = 0
     scrub: ScrubStatus = ScrubStatus()

@@ -158,6 +158,14 @@ async def with_layers(
         raise only(group) from group
 
 
+def _published(volume: Volume, publisher: Publisher) -> None:
+    """A majority of the hosts has a new superblock."""
+    volume.deleter.wake()
+    if publisher.published_all:
+        # Else what was cut last is held, and the superblock speaks of what was ready before.
+        volume.values.log_published()
+
+
 async def _publish_last(publisher: Publisher) -> None:
     try:
         await publisher.publish()
@@ -258,7 +266,7 @@ async def _wire(
         passed_over=passed_over,
     )
     publisher.fleet.keep_all = tails is not None
-    volume.deleter.gate, publisher.on_published = publisher, volume.deleter.wake
+    volume.deleter.gate, publisher.on_published = publisher, partial(_published, volume, publisher)
     volume.warnings += await volume.staging.open()
     await volume.hosts.open_all()
     if not create:

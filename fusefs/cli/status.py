@@ -132,14 +132,12 @@ def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, st
     )
     lookups = now.cache_hits + now.cache_misses
     hits = f", {100 * now.cache_hits // lookups} % of reads found there" if lookups else ""
-    nothing = "nothing: what was written is on its hosts" if not now.staging.sectors else "nothing in memory"
-    pending = f"{human_bytes(now.pending_bytes)} on no host yet" if now.pending_bytes else nothing
     lines = [
         ("volume", f"{now.path}  (id {now.volume_id})"),
         ("mounted", _mounted(mount)),
         *([("shows", now.view)] if now.view else []),
         ("stored", f"{_count(now.files, 'file')}, {human_bytes(now.bytes)}, in {_count(now.sectors, 'sector')}, {copies}"),
-        ("pending", pending),
+        ("pending", _pending(now)),
         *([("staging", _staging(now.staging))] if (now.staging.sectors or now.staging.used) and not now.view else []),
         *([("repair", _repair(now))] if now.repair.pending and not now.view else []),
         *([("moving", _rewrite(now))] if (now.rewrite.files or now.rewrite.directories) and not now.view else []),
@@ -151,6 +149,20 @@ def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, st
     if now.refusals_total:
         lines.append(("refused", f"{_count(now.refusals_total, 'operation')} since it was opened"))
     return lines
+
+
+def _pending(now: VolumeStatus) -> str:
+    """What this machine alone has, as far as that is not in staging."""
+    if now.view and now.pending_bytes:
+        # Whether the log on the hosts has it is not known to who only reads.
+        return f"{human_bytes(now.pending_bytes)} in no sector on the hosts yet"
+    if now.pending_bytes:
+        rest = f"; {human_bytes(now.logged_bytes)} more in the log on the hosts" if now.logged_bytes else ""
+        return f"{human_bytes(now.pending_bytes)} on too few hosts yet{rest}"
+    if now.staging.sectors:
+        return "nothing in memory"
+    rest = f", {human_bytes(now.logged_bytes)} of it in their log" if now.logged_bytes else ""
+    return f"nothing: what was written is on its hosts{rest}"
 
 
 def _staging(now: StagingStatus) -> str:
