@@ -380,8 +380,8 @@ class Stopper:
                     )
                 else:
                     state.final_report = report
-                    for reason in report.reasons:
-                        log.warning("%d sectors are not at full replication: %s", report.degraded_sectors, reason)
+                    if told := str(report):
+                        log.warning("%s", told)
                 break
         if self._flush_scope.cancelled_caught:
             state.final_error = Unavailable(f"the flush was broken off; what is not on the hosts yet is kept in {volume.path}")

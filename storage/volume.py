@@ -153,6 +153,10 @@ class Volume:
                 await self.publisher.publish()
             except Unavailable as error:
                 report = replace(report, reasons=(*report.reasons, f"metadata: {error}"))
+        if report.degraded_sectors and not report.reasons:
+            # Nothing has failed: what takes copies is too few, or has them on the way.
+            why = self.reconciler.status.trouble or f"their copies are still to be made{self.placement.besides()}"
+            report = replace(report, reasons=(why,))
         # A host that is away now may have copies of anything: whoever flushes to be safe wants to know. One that was given up has none that
         # count.
         given_up = self.standing.lost()

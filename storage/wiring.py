@@ -456,7 +456,7 @@ def make_layers(
         seams=seams,
         interval=options.scrub_interval,
     )
-    volume.reconciler.settled = volume.staging.settled
+    volume.reconciler.settled = volume.sectors.settled
     volume.values = Values(
         store=store,
         sectors=volume.sectors,

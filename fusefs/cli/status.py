@@ -233,7 +233,7 @@ def warnings(now: VolumeStatus, now_ns: int) -> list[str]:
         found.append(f"what is staged does not get to its hosts: {now.staging.trouble}" if now.staging.sectors else now.staging.trouble)
     if now.degraded_sectors:
         why = f": {now.repair.trouble}" if now.repair.trouble else ""
-        found.append(f"{_count(now.degraded_sectors, 'sector')} with fewer copies than they should have{why}")
+        found.append(f"{_count(now.degraded_sectors, 'sector')} with too few copies{why}")
     if now.missing_places:
         found.append(
             f"hosts have forgotten {_count(now.missing_places, 'shard')}, not made again so far: fusefs check says which files are affected"

@@ -357,8 +357,9 @@ class Publisher:
             if self.fenced is not None:
                 raise Fenced(self.fenced)
             await self._look()
-            if self._held and self._ready is not None:
-                # Not what is held: hosts that are full are a reason to add one.
+            if self._ready is not None and (self._held or self._ready.sequence == self.sequence):
+                # Without a new cut, which might be held, and not what is held already: hosts that are full, or too few, are a reason to
+                # add one.
                 await self._round()
                 return
         await self.publish()

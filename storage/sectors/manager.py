@@ -357,6 +357,14 @@ class SectorManager:
             self.staging.enter(batch, sector_id, record)
         self._store.apply(batch)
 
+    def settled(self, batch: Batch, sector_id: int) -> None:
+        """In the batch that says the sector is at full replication, after it was not."""
+        self.staging.settled(batch, sector_id)
+        # What `Upload` said of it is not so any more.
+        said = f"sector {sector_id} has "
+        for note in [note for note in self.notes if note.startswith(said)]:
+            self.notes.remove(note)
+
     def _drained(self, sector_id: int, replication: str, length: int, shards: list[ShardRecord], *, full: bool) -> None:
         """As `_landed`, for a sector that comes out of staging: it may have been freed meanwhile."""
         if self._store.get(SECTOR + u64(sector_id)) is not None:

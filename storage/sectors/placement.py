@@ -22,6 +22,8 @@ from storage.standing import Standing
 
 #: Seconds all hosts together have to tell their room.
 POLL_TIMEOUT = 5.0
+#: Hosts a message names.
+SHOWN = 5
 
 
 class Placement:
@@ -56,10 +58,37 @@ class Placement:
                     "there; renew them: fusefs contracts VOLUME renew --all"
                 )
             raise Unavailable(
-                f"to write with replication {replication}, hosts are needed: {replication.write_quorum}, can be used now: {len(ranked)}; "
-                f"bring hosts back, add one (fusefs hosts), or conclude contracts (fusefs contracts)"
+                f"to write with replication {replication}, hosts are needed: {replication.write_quorum}, can be used now: {len(ranked)}"
+                f"{self.besides()}; bring hosts back, add one (fusefs hosts VOLUME add URL), or conclude contracts (fusefs contracts)"
             )
         return ranked
+
+    def besides(self, hosts: Collection[int] = ()) -> str:
+        """For messages: the hosts besides `hosts` that take nothing now, each with why, in brackets; "" if all do."""
+        given_up = {**dict.fromkeys(self._standing.leaving(), "is being left"), **dict.fromkeys(self._standing.lost(), "is lost")}
+        ending, keeping, revoked = self._standing.ending(), self._standing.keeping(), self._standing.revoked()
+        found: list[str] = []
+        for number in self._registry.numbers():
+            if number in hosts:
+                continue
+            reason = self._registry.reason(number)
+            if number in given_up:
+                why = given_up[number]
+            elif reason:
+                why = "is another host now" if self._registry.state(number) == "foreign" else "cannot be reached"
+            elif number in revoked:
+                why = "does not know its contract any more"
+            elif number in ending:
+                why = "has a contract that ends soon"
+            elif number not in keeping:
+                why = "has no contract in force"
+            elif not self.takes(number):
+                why = "is full"
+            else:
+                continue
+            found.append(f"{self._registry.url(number)} {why}")
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        return f" ({', '.join(found[:SHOWN])}{more})" if found else ""
 
     def keep(self, hosts: Iterable[int]) -> bool:
         """Do all of these keep what they have?"""

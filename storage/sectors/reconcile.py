@@ -420,12 +420,14 @@ class Reconciler:
         targets = self._placement.others({*hosts, *elsewhere, *bad}, keeping)
         if not targets and bad:
             raise Unavailable(
-                f"sector {sector_id} is to have {record.replication} on distinct hosts; no other host can take a shard, and what is bad on "
-                f"host {', '.join(map(str, sorted(bad)))} has to be put right first"
+                f"sector {sector_id} is to have {record.replication} on distinct hosts; no other host can take a shard"
+                f"{self._placement.besides({*hosts, *bad})}, and what is bad on host {', '.join(map(str, sorted(bad)))} has to be put "
+                "right first"
             )
         if not targets:
             raise Unavailable(
-                f"sector {sector_id} is to have {record.replication} on distinct hosts, and no other host can take a shard; add a host"
+                f"sector {sector_id} is to have {record.replication} on distinct hosts, and no other host can take a shard"
+                f"{self._placement.besides(hosts)}; add a host"
             )
         sealed = await self._regenerate(sector_id, record, index)
         errors: list[str] = []
