@@ -38,8 +38,9 @@ def status_of(volume: Volume) -> VolumeStatus:
     publisher = volume.publisher
     lost = publisher.fleet.lost() if publisher is not None else {}
     histories = publisher.fleet.trouble_of() if publisher is not None else {}
-    left = "leaving" if volume.reconciler.unsettled() else "left"
-    leaving = dict.fromkeys(volume.standing.leaving(), left)
+    given_up = volume.standing.leaving()
+    needed = volume.reconciler.leaving.still_on(given_up)
+    leaving = {number: "leaving" if number in needed else "left" for number in given_up}
     ending, ended = volume.standing.ending(), volume.standing.ended()
     hosts: list[HostStatus] = []
     for record in volume.hosts.records():

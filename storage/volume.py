@@ -187,6 +187,9 @@ class Volume:
         number = self.hosts.resolve(host)
         batch = Batch()
         self.standing.mark_leaving(batch, number, leave)
+        if leave:
+            # It may have kept, and got something, since the last look without it.
+            self.reconciler.look_anew(batch)
         self.store.apply(batch)
         await self.store.commit()
         self.reconciler.wake()

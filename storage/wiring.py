@@ -426,7 +426,7 @@ def make_layers(
         volume.standing,
         seams,
         forgot=volume.doubts.forgot,
-        has_left=lambda _number: not volume.reconciler.unsettled(),
+        has_left=lambda number: not volume.reconciler.leaving.still_on([number]),
     )
     volume.standing.revoked = volume.renewal.revoked
     volume.contractor.on_lapsed = volume.doubts.forgot

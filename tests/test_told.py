@@ -11,9 +11,12 @@ import pytest
 
 from fusefs.cli.status import _summary
 from storage.errors import Unavailable
+from storage.metadata.keys import SECTOR, prefix_end
+from storage.sectors import leaving
+from storage.sectors.records import decode_sector
 from storage.status import VolumeStatus
 from storage.volume import Volume
-from tests.rig import QUIET, append, host_dirs, make, new_value, opened
+from tests.rig import QUIET, append, host_dirs, make, new_value, noise, opened
 
 
 def line(now: VolumeStatus, label: str) -> str:
@@ -129,3 +132,70 @@ async def test_a_host_can_be_added_when_those_there_are_too_few_for_what_is_stag
         await volume.add_host(f"dir:{tmp_path / 'another'}")
         assert str(await volume.flush()) == ""
         assert (await volume.status()).degraded_sectors == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ being left
+
+
+async def states(volume: Volume) -> list[str]:
+    return [host.state for host in (await volume.status()).hosts]
+
+
+async def test_a_host_that_is_left_stays_so_whatever_becomes_of_others(tmp_path: Path) -> None:
+    """Somebody may have unplugged it by then."""
+    await make(tmp_path / "v", host_dirs(tmp_path, 3), "2")
+    async with opened(tmp_path / "v") as volume:
+        await append(volume, new_value(volume), b"on two hosts of three")
+        await volume.flush()
+        await leave(volume, 1)
+        assert (await volume.repair()).pending == 0
+        assert await states(volume) == ["left", "ok", "ok"]
+        await lose(volume, 2)
+        assert await states(volume) == ["left", "lost", "ok"]
+        assert (await volume.repair()).pending == 1
+        assert await states(volume) == ["left", "lost", "ok"]
+        assert volume.renewal._has_left(1)
+    async with opened(tmp_path / "v") as volume:
+        assert await states(volume) == ["left", "lost", "ok"]
+
+
+@pytest.mark.parametrize("at_once", [20_000, 0])
+async def test_a_host_that_something_is_on_that_cannot_go_elsewhere_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(leaving, "AT_ONCE", at_once)
+    await make(tmp_path / "v", host_dirs(tmp_path, 3), "2")
+    async with opened(tmp_path / "v") as volume:
+        for number in range(3):
+            await append(volume, new_value(volume, "3" if number == 2 else "2"), noise(1000))
+            await volume.flush()
+        await leave(volume, 1)
+        # Before anything was looked at, too.
+        assert await states(volume) == ["leaving", "ok", "ok"]
+        assert (await volume.repair()).pending == 1
+        assert await states(volume) == ["leaving", "ok", "ok"]
+        assert not volume.renewal._has_left(1)
+        await volume.add_host(f"dir:{tmp_path / 'another'}")
+        assert (await volume.repair()).pending == 0
+        assert await states(volume) == ["left", "ok", "ok", "ok"]
+
+
+async def test_what_came_to_a_host_between_two_times_of_leaving_it_goes_from_there(tmp_path: Path) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 2), "1")
+    async with opened(tmp_path / "v") as volume:
+        await leave(volume, 1)
+        assert (await volume.repair()).pending == 0
+        assert await states(volume) == ["left", "ok"]
+        # Nobody looks at the sectors in between.
+        async with volume.reconciler._lock:
+            await volume.mark_host("1", lost=False)
+            await volume.leave_host("2", leave=True)
+            await append(volume, new_value(volume), noise(1000))
+            await volume.flush()
+            await volume.leave_host("2", leave=False)
+            await leave(volume, 1)
+            assert await states(volume) == ["leaving", "ok"]
+        assert (await volume.repair()).pending == 0
+        assert await states(volume) == ["left", "ok"]
+        records = volume.store.scan(SECTOR, prefix_end(SECTOR), 10)
+        assert [shard.hosts for _, raw in records for shard in decode_sector(raw, 0).shards] == [[2]]
