@@ -155,8 +155,7 @@ class Volume:
                 report = replace(report, reasons=(*report.reasons, f"metadata: {error}"))
         if report.degraded_sectors and not report.reasons:
             # Nothing has failed: what takes copies is too few, or has them on the way.
-            why = self.reconciler.status.trouble or f"their copies are still to be made{self.placement.besides()}"
-            report = replace(report, reasons=(why,))
+            report = replace(report, reasons=(self._shortage(),))
         # A host that is away now may have copies of anything: whoever flushes to be safe wants to know. One that was given up has none that
         # count.
         given_up = self.standing.lost()
@@ -219,7 +218,13 @@ class Volume:
             raise NotPermitted(f"{self.path} is open for reading only")
         report = await self.scrubber.scrub(full=full, sample=sample)
         await self.store.commit()
-        return report
+        # Copies that are not there cannot be looked at, and whoever asks wants to know all the same.
+        lacking = await self.sectors.lacking()
+        return msgspec.structs.replace(report, degraded_sectors=lacking, shortage=self._shortage() if lacking else "")
+
+    def _shortage(self) -> str:
+        """Why sectors have too few copies."""
+        return self.reconciler.status.trouble or f"copies are still to be made{self.placement.besides()}"
 
     def scrub_progress(self) -> tuple[int, int]:
         """Of the `scrub` that is under way: sectors looked at, and in all."""
@@ -283,4 +288,4 @@ class Volume:
 
     async def status(self) -> VolumeStatus:
         """A snapshot, without asking any host anything that could hang."""
-        return status_of(self)
+        return msgspec.structs.replace(status_of(self), stored_as=await self.sectors.stored_as())

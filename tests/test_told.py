@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from fusefs.cli.status import _summary
+from fusefs.cli.scrub import lines
+from fusefs.cli.status import _summary, warnings
 from storage.errors import Unavailable
 from storage.metadata.keys import SECTOR, prefix_end
-from storage.sectors import leaving
+from storage.sectors import leaving, manager
 from storage.sectors.records import decode_sector
-from storage.status import VolumeStatus
+from storage.status import LEFT, VolumeStatus
 from storage.volume import Volume
 from tests.rig import QUIET, append, host_dirs, make, new_value, noise, opened
 
@@ -199,3 +200,59 @@ async def test_what_came_to_a_host_between_two_times_of_leaving_it_goes_from_the
         assert await states(volume) == ["left", "ok"]
         records = volume.store.scan(SECTOR, prefix_end(SECTOR), 10)
         assert [shard.hosts for _, raw in records for shard in decode_sector(raw, 0).shards] == [[2]]
+
+
+# ------------------------------------------------------------------------------------------------------------------ scrub
+
+
+async def test_a_scrub_is_not_content_with_copies_that_are_not_there(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 3)
+    await make(tmp_path / "v", urls, "3")
+    async with opened(tmp_path / "v") as volume:
+        await append(volume, new_value(volume), b"three copies")
+        await volume.flush()
+        report = await volume.scrub()
+        assert report.exit_status == 0
+        assert lines(report)[-1].startswith("all good: 3 copies of 1 sector, ")
+        await lose(volume, 1)
+        assert (await volume.repair()).pending == 1
+        report = await volume.scrub()
+        assert (report.exit_status, report.degraded_sectors, report.left) == (LEFT, 1, 0)
+        short, looked = lines(report)
+        # As `status` says it.
+        assert short in (await told_warnings(volume))
+        assert short.startswith("1 sector with too few copies: ")
+        assert f"({urls[0]} is lost)" in short
+        assert looked.startswith("those looked at are good: 2 copies of 1 sector, ")
+        assert line(await volume.status(), "scrub").endswith(": no bad copies")
+        await volume.add_host(f"dir:{tmp_path / 'another'}")
+        assert (await volume.repair()).pending == 0
+        assert (await volume.scrub()).exit_status == 0
+
+
+async def told_warnings(volume: Volume) -> list[str]:
+    return warnings(await volume.status(), 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ replication
+
+
+async def test_what_is_stored_otherwise_than_the_volume_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 3), "2")
+    async with opened(tmp_path / "v") as volume:
+
+        async def stored() -> str:
+            return line(await volume.status(), "stored").split(" sector")[1].removeprefix("s")
+
+        assert await stored() == ", 2 copies each"
+        for spec, told in (
+            ("3", ", 3 copies each"),
+            ("2", ": 1 with 2 copies, 1 with 3 copies"),
+            ("1", ": 1 with 2 copies, 1 with one copy, 1 with 3 copies"),
+            ("2+1", ": 1 with 2 copies, 1 with one copy, 1 with 3 copies, 1 as 2+1 (data+parity)"),
+        ):
+            await append(volume, new_value(volume, spec), noise(100))
+            await volume.flush()
+            assert await stored() == told
+        monkeypatch.setattr(manager, "MAX_LOOKED_AT", 3)
+        assert await stored() == ", 2 copies each, where no directory has another replication"

@@ -123,20 +123,13 @@ def _show_remedies(now: VolumeStatus, mount: MountStatus | None) -> None:
 
 
 def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, str]]:
-    copies = (
-        f"as {now.replication}, data+parity"
-        if "+" in now.replication
-        else "one copy each"
-        if now.replication == "1"
-        else f"{now.replication} copies each"
-    )
     lookups = now.cache_hits + now.cache_misses
     hits = f", {100 * now.cache_hits // lookups} % of reads found there" if lookups else ""
     lines = [
         ("volume", f"{now.path}  (id {now.volume_id})"),
         ("mounted", _mounted(mount)),
         *([("shows", now.view)] if now.view else []),
-        ("stored", f"{_count(now.files, 'file')}, {human_bytes(now.bytes)}, in {_count(now.sectors, 'sector')}, {copies}"),
+        ("stored", f"{_count(now.files, 'file')}, {human_bytes(now.bytes)}, in {_count(now.sectors, 'sector')}{_stored_as(now)}"),
         ("pending", _pending(now)),
         *([("staging", _staging(now.staging))] if (now.staging.sectors or now.staging.used) and not now.view else []),
         *([("repair", _repair(now))] if now.repair.pending and not now.view else []),
@@ -149,6 +142,25 @@ def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, st
     if now.refusals_total:
         lines.append(("refused", f"{_count(now.refusals_total, 'operation')} since it was opened"))
     return lines
+
+
+def _stored_as(now: VolumeStatus) -> str:
+    """How often, or as which code; directories may have another replication than the volume."""
+
+    def told(spec: str) -> str:
+        return f"as {spec}, data+parity" if "+" in spec else "one copy each" if spec == "1" else f"{spec} copies each"
+
+    if not now.stored_as:
+        return f", {told(now.replication)}" + (", where no directory has another replication" if now.sectors else "")
+    if len(now.stored_as) == 1:
+        return f", {told(*now.stored_as)}"
+
+    def one_of(spec: str) -> str:
+        return f"as {spec} (data+parity)" if "+" in spec else "with one copy" if spec == "1" else f"with {spec} copies"
+
+    # The volume's own first.
+    specs = sorted(now.stored_as, key=lambda spec: (spec != now.replication, "+" in spec, spec))
+    return ": " + ", ".join(f"{now.stored_as[spec]:,} {one_of(spec)}" for spec in specs)
 
 
 def _pending(now: VolumeStatus) -> str:
@@ -197,7 +209,7 @@ def _scrub(now: ScrubStatus) -> str:
         told = f", {_count(found, 'bad copy', 'bad copies')}, {now.repaired:,} repaired" if found else ""
         parts.append(f"{now.sectors:,} of {_count(now.sectors + now.sectors_left, 'sector')} looked at since {day(now.begun_ns)}{told}")
     if now.last_ended_ns:
-        told = f"{_count(now.last_found, 'bad copy', 'bad copies')}, {now.last_repaired:,} repaired" if now.last_found else "all good"
+        told = f"{_count(now.last_found, 'bad copy', 'bad copies')}, {now.last_repaired:,} repaired" if now.last_found else "no bad copies"
         parts.append(f"all of them {'read whole, ' if now.last_full else ''}by {human_time(now.last_ended_ns)}: {told}")
     elif not parts:
         parts.append("never" if now.interval else "not in the background, and never")

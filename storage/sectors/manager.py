@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter as Counted
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from storage.sectors.records import VERSION, SectorRecord, ShardRecord
 from storage.sectors.redundancy import Layout, layout_of
 from storage.sectors.staging import Staging
 from storage.sectors.upload import Upload, Way
+from storage.sectors.walking import below_full, walk
 
 log = logging.getLogger("fusefs.sectors")
 
@@ -34,6 +36,8 @@ _COUNT = SETTING + b"sectors"
 
 #: Sealed shards in memory at most: at 4 MiB each, 48 MiB (I7). A writer beyond it waits.
 UPLOADS = 12
+#: Sectors whose records `status` looks at each time it is asked.
+MAX_LOOKED_AT = 10_000
 
 #: Sectors up to this many bytes are kept in the block cache as they are written: they hold small files and the ends of logs,
 #: which are the ones read again soon, and whose last page an appender needs.
@@ -317,6 +321,19 @@ class SectorManager:
     def degraded(self, limit: int = 1_000_000) -> int:
         """How many sectors are below full replication."""
         return sum(1 for _, mark in self._store.scan(UNDERREPLICATED, prefix_end(UNDERREPLICATED), limit) if mark != MOVING)
+
+    async def stored_as(self) -> dict[str, int]:
+        """How many sectors there are of each replication; empty where they are more than `status` should look at."""
+        if self.count > MAX_LOOKED_AT:
+            return {}
+        return dict(Counted([record.replication async for _, record in walk(self._store)]))
+
+    async def lacking(self) -> int:
+        """How many sectors are below full replication, those on their way to their hosts for the first time not counted."""
+        found = 0
+        async for sector_id in below_full(self._store):
+            found += self._store.get(UNDERREPLICATED + u64(sector_id)) not in (None, MOVING) and not self.uploading(sector_id)
+        return found
 
     # ------------------------------------------------------------------------------------------------------------
     # Tasks
