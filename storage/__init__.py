@@ -90,6 +90,7 @@ if TYPE_CHECKING:
     from storage.volume import VolumeOptions as VolumeOptions
     from storage.wiring import open_volume as open_volume
     from storage.wording import counted as counted
+    from storage.wording import named as named
 
 _HOMES = {
     "storage.checking": ("CheckProgress", "CheckReport", "Finding", "check_volume"),
@@ -137,7 +138,7 @@ _HOMES = {
     "storage.turn": ("Turn",),
     "storage.volume": ("Volume", "VolumeOptions"),
     "storage.wiring": ("open_volume",),
-    "storage.wording": ("counted",),
+    "storage.wording": ("counted", "named"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -185,6 +185,8 @@ class ScrubReport(msgspec.Struct, frozen=True, kw_only=True):
     #: Sectors with fewer copies than they should have, and why: what is not there cannot be looked at.
     degraded_sectors: int = 0
     shortage: str = ""
+    #: Some of the files with bytes in what is lost, or else in what is left.
+    files: list[str] = []
 
     @property
     def left(self) -> int:
@@ -274,6 +276,8 @@ class VolumeStatus(msgspec.Struct, frozen=True):
     rewrite: RewriteStatus = RewriteStatus()
     #: Bytes that are in no sector yet, and in the log on a majority of the hosts: `pending_bytes` does not count them.
     logged_bytes: int = 0
+    #: Some of the files with bytes in sectors that cannot be had, or else in those that a copy is bad of.
+    damaged_files: list[str] = []
     #: Replication -> sectors that are stored so; empty where they are too many to look at each time.
     stored_as: dict[str, int] = {}
     #: Places that were looked for on a host that has forgotten things, and are not there: as far as no other host has them they are lost.

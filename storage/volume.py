@@ -47,6 +47,7 @@ from storage.status import (
 )
 from storage.status_of import repair_status_of, status_of
 from storage.values.values import Values
+from storage.values.whose import files_in
 
 log = logging.getLogger("fusefs.volume")
 
@@ -55,6 +56,8 @@ DAY = 86400.0
 STAGING = 10 * 1024 * 1024 * 1024
 #: Refusals kept for `status`.
 REFUSALS = 100
+#: Seconds for which names of damaged files are not looked for anew.
+REMEMBERED = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,8 @@ class Volume:
         self.passing: list[tuple[str, Callable[[], bool]]] = []
         self.refusals: deque[Refusal] = deque(maxlen=REFUSALS)
         self.refusals_total = 0
+        #: Sectors with bad copies, files with bytes in them, and until when that is true enough, on the monotonic clock.
+        self._damaged: tuple[frozenset[int], list[str], float] = frozenset(), [], 0.0
         # Set by `_wire`, before anybody sees the volume.
         self.store: Store
         self.epochs: Epochs
@@ -220,7 +225,17 @@ class Volume:
         await self.store.commit()
         # Copies that are not there cannot be looked at, and whoever asks wants to know all the same.
         lacking = await self.sectors.lacking()
-        return msgspec.structs.replace(report, degraded_sectors=lacking, shortage=self._shortage() if lacking else "")
+        files = await self._damaged_files() if report.left else []
+        return msgspec.structs.replace(report, degraded_sectors=lacking, shortage=self._shortage() if lacking else "", files=files)
+
+    async def _damaged_files(self) -> list[str]:
+        """Some of those that bad copies are known of."""
+        sectors = frozenset(self.damages.sectors())
+        now = self.seams.clock.monotonic()
+        if self._damaged[0] != sectors or now >= self._damaged[2]:
+            # Not looked for each time somebody asks.
+            self._damaged = sectors, await files_in(self.store, self.namespace.path_of, sectors), now + REMEMBERED
+        return self._damaged[1]
 
     def _shortage(self) -> str:
         """Why sectors have too few copies."""
@@ -288,4 +303,5 @@ class Volume:
 
     async def status(self) -> VolumeStatus:
         """A snapshot, without asking any host anything that could hang."""
-        return msgspec.structs.replace(status_of(self), stored_as=await self.sectors.stored_as())
+        stored_as, files = await self.sectors.stored_as(), await self._damaged_files()
+        return msgspec.structs.replace(status_of(self), stored_as=stored_as, damaged_files=files)

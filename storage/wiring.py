@@ -52,7 +52,9 @@ from storage.sectors.sweep import RECOVERED_KEY, Sweeper
 from storage.standing import Standing
 from storage.values.records import decode_value, tail_needed
 from storage.values.values import Values
+from storage.values.whose import files_in
 from storage.volume import DAY, Volume, VolumeOptions
+from storage.wording import named
 
 log = logging.getLogger("fusefs.volume")
 
@@ -70,6 +72,8 @@ LOCK_LIMIT = 60.0
 RENEW_LIMIT = 10.0
 #: Seconds between two times that what was learned of hosts is saved.
 SAVE_INTERVAL = 3600.0
+#: Sectors that cannot be read and whose files are looked for, to name some.
+MAX_NAMED = 100_000
 #: Seconds after which memory that was not used is given back.
 TRIM_SECONDS = 10.0
 
@@ -549,6 +553,7 @@ async def check_servable(volume: Volume) -> None:
     here = set(volume.hosts.numbers()) - away.keys()
     start, end, lost = SECTOR, prefix_end(SECTOR), 0
     examples: list[int] = []
+    unreadable: set[int] = set()
     needed: set[int] = set()
     while found := volume.store.scan(start, end, 500):
         for key, raw in found:
@@ -556,15 +561,20 @@ async def check_servable(volume: Volume) -> None:
             record = await volume.strays.locate(sector_id, decode_sector(raw, sector_id))
             if record.live and not can_be_read(record, here, volume.staging.has):
                 lost += 1
+                if lost <= MAX_NAMED:
+                    unreadable.add(sector_id)
                 needed |= {host for shard in record.shards for host in shard.hosts} & away.keys()
                 if len(examples) < 5:
                     examples.append(sector_id)
         start = found[-1][0] + b"\0"
         await trio.lowlevel.checkpoint()
     if lost:
-        sectors = ", ".join(map(str, examples)) + (f" and {lost - len(examples)} more" if lost > len(examples) else "")
+        numbers = ", ".join(map(str, examples)) + (f" and {lost - len(examples)} more" if lost > len(examples) else "")
+        sectors, are, them = ("sector", "is", "it") if lost == 1 else ("sectors", "are", "them")
         hosts_text = ", ".join(away[number] for number in sorted(needed or away))
-        warning = f"sectors {sectors} are only on {hosts_text}: what is in them cannot be read before that host is back"
+        files = named(await files_in(volume.store, volume.namespace.path_of, unreadable))
+        what = f"{sectors} {numbers}, with bytes of {files}," if files else f"{sectors} {numbers}"
+        warning = f"{what} {are} only on {hosts_text}: what is in {them} cannot be read before that host is back"
         log.warning("%s: %s", volume.path, warning)
         volume.passing.append((warning, partial(_any_away, volume, sorted(needed or away))))
 

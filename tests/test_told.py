@@ -11,7 +11,7 @@ import pytest
 
 from fusefs.cli.scrub import lines
 from fusefs.cli.status import _summary, warnings
-from storage.errors import Unavailable
+from storage.errors import Corrupt, Unavailable
 from storage.metadata.keys import SECTOR, prefix_end
 from storage.sectors import leaving, manager
 from storage.sectors.records import decode_sector
@@ -256,3 +256,55 @@ async def test_what_is_stored_otherwise_than_the_volume_says_is_told(tmp_path: P
             assert await stored() == told
         monkeypatch.setattr(manager, "MAX_LOOKED_AT", 3)
         assert await stored() == ", 2 copies each, where no directory has another replication"
+
+
+# ----------------------------------------------------------------------------------------------------- damage has names
+
+
+def spoil(tmp_path: Path) -> None:
+    """Every copy on every host."""
+    for shard in tmp_path.glob("host*/volumes/*/sectors/*/*"):
+        raw = bytearray(shard.read_bytes())
+        raw[80] ^= 1
+        shard.write_bytes(raw)
+
+
+async def put(volume: Volume, name: str) -> None:
+    fd = await volume.files.open(name, write=True)
+    await volume.files.append(fd, name.encode())
+    await volume.files.close(fd)
+
+
+@pytest.mark.parametrize(("count", "told"), [(2, "d/file0, d/file1"), (7, "d/file0, d/file1, d/file2, d/file3, d/file4 and maybe others")])
+async def test_what_is_said_of_damage_names_the_files(tmp_path: Path, count: int, told: str) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 2), "2")
+    async with opened(tmp_path / "v", options=replace(QUIET, cache=0)) as volume:
+        for number in range(count):
+            await put(volume, f"d/file{number}")
+        await volume.flush()
+    spoil(tmp_path)
+    async with opened(tmp_path / "v") as volume:
+        fd = await volume.files.open("d/file1", existing=True)
+        with pytest.raises(Corrupt, match=r"^d/file1: sector \d+: no copy can be read"):
+            await volume.files.read_at(fd, 0, 100)
+        report = await volume.scrub(full=True)
+        assert (report.lost, report.left) == (1, 2)
+        assert lines(report)[0].startswith(f"1 sector cannot be had from the hosts that answer, with bytes of {told}: sector ")
+        said = f"1 sector cannot be had from the hosts that answer, with bytes of {told}: sector "
+        assert any(warning.startswith(said) for warning in await told_warnings(volume))
+    async with opened(tmp_path / "v") as volume:
+        # What is known from before.
+        said = f"2 copies on hosts known to be damaged or missing, with bytes of {told}, and not repaired yet"
+        assert any(warning.startswith(said) for warning in await told_warnings(volume))
+
+
+async def test_what_cannot_be_read_while_hosts_are_away_has_names(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 2)
+    await make(tmp_path / "v", urls, "1")
+    async with opened(tmp_path / "v") as volume:
+        await put(volume, "a file")
+        await volume.flush()
+        (number,) = {host for _, raw in volume.store.scan(SECTOR, prefix_end(SECTOR), 9) for host in decode_sector(raw, 0).shards[0].hosts}
+    (tmp_path / f"host{number - 1}").rename(tmp_path / "away")
+    async with opened(tmp_path / "v") as volume:
+        assert any(f"with bytes of a file, is only on {urls[number - 1]}" in warning for warning in await told_warnings(volume))

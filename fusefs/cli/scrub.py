@@ -16,7 +16,7 @@ from fusefs.cli.notices import Notices
 from fusefs.cli.output import human_bytes, printable, progress_bar, write_line
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume, with_bar
-from storage import counted
+from storage import counted, named
 
 if TYPE_CHECKING:
     from storage import ScrubReport
@@ -81,12 +81,11 @@ def lines(report: ScrubReport) -> list[str]:
     told = [f"host {host}" for host in report.hosts_failing]
     if report.unanswered:
         told.append(f"{counted(report.unanswered, 'copy', 'copies')} could not be looked at; no answer from {', '.join(report.hosts_away)}")
+    files = f", with bytes of {named(report.files)}" if report.files else ""
     if report.lost:
-        told.append(
-            f"{counted(report.lost, 'sector')} cannot be had from the hosts that answer: {report.trouble}; fusefs check names their files"
-        )
+        told.append(f"{counted(report.lost, 'sector')} cannot be had from the hosts that answer{files}: {report.trouble}")
     elif report.left and report.trouble:
-        told.append(f"not good yet: {counted(report.left, 'copy', 'copies')}: {report.trouble}")
+        told.append(f"not good yet: {counted(report.left, 'copy', 'copies')}{files}: {report.trouble}")
     if report.degraded_sectors:
         told.append(f"{counted(report.degraded_sectors, 'sector')} with too few copies: {report.shortage}")
     bad = report.missing + report.damaged

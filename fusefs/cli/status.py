@@ -17,7 +17,7 @@ from fusefs.cli.output import human_bytes, human_span, human_time, printable, st
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
 from fusefs.control_protocol import MountStatus
-from storage import ContractStatus, HostStatus, ScrubStatus, StagingStatus, VolumeStatus
+from storage import ContractStatus, HostStatus, ScrubStatus, StagingStatus, VolumeStatus, named
 from storage.errors import Fenced
 
 #: Warnings shown to a person: where everything is wrong, what is stored must not scroll away.
@@ -250,11 +250,15 @@ def warnings(now: VolumeStatus, now_ns: int) -> list[str]:
         found.append(
             f"hosts have forgotten {_count(now.missing_places, 'shard')}, not made again so far: fusefs check says which files are affected"
         )
+    files = f", with bytes of {named(now.damaged_files)}" if now.damaged_files else ""
     if now.scrub.lost:
-        found.append(f"{_count(now.scrub.lost, 'sector')} cannot be had from the hosts that answer: {now.scrub.trouble}")
+        found.append(f"{_count(now.scrub.lost, 'sector')} cannot be had from the hosts that answer{files}: {now.scrub.trouble}")
     elif now.scrub.pending:
         why = f": {now.scrub.trouble}" if now.scrub.trouble else ""
-        found.append(f"{_count(now.scrub.pending, 'copy', 'copies')} on hosts known to be damaged or missing, and not repaired yet{why}")
+        bad = _count(now.scrub.pending, "copy", "copies")
+        found.append(f"{bad} on hosts known to be damaged or missing{files}, and not repaired yet{why}")
+    elif files:
+        found.append(f"some copies are damaged or missing{files}")
     for host in now.hosts:
         # One that was given up, or left, may be away.
         if host.error and host.state not in ("lost", "left") and not any(host.url in text for text in found):
