@@ -363,9 +363,11 @@ def _amend(choice: Choice, candidate: Candidate, reader: MetadataReader, restore
 async def _report(volume: Volume, choice: Choice, candidate: Candidate, majority: bool, trouble: str) -> RecoveryReport:
     block, body = candidate.block, candidate.body
     away = [record for record in volume.hosts.records() if not volume.hosts.available(record.number)]
-    silent = [f"{record.url}: {volume.hosts.reason(record.number)}" for record in away]
     on_record = {record.url for record in volume.hosts.records()}
-    silent += [f"{url}: {why}" for url, why in choice.silent.items() if url not in on_record]
+    reasons = {record.url: volume.hosts.reason(record.number) for record in away}
+    reasons |= {url: why for url, why in choice.silent.items() if url not in on_record}
+    # Most reasons name the host themselves.
+    silent = [why if url in why else f"host {url}: {why}" for url, why in reasons.items()]
     ids = {record.host_id for record in volume.hosts.records()}
     notes = [*choice.notes, *(f"host {s.url.base} is none of the volume's hosts" for s in choice.sources if s.host_id not in ids)]
     return RecoveryReport(

@@ -174,6 +174,8 @@ class Volume:
             # I5: what a majority is must not be for a minority to change.
             await self.publisher.confirm_majority()
         number = await self.hosts.add(url)
+        # `status` and placement are to know its room before the next poll of all.
+        await self.placement.ask_space(number)
         await self.contractor.conclude_contract(str(number), (contract_days or self.config.contract_days) * DAY)
         batch = Batch()
         self.reconciler.fill(batch)

@@ -17,6 +17,7 @@ from storage.sectors import leaving, manager
 from storage.sectors.records import decode_sector
 from storage.status import LEFT, VolumeStatus
 from storage.volume import Volume
+from tests.cli_runner import fusefs, init
 from tests.rig import QUIET, append, host_dirs, make, new_value, noise, opened
 
 
@@ -308,3 +309,42 @@ async def test_what_cannot_be_read_while_hosts_are_away_has_names(tmp_path: Path
     (tmp_path / f"host{number - 1}").rename(tmp_path / "away")
     async with opened(tmp_path / "v") as volume:
         assert any(f"with bytes of a file, is only on {urls[number - 1]}" in warning for warning in await told_warnings(volume))
+
+
+# ------------------------------------------------------------------------------------------------------------- new hosts
+
+
+async def test_the_room_on_a_new_host_is_known_at_once(tmp_path: Path) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 1), "1")
+    async with opened(tmp_path / "v") as volume:
+        await volume.add_host(f"dir:{tmp_path / 'another'}")
+        new = (await volume.status()).hosts[1]
+        assert new.free is not None
+        assert new.total is not None
+        assert 0 < new.free <= new.total
+
+
+def test_adding_a_host_does_not_end_with_the_advice_to_add_one(tmp_path: Path) -> None:
+    volume = tmp_path / "v"
+    init(volume, "--replication", "2", *(word for url in host_dirs(tmp_path, 2) for word in ("--host", url)))
+    fusefs("put", volume, "-", "name", stdin=b"two copies")
+    fusefs("hosts", volume, "lost", "2")
+    assert "add a host" in fusefs("hosts", volume).err
+    result = fusefs("hosts", volume, "add", f"dir:{tmp_path / 'another'}")
+    assert result.text == f"host 3: dir:{tmp_path / 'another'}\n"
+    assert result.err == ""
+
+
+def test_a_recovery_says_of_a_host_that_is_away_once_that_it_is(tmp_path: Path) -> None:
+    urls = host_dirs(tmp_path, 3)
+    init(tmp_path / "v", "--replication", "2", *(word for url in urls for word in ("--host", url)))
+    fusefs("put", tmp_path / "v", "-", "name", stdin=b"two copies")
+    (tmp_path / "host2").rename(tmp_path / "away")
+    said = fusefs("recover", tmp_path / "new", "--host", urls[0], "--host", urls[1]).err.splitlines()
+    about = [warning for warning in said if "host2" in warning]
+    assert about == [f"fusefs: warning: a host did not answer: host {urls[2]}: opening it: a directory is missing (is its disk mounted?)"]
+    # Without a majority that is said besides, once.
+    (tmp_path / "host1").rename(tmp_path / "away too")
+    said = fusefs("recover", tmp_path / "newer", "--host", urls[0]).err.splitlines()
+    assert [warning.count("host2") for warning in said if "host2" in warning] == [1, 1]
+    assert sum("2 are needed" in warning for warning in said) == 1

@@ -112,7 +112,7 @@ class Tree:
                 _make_root(path)
             status = os.stat(path)
         except OSError as error:
-            raise translate(error, url, f"opening {path}") from error
+            raise translate(error, url, "opening it") from error
         if not stat.S_ISDIR(status.st_mode):
             raise Unavailable(f"host {url}: {path} is not a directory")
         tree = cls(path, url, failpoints, (status.st_dev, status.st_ino))

@@ -127,22 +127,29 @@ class Placement:
     async def poll_space(self) -> None:
         """Ask every reachable host for its room; one that does not tell, or does not answer, is left out."""
         known: dict[int, HostSpace] = {}
-
-        async def ask(number: int) -> None:
-            try:
-                space = await self._registry.get(number).space()
-            except FusefsError:
-                return
-            if space is not None:
-                known[number] = space
-
         # One hung host must not keep us from knowing the others.
         with trio.move_on_after(POLL_TIMEOUT):
             async with trio.open_nursery() as nursery:
                 for number in self._registry.numbers():
                     if self._registry.available(number):
-                        nursery.start_soon(ask, number)
+                        nursery.start_soon(self._ask_space, number, known)
         self._space, self._free = known, {number: space.free for number, space in known.items()}
+
+    async def ask_space(self, number: int) -> None:
+        """Ask one host for its room, not all: it is new."""
+        known: dict[int, HostSpace] = {}
+        with trio.move_on_after(POLL_TIMEOUT):
+            await self._ask_space(number, known)
+        self._space |= known
+        self._free |= {number: space.free for number, space in known.items()}
+
+    async def _ask_space(self, number: int, known: dict[int, HostSpace]) -> None:
+        try:
+            space = await self._registry.get(number).space()
+        except FusefsError:
+            return
+        if space is not None:
+            known[number] = space
 
     def space(self, number: int) -> HostSpace | None:
         """The host's room at the last poll; None if it did not tell."""
