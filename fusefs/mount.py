@@ -33,7 +33,7 @@ from fusefs.mounts import encode_source, mount_at, mount_of_volume
 from fusefs.operations import Operations
 from fusefs.options import MountOptions
 from fusefs.scratch import Scratch
-from storage import ReadOnlySource, Volume, VolumeOptions, open_read_only, open_volume
+from storage import ReadOnlySource, Volume, VolumeOptions, counted, open_read_only, open_volume
 from storage.errors import Busy, FusefsError, NotFound, Unavailable
 
 log = logging.getLogger(__name__)
@@ -227,8 +227,8 @@ async def _wait_for_previous(volume: Path, note: Note) -> None:
                 # Not "mounted" by its own word: it may not have noticed yet, or a program may keep a file open after a lazy unmount.
                 left = status.volume.pending_bytes + status.volume.logged_bytes + status.volume.staging.bytes
                 note(
-                    f"the previous mount of {volume} is not done yet: process {status.pid} has {left} bytes to bring to the hosts; "
-                    "waiting for it"
+                    f"the previous mount of {volume} is not done yet: process {status.pid} has {counted(left, 'byte')} to bring to the "
+                    "hosts; waiting for it"
                 )
                 try:
                     client.drain()

@@ -54,7 +54,7 @@ from storage.values.records import decode_value, tail_needed
 from storage.values.values import Values
 from storage.values.whose import files_in
 from storage.volume import DAY, Volume, VolumeOptions
-from storage.wording import named
+from storage.wording import counted, named
 
 log = logging.getLogger("fusefs.volume")
 
@@ -305,7 +305,7 @@ async def _wire(
     volume.sectors.partials.load()
     recovered = volume.values.recover(store.recovered_tails())
     if recovered:
-        log.info("%d bytes that were on no host yet came back from the journal", recovered)
+        log.info("what was in no sector yet came back from the journal: %s", counted(recovered, "byte"))
     if tails:
         await _take_tails(volume, tails)
     if tails is not None:
@@ -500,7 +500,7 @@ def _check_hosts(volume: Volume, spec: str) -> None:
     have = len(set(volume.hosts.numbers()) - given_up)
     if replication.hosts_needed > have:
         besides = ", besides those that are lost or being left" if given_up else ""
-        raise BadArgument(f"replication {spec} needs {replication.hosts_needed} hosts, this volume has {have}{besides}")
+        raise BadArgument(f"replication {spec} needs {counted(replication.hosts_needed, 'host')}, this volume has {have}{besides}")
 
 
 async def trim_idle(seams: Seams) -> None:

@@ -249,8 +249,8 @@ async def test_what_is_stored_otherwise_than_the_volume_says_is_told(tmp_path: P
         for spec, told in (
             ("3", ", 3 copies each"),
             ("2", ": 1 with 2 copies, 1 with 3 copies"),
-            ("1", ": 1 with 2 copies, 1 with one copy, 1 with 3 copies"),
-            ("2+1", ": 1 with 2 copies, 1 with one copy, 1 with 3 copies, 1 as 2+1 (data+parity)"),
+            ("1", ": 1 with 2 copies, 1 with 1 copy, 1 with 3 copies"),
+            ("2+1", ": 1 with 2 copies, 1 with 1 copy, 1 with 3 copies, 1 as 2+1 (data+parity)"),
         ):
             await append(volume, new_value(volume, spec), noise(100))
             await volume.flush()
@@ -347,4 +347,4 @@ def test_a_recovery_says_of_a_host_that_is_away_once_that_it_is(tmp_path: Path) 
     (tmp_path / "host1").rename(tmp_path / "away too")
     said = fusefs("recover", tmp_path / "newer", "--host", urls[0]).err.splitlines()
     assert [warning.count("host2") for warning in said if "host2" in warning] == [1, 1]
-    assert sum("2 are needed" in warning for warning in said) == 1
+    assert sum("has to be on 2" in warning for warning in said) == 1

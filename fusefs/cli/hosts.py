@@ -18,6 +18,7 @@ from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume, with_bar
 from fusefs.cli.startup import importing
 from fusefs.cli.status import hosts_table, milliseconds, volume_status
+from storage import counted
 
 if TYPE_CHECKING:
     from storage import RepairStatus
@@ -195,7 +196,7 @@ def repair(path: Path, upload_rate: int | None, passphrase_file: Path | None) ->
     else:
         outcome = run(partial(_repair_unmounted, target.volume, passphrase(passphrase_file), upload_rate))
     if outcome.pending:
-        write_line(f"{outcome.pending:,} sectors are not as they should be: {outcome.trouble or 'see fusefs status'}")
+        write_line(f"not as it should be: {counted(outcome.pending, 'sector')}: {outcome.trouble or 'see fusefs status'}")
         click.get_current_context().exit(1)
     write_line("every sector is as it should be")
 

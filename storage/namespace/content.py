@@ -16,6 +16,7 @@ from storage.namespace.inheritance import Inheritance
 from storage.namespace.inodes import Change, Inode, InodeTable
 from storage.namespace.records import MAX_OFFSET, clone, encode_inode, inode_key
 from storage.turn import Turn
+from storage.wording import counted
 
 PAGE = 4096
 
@@ -246,7 +247,7 @@ class Content:
             self._lengthen(inode, size)
         else:
             where = self._directories.describe(ino)
-            raise NotPermitted(f"{where}: cannot be cut from {now_size} to {size} bytes (append-only); only to 0")
+            raise NotPermitted(f"{where}: cannot be cut from {now_size} to {counted(size, 'byte')} (append-only); only to 0")
 
     def _empty(self, inode: Inode) -> None:
         """A new value; the old one, and its map, go in the same batch."""

@@ -29,6 +29,7 @@ from storage.sectors.redundancy import Layout, layout_of
 from storage.sectors.staging import Staging
 from storage.sectors.upload import Upload, Way
 from storage.sectors.walking import below_full, walk
+from storage.wording import counted
 
 log = logging.getLogger("fusefs.sectors")
 
@@ -218,7 +219,7 @@ class SectorManager:
         staging = self.staging
         if not staging.limit or not staging.below:
             return error
-        why = staging.trouble or f"{staging.size} of {staging.limit} bytes are used"
+        why = staging.trouble or f"{staging.size:,} of {staging.limit:,} bytes are used"
         return NoSpace(f"staging takes no more until hosts do ({why}; {error})")
 
     def _seal(self, sector_id: int, layout: Layout, parts: Sequence[Buffer]) -> tuple[list[SealedShard], list[list[Buffer]]]:
@@ -243,7 +244,7 @@ class SectorManager:
         if not left or not why:
             return ""
         size = sum(entry.to_send for entry in left)
-        return f"sectors in {self.staging.path} and not on enough hosts yet: {len(left):,} ({size:,} bytes to send): {why}"
+        return f"sectors in {self.staging.path} and not on enough hosts yet: {len(left):,} ({counted(size, 'byte')} to send): {why}"
 
     def uploading(self, sector_id: int) -> bool:
         """Is some shard of its first upload still on its way, or in staging?"""

@@ -44,6 +44,7 @@ from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
 from storage.sectors.strays import Strays
 from storage.sectors.walking import below_full, walk
 from storage.standing import Standing
+from storage.wording import counted
 
 log = logging.getLogger("fusefs.reconcile")
 
@@ -313,7 +314,7 @@ class Reconciler:
                 nursery.start_soon(self._mend_one, sector_id, keeping, limit, mark)
         if self._unmended:
             # One line a round, not one a sector: what keeps one from being mended often keeps them all.
-            log.warning("%d sectors stay as they are for now: %s", self._unmended, self.status.trouble)
+            log.warning("not as it should be, for now: %s: %s", counted(self._unmended, "sector"), self.status.trouble)
         return not outdated and not self._outdated(keeping)
 
     async def _count(self, keeping: frozenset[int]) -> None:
