@@ -17,8 +17,9 @@ from storage.sectors import leaving, manager
 from storage.sectors.records import decode_sector
 from storage.status import LEFT, VolumeStatus
 from storage.volume import Volume
-from tests.cli_runner import fusefs, init
+from tests.cli_runner import PASSPHRASE, fusefs, init
 from tests.rig import QUIET, append, host_dirs, make, new_value, noise, opened
+from tests.test_cli_bad_input import ask
 
 
 def line(now: VolumeStatus, label: str) -> str:
@@ -249,8 +250,8 @@ async def test_what_is_stored_otherwise_than_the_volume_says_is_told(tmp_path: P
         for spec, told in (
             ("3", ", 3 copies each"),
             ("2", ": 1 with 2 copies, 1 with 3 copies"),
-            ("1", ": 1 with 2 copies, 1 with 1 copy, 1 with 3 copies"),
-            ("2+1", ": 1 with 2 copies, 1 with 1 copy, 1 with 3 copies, 1 as 2+1 (data+parity)"),
+            ("1", ": 1 with 2 copies, 1 with one copy, 1 with 3 copies"),
+            ("2+1", ": 1 with 2 copies, 1 with one copy, 1 with 3 copies, 1 as 2+1 (data+parity)"),
         ):
             await append(volume, new_value(volume, spec), noise(100))
             await volume.flush()
@@ -348,3 +349,17 @@ def test_a_recovery_says_of_a_host_that_is_away_once_that_it_is(tmp_path: Path) 
     said = fusefs("recover", tmp_path / "newer", "--host", urls[0]).err.splitlines()
     assert [warning.count("host2") for warning in said if "host2" in warning] == [1, 1]
     assert sum("has to be on 2" in warning for warning in said) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- what is copied
+
+
+def test_on_a_terminal_of_80_columns_a_long_url_is_not_broken(tmp_path: Path) -> None:
+    """A terminal that wraps a line itself gives it back whole."""
+    url = f"dir:{tmp_path / ('a long name ' * 10).replace(' ', '-')}"
+    init(tmp_path / "v", "--host", url)
+    status, shown = ask(["hosts", str(tmp_path / "v")], [PASSPHRASE.encode()], tmp_path)
+    assert status == 0
+    (row,) = [text for text in shown.decode().splitlines() if url[:20] in text]
+    assert url in row.split()
+    assert row.split()[-2] == "to"

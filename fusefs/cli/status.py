@@ -148,7 +148,7 @@ def _stored_as(now: VolumeStatus) -> str:
     """How often, or as which code; directories may have another replication than the volume."""
 
     def told(spec: str) -> str:
-        return f"as {spec}, data+parity" if "+" in spec else f"{'one copy' if spec == '1' else counted(int(spec), 'copy', 'copies')} each"
+        return f"as {spec}, data+parity" if "+" in spec else "one copy each" if spec == "1" else spec + " copies each"
 
     if not now.stored_as:
         return f", {told(now.replication)}" + (", where no directory has another replication" if now.sectors else "")
@@ -156,7 +156,7 @@ def _stored_as(now: VolumeStatus) -> str:
         return f", {told(*now.stored_as)}"
 
     def one_of(spec: str) -> str:
-        return f"as {spec} (data+parity)" if "+" in spec else f"with {counted(int(spec), 'copy', 'copies')}"
+        return f"as {spec} (data+parity)" if "+" in spec else "with one copy" if spec == "1" else "with " + spec + " copies"
 
     # The volume's own first.
     specs = sorted(now.stored_as, key=lambda spec: (spec != now.replication, "+" in spec, spec))
