@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from storage.status import ScrubStatus as ScrubStatus
     from storage.status import StagingStatus as StagingStatus
     from storage.status import StoredAs as StoredAs
+    from storage.status import VolumeRoom as VolumeRoom
     from storage.status import VolumeStatus as VolumeStatus
     from storage.turn import Turn as Turn
     from storage.volume import Volume as Volume
@@ -133,6 +134,7 @@ _HOMES = {
         "ScrubStatus",
         "StagingStatus",
         "StoredAs",
+        "VolumeRoom",
         "VolumeStatus",
     ),
     "storage.turn": ("Turn",),

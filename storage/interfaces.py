@@ -214,10 +214,11 @@ class HostCapabilities:
 
 @dataclass(frozen=True, slots=True)
 class HostSpace:
-    """Bytes on the host: `free` for us, `total` in all."""
+    """Bytes on the host: `free` for us, `total` in all. Hosts of one `disk` share them; "": with nobody, as far as is known."""
 
     free: int
     total: int
+    disk: str = ""
 
 
 @dataclass(frozen=True, slots=True)

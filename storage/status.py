@@ -232,6 +232,14 @@ class ScrubStatus(msgspec.Struct, frozen=True, kw_only=True):
     trouble: str = ""
 
 
+class VolumeRoom(msgspec.Struct, frozen=True):
+    """For df: files, the bytes in them, and the bytes that hosts could still take of files."""
+
+    files: int
+    used: int
+    free: int
+
+
 class VolumeStatus(msgspec.Struct, frozen=True):
     """Everything `fusefs status` shows."""
 

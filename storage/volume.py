@@ -23,6 +23,7 @@ from storage.interfaces import Batch, FlushProgress, FlushReport, Refusal
 from storage.metadata.store import Store
 from storage.namespace import Namespace
 from storage.renewal import Renewal
+from storage.replication import parse_replication
 from storage.seams import Seams
 from storage.sectors.damage import Damages
 from storage.sectors.deleter import Deleter
@@ -43,6 +44,7 @@ from storage.status import (
     RepairStatus,
     RewriteStatus,
     ScrubReport,
+    VolumeRoom,
     VolumeStatus,
 )
 from storage.status_of import repair_status_of, status_of
@@ -302,6 +304,11 @@ class Volume:
     def rewrite_status(self) -> RewriteStatus:
         """What there is to move to another replication, and what was moved since the volume was opened."""
         return msgspec.structs.replace(self.values.rewriter.status(), directories=self.namespace.handing_down())
+
+    def room(self) -> VolumeRoom:
+        """For df. No host is asked anything."""
+        replication = parse_replication(self.config.replication)
+        return VolumeRoom(self.namespace.regular_files(), self.namespace.counts()[1], self.placement.free(replication))
 
     async def status(self) -> VolumeStatus:
         """A snapshot, without asking any host anything that could hang."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -12,12 +13,16 @@ import pytest
 from fusefs.cli.scrub import lines
 from fusefs.cli.status import _summary, warnings
 from storage.errors import Corrupt, Unavailable
+from storage.interfaces import HostSpace
 from storage.metadata.keys import SECTOR, prefix_end
+from storage.replication import parse_replication
 from storage.sectors import leaving, manager
+from storage.sectors.placement import PLENTY
 from storage.sectors.records import decode_sector
 from storage.status import LEFT, VolumeStatus
 from storage.volume import Volume
 from tests.cli_runner import PASSPHRASE, fusefs, init
+from tests.mounting import mounting_in
 from tests.rig import QUIET, append, host_dirs, make, new_value, noise, opened
 from tests.test_cli_bad_input import ask
 
@@ -363,3 +368,39 @@ def test_on_a_terminal_of_80_columns_a_long_url_is_not_broken(tmp_path: Path) ->
     (row,) = [text for text in shown.decode().splitlines() if url[:20] in text]
     assert url in row.split()
     assert row.split()[-2] == "to"
+
+
+# ------------------------------------------------------------------------------------------------------------------- df
+
+
+@pytest.mark.parametrize(
+    ("spaces", "spec", "free"),
+    [
+        # Three hosts of which two share a disk: 65 on it and on the third, 30 of which are there.
+        ({1: HostSpace(100, 900, "a"), 2: HostSpace(100, 900, "a"), 3: HostSpace(30, 900, "b")}, "2", 65),
+        # What the smallest has no room for is of no use to the others.
+        ({1: HostSpace(100, 900, "a"), 2: HostSpace(100, 900, "a"), 3: HostSpace(30, 900, "b")}, "3", 30),
+        ({1: HostSpace(100, 900, "a"), 2: HostSpace(100, 900, "a"), 3: HostSpace(30, 900, "b")}, "2+1", 60),
+        ({number: HostSpace(100, 900, "a") for number in (1, 2, 3)}, "2", 50),
+        ({number: HostSpace(100, 900) for number in (1, 2, 3)}, "2", 150),
+        # Buckets do not tell.
+        ({1: HostSpace(100, 900), 2: HostSpace(70, 900)}, "2", 170),
+        ({}, "2", PLENTY),
+    ],
+)
+async def test_what_is_free_is_what_can_be_stored(tmp_path: Path, spaces: dict[int, HostSpace], spec: str, free: int) -> None:
+    await make(tmp_path / "v", host_dirs(tmp_path, 3), "2")
+    async with opened(tmp_path / "v") as volume:
+        volume.placement._space = spaces
+        assert volume.placement.free(parse_replication(spec)) == free
+
+
+def test_df_shows_what_the_volume_holds_and_what_it_has_room_for(tmp_path: Path) -> None:
+    """Not what else is on the disks of its hosts, nor a disk as often as there are hosts on it."""
+    with mounting_in(tmp_path) as mounting:
+        mounted = mounting.mount(volume=mounting.volume(hosts=host_dirs(tmp_path, 3), replication="2"))
+        (mounted.path / "file").write_bytes(noise(10_000_000))
+        now, disk = os.statvfs(mounted.path), os.statvfs(tmp_path)
+        assert 10_000_000 <= (now.f_blocks - now.f_bfree) * now.f_frsize < 10_000_000 + now.f_frsize
+        # Others write to that disk as well.
+        assert abs(now.f_bavail * now.f_frsize - disk.f_bavail * disk.f_frsize / 2) < disk.f_bavail * disk.f_frsize / 10

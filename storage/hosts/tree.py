@@ -310,7 +310,8 @@ class Tree:
     def space(self) -> HostSpace:
         with self._errors("asking for its space"), self._root() as root:
             status = os.fstatvfs(root)
-            return HostSpace(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize)
+            disk = f"dev {os.fstat(root).st_dev}"
+            return HostSpace(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize, disk)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Changing. Each calls `wanted` right before the step that cannot be taken back: it raises Abandoned if nobody wants it any more, so

@@ -22,6 +22,8 @@ from storage.standing import Standing
 
 #: Seconds all hosts together have to tell their room.
 POLL_TIMEOUT = 5.0
+#: Bytes that buckets, which do not tell, have room for.
+PLENTY = 1 << 50
 #: Hosts a message names.
 SHOWN = 5
 
@@ -154,6 +156,29 @@ class Placement:
     def space(self, number: int) -> HostSpace | None:
         """The host's room at the last poll; None if it did not tell."""
         return self._space.get(number)
+
+    def free(self, replication: Replication) -> int:
+        """Bytes of files that hosts could still take, as of the last poll.
+
+        Each sector goes to distinct hosts, so what only a few have room for does not count; what hosts share counts once. Those that do not
+        tell have room for whatever comes, up to PLENTY.
+        """
+        disks: dict[str, tuple[int, int]] = {}
+        for number in self._usable(self._standing.keeping()):
+            space = self._space.get(number)
+            # A host of its own where nothing is known to be shared.
+            disk = (space.disk if space is not None else "") or f"host {number}"
+            _, hosts = disks.get(disk, (0, 0))
+            disks[disk] = (space.free if space is not None else PLENTY, hosts + 1)
+        # The largest shard of all sectors together for which the hosts, each with one at most, have room.
+        low, high = 0, PLENTY
+        while low < high:
+            middle = (low + high + 1) // 2
+            if sum(min(room, hosts * middle) for room, hosts in disks.values()) >= replication.hosts_needed * middle:
+                low = middle
+            else:
+                high = middle - 1
+        return min(low * replication.k, PLENTY)
 
     def room(self, replication: Replication) -> HostSpace | None:
         """The room on the host that would be the last to take a copy; None where hosts do not tell."""
