@@ -9,13 +9,11 @@ import logging
 import stat
 
 import pyfuse3
-import trio
 
 from fusefs.base import HandlerBase
 from fusefs.entries import entry_of
 from fusefs.guard import guarded
 from fusefs.handles import OpenInode
-from fusefs.space import Space
 from storage.errors import NotFound
 
 log = logging.getLogger(__name__)
@@ -120,29 +118,17 @@ class AttributeHandlers(HandlerBase):
 
     @guarded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        space = await self._space()
+        # As `du` has it: what files hold, however often it is stored, and with whomever the hosts' disks are shared.
+        room = self.volume.room()
         data = pyfuse3.StatvfsData()
         data.f_bsize = 4096
         data.f_frsize = 4096
-        data.f_blocks = space.total // 4096
-        data.f_bfree = data.f_bavail = space.free // 4096
-        data.f_files = space.files + (1 << 32)
+        data.f_bfree = data.f_bavail = room.free // 4096
+        data.f_blocks = -(-room.used // 4096) + data.f_bfree
+        data.f_files = room.files + (1 << 32)
         data.f_ffree = data.f_favail = 1 << 32
         data.f_namemax = 255
         return data
-
-    async def _space(self) -> Space:
-        """As of at most a few seconds ago: asking every host takes its time, and df must not hang because a host does."""
-        now = self.volume.seams.clock.monotonic()
-        if self._known_space is None or now - self._known_space_at > 5:
-            with trio.move_on_after(3):
-                self._known_space = Space.of(await self.volume.status())
-                if self._known_space.total:  # else the hosts have not told yet: ask again with the next df
-                    self._known_space_at = now
-        return self._known_space or Space(files=0, free=0, total=0)
-
-    _known_space: Space | None = None
-    _known_space_at = float("-inf")
 
     # ----------------------------------------------------------------------------------------------------------------
     # Extended attributes: only with -o xattr. ENOSYS tells the kernel never to ask again, which saves a request with every write(2).

@@ -20,6 +20,7 @@ import pyfuse3
 from fusefs.errno_map import errno_of
 from fusefs.ratelimit import RateLimit
 from fusefs.receiver import Receiver
+from storage import counted
 from storage.errors import Corrupt, Expired, Fenced, FusefsError, IOFailure, NoSpace, NotPermitted, Unavailable
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def answer(name: str, error: Exception) -> pyfuse3.FUSEError:
         if isinstance(error, WORTH_A_LINE):
             skipped = _limit.admit()
             if skipped is not None:
-                log.warning("%s: %s%s", name, error, f" ({skipped} similar messages left out)" if skipped else "")
+                log.warning("%s: %s%s", name, error, f" ({counted(skipped, 'similar message')} left out)" if skipped else "")
         return pyfuse3.FUSEError(errno_of(error))
     log.error("bug in the handler of %s: the program got EIO", name, exc_info=error)
     return pyfuse3.FUSEError(errno.EIO)

@@ -33,7 +33,7 @@ from fusefs.mounts import encode_source, mount_at, mount_of_volume
 from fusefs.operations import Operations
 from fusefs.options import MountOptions
 from fusefs.scratch import Scratch
-from storage import ReadOnlySource, Volume, VolumeOptions, open_read_only, open_volume
+from storage import ReadOnlySource, Volume, VolumeOptions, counted, open_read_only, open_volume
 from storage.errors import Busy, FusefsError, NotFound, Unavailable
 
 log = logging.getLogger(__name__)
@@ -225,10 +225,10 @@ async def _wait_for_previous(volume: Path, note: Note) -> None:
                 if other is not None or status.phase == "starting":
                     raise Busy(f"{volume} is in use by process {status.pid}, which has it mounted on {status.mountpoint}")
                 # Not "mounted" by its own word: it may not have noticed yet, or a program may keep a file open after a lazy unmount.
-                left = status.volume.pending_bytes + status.volume.staging.bytes
+                left = status.volume.pending_bytes + status.volume.logged_bytes + status.volume.staging.bytes
                 note(
-                    f"the previous mount of {volume} is not done yet: process {status.pid} has {left} bytes to bring to the hosts; "
-                    "waiting for it"
+                    f"the previous mount of {volume} is not done yet: process {status.pid} has {counted(left, 'byte')} to bring to the "
+                    "hosts; waiting for it"
                 )
                 try:
                     client.drain()
@@ -380,8 +380,8 @@ class Stopper:
                     )
                 else:
                     state.final_report = report
-                    for reason in report.reasons:
-                        log.warning("%d sectors are not at full replication: %s", report.degraded_sectors, reason)
+                    if told := str(report):
+                        log.warning("%s", told)
                 break
         if self._flush_scope.cancelled_caught:
             state.final_error = Unavailable(f"the flush was broken off; what is not on the hosts yet is kept in {volume.path}")

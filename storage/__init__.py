@@ -84,11 +84,14 @@ if TYPE_CHECKING:
     from storage.status import ScrubStatus as ScrubStatus
     from storage.status import StagingStatus as StagingStatus
     from storage.status import StoredAs as StoredAs
+    from storage.status import VolumeRoom as VolumeRoom
     from storage.status import VolumeStatus as VolumeStatus
     from storage.turn import Turn as Turn
     from storage.volume import Volume as Volume
     from storage.volume import VolumeOptions as VolumeOptions
     from storage.wiring import open_volume as open_volume
+    from storage.wording import counted as counted
+    from storage.wording import named as named
 
 _HOMES = {
     "storage.checking": ("CheckProgress", "CheckReport", "Finding", "check_volume"),
@@ -131,11 +134,13 @@ _HOMES = {
         "ScrubStatus",
         "StagingStatus",
         "StoredAs",
+        "VolumeRoom",
         "VolumeStatus",
     ),
     "storage.turn": ("Turn",),
     "storage.volume": ("Volume", "VolumeOptions"),
     "storage.wiring": ("open_volume",),
+    "storage.wording": ("counted", "named"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -22,6 +22,7 @@ from storage.replication import parse_replication
 from storage.seams import Seams
 from storage.volume import VolumeOptions
 from storage.wiring import absolute, with_layers
+from storage.wording import counted
 
 
 async def create_volume(
@@ -55,7 +56,7 @@ async def create_volume(
     urls = list(hosts) or [f"dir:{path / 'host'}"]
     if len(urls) < spec.hosts_needed:
         raise BadArgument(
-            f"replication {config.replication} needs {spec.hosts_needed} hosts, {len(urls)} given; "
+            f"replication {config.replication} needs {counted(spec.hosts_needed, 'host')}, {len(urls)} given; "
             f"add --host for {spec.hosts_needed - len(urls)} more"
         )
     _check_urls(urls)
@@ -74,7 +75,9 @@ async def create_volume(
                 try:
                     record = volume.hosts.record(await volume.add_host(url))
                 except Exists as error:
-                    raise BadArgument(f"replication {config.replication} needs {spec.hosts_needed} different hosts: {error}") from error
+                    raise BadArgument(
+                        f"replication {config.replication} needs {counted(spec.hosts_needed, 'different host')}: {error}"
+                    ) from error
                 if on_host is not None:
                     on_host(record.url, record.capabilities)
             await volume.commit()

@@ -26,6 +26,7 @@ import msgspec
 
 from storage.errors import FusefsError
 from storage.status import ReplicationStatus
+from storage.wording import counted
 
 Buffer = bytes | bytearray | memoryview
 
@@ -208,10 +209,11 @@ class HostCapabilities:
 
 @dataclass(frozen=True, slots=True)
 class HostSpace:
-    """Bytes on the host: `free` for us, `total` in all."""
+    """Bytes on the host: `free` for us, `total` in all. Hosts of one `disk` share them; "": with nobody, as far as is known."""
 
     free: int
     total: int
+    disk: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -606,6 +608,13 @@ class FlushReport:
 
     degraded_sectors: int = 0
     reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """For people: what has too few copies, and why; "" if nothing has."""
+        reasons = "; ".join(dict.fromkeys(self.reasons))
+        if self.degraded_sectors:
+            return f"{counted(self.degraded_sectors, 'sector')} with too few copies: {reasons or 'see fusefs status'}"
+        return f"what has a copy there has one fewer now: {reasons}" if reasons else ""
 
 
 class Values(Protocol):

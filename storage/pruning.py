@@ -53,6 +53,7 @@ from storage.hosts.registry import Opener
 from storage.hosts.urls import parse_url
 from storage.interfaces import Host, TidyHost
 from storage.seams import Seams
+from storage.wording import counted
 
 log = logging.getLogger("fusefs.prune")
 
@@ -179,7 +180,7 @@ class Pruner:
             names += [stored.name async for stored in lock.hidden(prefix)]
         found.names = sorted(set(names))[:MAX_CONTRACTS]
         if len(set(names)) > MAX_CONTRACTS:
-            found.problems.append(f"it has {len(names)} contracts, more than there can be")
+            found.problems.append(f"it has {counted(len(names), 'contract')}, more than there can be")
         for name in found.names:
             contract_id = name.removeprefix(prefix).removesuffix(".json")
             if not is_id(contract_id) or not name.endswith(".json"):

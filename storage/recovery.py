@@ -39,13 +39,14 @@ from storage.interfaces import Batch, MetadataReader
 from storage.keyfile import KEY_FILE, Argon2Parameters, make_keyfile, make_slot, passphrase_bytes, save_keyfile
 from storage.keys import master_of_phrase
 from storage.lock import LOCK_FILE, VolumeLock
-from storage.metadata.keys import COUNTER, EXTENT, HOST, SECTOR, prefix_end, read_u64, u64
+from storage.metadata.keys import COUNTER, HOST, SECTOR, prefix_end, read_u64, u64
 from storage.metadata.store import PUBLISHED_KEY
 from storage.seams import Seams
 from storage.sectors.plan import can_be_read, make_plan
 from storage.sectors.records import decode_sector
 from storage.sectors.staging import DIRECTORY as STAGING_DIRECTORY
-from storage.values.records import decode_extent, decode_value, sealed_end, value_key
+from storage.values.records import sealed_end
+from storage.values.whose import files_in
 from storage.volume import Volume, VolumeOptions
 from storage.wiring import absolute, with_layers
 
@@ -58,8 +59,6 @@ _MADE = ("journal", "metadata", STAGING_DIRECTORY, KEY_FILE, CONFIG_FILE, RECOVE
 JUMP = 1 << 32
 #: The counters there are, also those that have no record yet.
 COUNTERS = (b"sector", b"value", b"inode", b"cookie")
-#: Paths named of what is degraded.
-EXAMPLES = 5
 _SLICE = 500
 
 
@@ -364,9 +363,11 @@ def _amend(choice: Choice, candidate: Candidate, reader: MetadataReader, restore
 async def _report(volume: Volume, choice: Choice, candidate: Candidate, majority: bool, trouble: str) -> RecoveryReport:
     block, body = candidate.block, candidate.body
     away = [record for record in volume.hosts.records() if not volume.hosts.available(record.number)]
-    silent = [f"{record.url}: {volume.hosts.reason(record.number)}" for record in away]
     on_record = {record.url for record in volume.hosts.records()}
-    silent += [f"{url}: {why}" for url, why in choice.silent.items() if url not in on_record]
+    reasons = {record.url: volume.hosts.reason(record.number) for record in away}
+    reasons |= {url: why for url, why in choice.silent.items() if url not in on_record}
+    # Most reasons name the host themselves.
+    silent = [why if url in why else f"host {url}: {why}" for url, why in reasons.items()]
     ids = {record.host_id for record in volume.hosts.records()}
     notes = [*choice.notes, *(f"host {s.url.base} is none of the volume's hosts" for s in choice.sources if s.host_id not in ids)]
     return RecoveryReport(
@@ -416,22 +417,4 @@ async def _degraded(volume: Volume) -> Degraded:
         return False
 
     await _scan(volume.store, SECTOR, look)
-    return Degraded(fewer, len(unreadable), tuple(await _paths_in(volume, unreadable)))
-
-
-async def _paths_in(volume: Volume, sectors: set[int]) -> list[str]:
-    """Some paths of files with bytes in these sectors."""
-    owners: list[int] = []
-
-    def look(key: bytes, raw: bytes) -> bool:
-        extent = decode_extent(key, raw)
-        if extent.sector_id in sectors and (value := volume.store.get(value_key(extent.value_id))) is not None:
-            owner = decode_value(value, extent.value_id).owner
-            if owner not in owners:
-                owners.append(owner)
-        return len(owners) >= EXAMPLES
-
-    if sectors:
-        await _scan(volume.store, EXTENT, look)
-    paths = [volume.namespace.path_of(owner) for owner in owners]
-    return [os.fsdecode(path) for path in paths if path is not None]
+    return Degraded(fewer, len(unreadable), tuple(await files_in(volume.store, volume.namespace.path_of, unreadable, most=None)))

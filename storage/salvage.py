@@ -37,6 +37,7 @@ from storage.sectors.label import LABEL_SIZE, parse_label
 from storage.sectors.redundancy import Layout, layout_of
 from storage.values.packing import parse_table
 from storage.wiring import absolute, only
+from storage.wording import counted
 
 #: Sectors fetched and opened at the same time.
 FETCHES = 3
@@ -162,7 +163,7 @@ class _Salvage:
             await self._assemble(coded)
         if not self.sectors:
             raise WrongPassphrase(
-                f"none of {count} sectors of volume {self._volume_id.hex()} opens with this key: is it another volume's? "
+                f"with this key none opens of {counted(count, 'sector')} of volume {self._volume_id.hex()}: is it another volume's? "
                 f"({'; '.join(self.notes[:2])})"
             )
 

@@ -182,6 +182,11 @@ class ScrubReport(msgspec.Struct, frozen=True, kw_only=True):
     #: Why something could not be repaired; "" if everything was.
     trouble: str
     seconds: float
+    #: Sectors with fewer copies than they should have, and why: what is not there cannot be looked at.
+    degraded_sectors: int = 0
+    shortage: str = ""
+    #: Some of the files with bytes in what is lost, or else in what is left.
+    files: list[str] = []
 
     @property
     def left(self) -> int:
@@ -190,8 +195,8 @@ class ScrubReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def exit_status(self) -> int:
-        """0: every copy was looked at, and is good; else REPAIRED or LEFT."""
-        if self.left or self.unanswered:
+        """0: every copy there should be was looked at, and is good; else REPAIRED or LEFT."""
+        if self.left or self.unanswered or self.degraded_sectors:
             return LEFT
         return REPAIRED if self.missing + self.damaged else 0
 
@@ -225,6 +230,14 @@ class ScrubStatus(msgspec.Struct, frozen=True, kw_only=True):
     pending: int = 0
     lost: int = 0
     trouble: str = ""
+
+
+class VolumeRoom(msgspec.Struct, frozen=True):
+    """For df: files, the bytes in them, and the bytes that hosts could still take of files."""
+
+    files: int
+    used: int
+    free: int
 
 
 class VolumeStatus(msgspec.Struct, frozen=True):
@@ -269,6 +282,12 @@ class VolumeStatus(msgspec.Struct, frozen=True):
     staging: StagingStatus = StagingStatus()
     repair: RepairStatus = RepairStatus()
     rewrite: RewriteStatus = RewriteStatus()
+    #: Bytes that are in no sector yet, and in the log on a majority of the hosts: `pending_bytes` does not count them.
+    logged_bytes: int = 0
+    #: Some of the files with bytes in sectors that cannot be had, or else in those that a copy is bad of.
+    damaged_files: list[str] = []
+    #: Replication -> sectors that are stored so; empty where they are too many to look at each time.
+    stored_as: dict[str, int] = {}
     #: Places that were looked for on a host that has forgotten things, and are not there: as far as no other host has them they are lost.
     missing_places: int = 0
     scrub: ScrubStatus = ScrubStatus()

@@ -38,8 +38,9 @@ def status_of(volume: Volume) -> VolumeStatus:
     publisher = volume.publisher
     lost = publisher.fleet.lost() if publisher is not None else {}
     histories = publisher.fleet.trouble_of() if publisher is not None else {}
-    left = "leaving" if volume.reconciler.unsettled() else "left"
-    leaving = dict.fromkeys(volume.standing.leaving(), left)
+    given_up = volume.standing.leaving()
+    needed = volume.reconciler.leaving.still_on(given_up)
+    leaving = {number: "leaving" if number in needed else "left" for number in given_up}
     ending, ended = volume.standing.ending(), volume.standing.ended()
     hosts: list[HostStatus] = []
     for record in volume.hosts.records():
@@ -87,6 +88,8 @@ def status_of(volume: Volume) -> VolumeStatus:
     urls = {record.number: record.url for record in volume.hosts.records()}
     trouble, local = volume.values.shipper.trouble, volume.values.local_trouble
     shown = (local, volume.values.full, trouble, volume.store.trouble)
+    # Of what was removed meanwhile nothing is pending.
+    logged = min(volume.values.logged_bytes(), volume.values.pending_bytes)
     fenced = volume.publisher is not None and failure is not None and volume.publisher.fenced == failure
     return VolumeStatus(
         volume_id=volume.volume_id,
@@ -97,7 +100,8 @@ def status_of(volume: Volume) -> VolumeStatus:
         files=volume.namespace.regular_files(),
         bytes=size,
         sectors=volume.sectors.count,
-        pending_bytes=volume.values.pending_bytes,
+        pending_bytes=volume.values.pending_bytes - logged,
+        logged_bytes=logged,
         # What is in staging is told by itself.
         degraded_sectors=max(0, volume.sectors.degraded() - len(volume.staging.below)),
         sectors_to_delete=volume.deleter.pending(),

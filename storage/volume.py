@@ -23,6 +23,7 @@ from storage.interfaces import Batch, FlushProgress, FlushReport, Refusal
 from storage.metadata.store import Store
 from storage.namespace import Namespace
 from storage.renewal import Renewal
+from storage.replication import parse_replication
 from storage.seams import Seams
 from storage.sectors.damage import Damages
 from storage.sectors.deleter import Deleter
@@ -43,10 +44,12 @@ from storage.status import (
     RepairStatus,
     RewriteStatus,
     ScrubReport,
+    VolumeRoom,
     VolumeStatus,
 )
 from storage.status_of import repair_status_of, status_of
 from storage.values.values import Values
+from storage.values.whose import files_in
 
 log = logging.getLogger("fusefs.volume")
 
@@ -55,6 +58,8 @@ DAY = 86400.0
 STAGING = 10 * 1024 * 1024 * 1024
 #: Refusals kept for `status`.
 REFUSALS = 100
+#: Seconds for which names of damaged files are not looked for anew.
+REMEMBERED = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,8 @@ class Volume:
         self.passing: list[tuple[str, Callable[[], bool]]] = []
         self.refusals: deque[Refusal] = deque(maxlen=REFUSALS)
         self.refusals_total = 0
+        #: Sectors with bad copies, files with bytes in them, and until when that is true enough, on the monotonic clock.
+        self._damaged: tuple[frozenset[int], list[str], float] = frozenset(), [], 0.0
         # Set by `_wire`, before anybody sees the volume.
         self.store: Store
         self.epochs: Epochs
@@ -153,6 +160,9 @@ class Volume:
                 await self.publisher.publish()
             except Unavailable as error:
                 report = replace(report, reasons=(*report.reasons, f"metadata: {error}"))
+        if report.degraded_sectors and not report.reasons:
+            # Nothing has failed: what takes copies is too few, or has them on the way.
+            report = replace(report, reasons=(self._shortage(),))
         # A host that is away now may have copies of anything: whoever flushes to be safe wants to know. One that was given up has none that
         # count.
         given_up = self.standing.lost()
@@ -166,6 +176,8 @@ class Volume:
             # I5: what a majority is must not be for a minority to change.
             await self.publisher.confirm_majority()
         number = await self.hosts.add(url)
+        # `status` and placement are to know its room before the next poll of all.
+        await self.placement.ask_space(number)
         await self.contractor.conclude_contract(str(number), (contract_days or self.config.contract_days) * DAY)
         batch = Batch()
         self.reconciler.fill(batch)
@@ -183,6 +195,9 @@ class Volume:
         number = self.hosts.resolve(host)
         batch = Batch()
         self.standing.mark_leaving(batch, number, leave)
+        if leave:
+            # It may have kept, and got something, since the last look without it.
+            self.reconciler.look_anew(batch)
         self.store.apply(batch)
         await self.store.commit()
         self.reconciler.wake()
@@ -212,7 +227,23 @@ class Volume:
             raise NotPermitted(f"{self.path} is open for reading only")
         report = await self.scrubber.scrub(full=full, sample=sample)
         await self.store.commit()
-        return report
+        # Copies that are not there cannot be looked at, and whoever asks wants to know all the same.
+        lacking = await self.sectors.lacking()
+        files = await self._damaged_files() if report.left else []
+        return msgspec.structs.replace(report, degraded_sectors=lacking, shortage=self._shortage() if lacking else "", files=files)
+
+    async def _damaged_files(self) -> list[str]:
+        """Some of those that bad copies are known of."""
+        sectors = frozenset(self.damages.sectors())
+        now = self.seams.clock.monotonic()
+        if self._damaged[0] != sectors or now >= self._damaged[2]:
+            # Not looked for each time somebody asks.
+            self._damaged = sectors, await files_in(self.store, self.namespace.path_of, sectors), now + REMEMBERED
+        return self._damaged[1]
+
+    def _shortage(self) -> str:
+        """Why sectors have too few copies."""
+        return self.reconciler.status.trouble or f"copies are still to be made{self.placement.besides()}"
 
     def scrub_progress(self) -> tuple[int, int]:
         """Of the `scrub` that is under way: sectors looked at, and in all."""
@@ -274,6 +305,12 @@ class Volume:
         """What there is to move to another replication, and what was moved since the volume was opened."""
         return msgspec.structs.replace(self.values.rewriter.status(), directories=self.namespace.handing_down())
 
+    def room(self) -> VolumeRoom:
+        """For df. No host is asked anything."""
+        replication = parse_replication(self.config.replication)
+        return VolumeRoom(self.namespace.regular_files(), self.namespace.counts()[1], self.placement.free(replication))
+
     async def status(self) -> VolumeStatus:
         """A snapshot, without asking any host anything that could hang."""
-        return status_of(self)
+        stored_as, files = await self.sectors.stored_as(), await self._damaged_files()
+        return msgspec.structs.replace(status_of(self), stored_as=stored_as, damaged_files=files)

@@ -53,7 +53,9 @@ from storage.sectors.sweep import RECOVERED_KEY, Sweeper
 from storage.standing import Standing
 from storage.values.records import decode_value, tail_needed
 from storage.values.values import Values
+from storage.values.whose import files_in
 from storage.volume import DAY, Volume, VolumeOptions
+from storage.wording import counted, named
 
 log = logging.getLogger("fusefs.volume")
 
@@ -71,6 +73,8 @@ LOCK_LIMIT = 60.0
 RENEW_LIMIT = 10.0
 #: Seconds between two times that what was learned of hosts is saved.
 SAVE_INTERVAL = 3600.0
+#: Sectors that cannot be read and whose files are looked for, to name some.
+MAX_NAMED = 100_000
 #: Seconds after which memory that was not used is given back.
 TRIM_SECONDS = 10.0
 
@@ -157,6 +161,14 @@ async def with_layers(
                     nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise only(group) from group
+
+
+def _published(volume: Volume, publisher: Publisher) -> None:
+    """A majority of the hosts has a new superblock."""
+    volume.deleter.wake()
+    if publisher.published_all:
+        # Else what was cut last is held, and the superblock speaks of what was ready before.
+        volume.values.log_published()
 
 
 async def _publish_last(publisher: Publisher) -> None:
@@ -259,7 +271,7 @@ async def _wire(
         passed_over=passed_over,
     )
     publisher.fleet.keep_all = tails is not None
-    volume.deleter.gate, publisher.on_published = publisher, volume.deleter.wake
+    volume.deleter.gate, publisher.on_published = publisher, partial(_published, volume, publisher)
     volume.warnings += await volume.staging.open()
     await volume.hosts.open_all()
     if not create:
@@ -294,7 +306,7 @@ async def _wire(
     volume.sectors.partials.load()
     recovered = volume.values.recover(store.recovered_tails())
     if recovered:
-        log.info("%d bytes that were on no host yet came back from the journal", recovered)
+        log.info("what was in no sector yet came back from the journal: %s", counted(recovered, "byte"))
     if tails:
         await _take_tails(volume, tails)
     if tails is not None:
@@ -419,7 +431,7 @@ def make_layers(
         volume.standing,
         seams,
         forgot=volume.doubts.forgot,
-        has_left=lambda _number: not volume.reconciler.unsettled(),
+        has_left=lambda number: not volume.reconciler.leaving.still_on([number]),
     )
     volume.standing.revoked = volume.renewal.revoked
     volume.contractor.on_lapsed = volume.doubts.forgot
@@ -449,7 +461,7 @@ def make_layers(
         seams=seams,
         interval=options.scrub_interval,
     )
-    volume.reconciler.settled = volume.staging.settled
+    volume.reconciler.settled = volume.sectors.settled
     volume.values = Values(
         store=store,
         sectors=volume.sectors,
@@ -489,7 +501,7 @@ def _check_hosts(volume: Volume, spec: str) -> None:
     have = len(set(volume.hosts.numbers()) - given_up)
     if replication.hosts_needed > have:
         besides = ", besides those that are lost or being left" if given_up else ""
-        raise BadArgument(f"replication {spec} needs {replication.hosts_needed} hosts, this volume has {have}{besides}")
+        raise BadArgument(f"replication {spec} needs {counted(replication.hosts_needed, 'host')}, this volume has {have}{besides}")
 
 
 async def trim_idle(seams: Seams) -> None:
@@ -542,6 +554,7 @@ async def check_servable(volume: Volume) -> None:
     here = set(volume.hosts.numbers()) - away.keys()
     start, end, lost = SECTOR, prefix_end(SECTOR), 0
     examples: list[int] = []
+    unreadable: set[int] = set()
     needed: set[int] = set()
     while found := volume.store.scan(start, end, 500):
         for key, raw in found:
@@ -549,15 +562,20 @@ async def check_servable(volume: Volume) -> None:
             record = await volume.strays.locate(sector_id, decode_sector(raw, sector_id))
             if record.live and not can_be_read(record, here, volume.staging.has):
                 lost += 1
+                if lost <= MAX_NAMED:
+                    unreadable.add(sector_id)
                 needed |= {host for shard in record.shards for host in shard.hosts} & away.keys()
                 if len(examples) < 5:
                     examples.append(sector_id)
         start = found[-1][0] + b"\0"
         await trio.lowlevel.checkpoint()
     if lost:
-        sectors = ", ".join(map(str, examples)) + (f" and {lost - len(examples)} more" if lost > len(examples) else "")
+        numbers = ", ".join(map(str, examples)) + (f" and {lost - len(examples)} more" if lost > len(examples) else "")
+        sectors, are, them = ("sector", "is", "it") if lost == 1 else ("sectors", "are", "them")
         hosts_text = ", ".join(away[number] for number in sorted(needed or away))
-        warning = f"sectors {sectors} are only on {hosts_text}: what is in them cannot be read before that host is back"
+        files = named(await files_in(volume.store, volume.namespace.path_of, unreadable))
+        what = f"{sectors} {numbers}, with bytes of {files}," if files else f"{sectors} {numbers}"
+        warning = f"{what} {are} only on {hosts_text}: what is in {them} cannot be read before that host is back"
         log.warning("%s: %s", volume.path, warning)
         volume.passing.append((warning, partial(_any_away, volume, sorted(needed or away))))
 

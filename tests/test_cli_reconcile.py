@@ -93,8 +93,9 @@ def test_with_too_few_hosts_it_says_so_and_goes_on_once_there_is_another(rig: tu
     fusefs("hosts", it.volume, "leave", "1")
     fusefs("hosts", it.volume, "lost", "2")
     said = fusefs("repair", it.volume, expect=1).text
-    assert "not as they should be" in said and "add a host" in said
-    assert it.states() == ["leaving", "lost", "ok"]
+    assert "not as it should be" in said and "add a host" in said
+    # Whether everything had left the first one before the second was lost is a matter of moments.
+    assert it.states() in (["left", "lost", "ok"], ["leaving", "lost", "ok"])
     assert "host 4" in fusefs("hosts", it.volume, "add", it.host(4), "--contract", "30").text
     fusefs("repair", it.volume)
     assert it.states() == ["left", "lost", "ok", "ok"]

@@ -80,7 +80,7 @@ def test_says_what_is_degraded(gone: Gone) -> None:
     shutil.rmtree(gone.base / "host1")
     result = fusefs("recover", gone.base / "new", "--host", gone.host(0))
     assert gone.host(1) in result.err
-    assert "fewer copies than they should" in result.err
+    assert "with too few copies" in result.err
     assert "no majority of the hosts knows of this recovery yet" in result.err
 
 

@@ -87,7 +87,7 @@ def test_on_a_mount_what_is_damaged_is_found_told_and_repaired(tmp_path: Path) -
         for twin in twins:
             spoil(twin)
         told = fusefs("scrub", it.mountpoint, "--full", expect=21).text
-        assert "1 sectors cannot be had" in told and "0 missing, 2 damaged, 0 repaired, 2 left" in told
+        assert "1 sector cannot be had" in told and "0 missing, 2 damaged, 0 repaired, 2 left" in told
         assert "cannot be had" in fusefs("status", it.mountpoint).text
         # The disk comes back from its rescuer, and the other copy is made of it.
         twins[0].write_bytes(good[twins[0]])

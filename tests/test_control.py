@@ -47,6 +47,7 @@ def volume_status(path: Path) -> VolumeStatus:
         plain[RewriteStatus] = RewriteStatus(files=2, pending_bytes=100)
         plain[StagingStatus] = StagingStatus(sectors=4, bytes=100, seconds_left=2.5, trouble="no room")
         plain[ScrubStatus] = ScrubStatus(pending=1, trouble="no room")
+        plain[dict[str, int]] = {"2": 7}
         values[field.name] = plain.get(field.type, [])
     return VolumeStatus(**{**values, "path": str(path)})
 

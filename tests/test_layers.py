@@ -29,6 +29,7 @@ LAYERS: list[set[str]] = [
         "storage.status",
         "storage.metadata.keys",
         "storage.turn",
+        "storage.wording",
     },
     {"storage.documents", "storage.durable", "storage.lock", "storage.nurseries", "storage.pacing", "storage.lending"},
     {"storage.sealing", "storage.sealed_ids", "storage.coprocess", "storage.keys", "storage.keyfile", "storage.config"},

@@ -20,6 +20,7 @@ from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run
 from fusefs.cli.startup import importing
 from fusefs.mounts import mount_of_volume
+from storage import counted
 from storage.errors import Busy
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _totals(report: CheckReport) -> dict[str, object]:
 
 
 def _summary(report: CheckReport) -> str:
-    looked = ", ".join(f"{report.looked_at[what]:,} {what}" for what in ("files", "names", "values", "sectors", "shards"))
+    looked = ", ".join(counted(report.looked_at[f"{what}s"], what) for what in ("file", "name", "value", "sector", "shard"))
     if not report.found:
         return f"nothing found: {looked}"
     more = f" ({report.unlisted:,} not listed)" if report.unlisted else ""

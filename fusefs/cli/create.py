@@ -15,7 +15,7 @@ from fusefs.cli.output import OutputClosed, flush_output, out_is_terminal, say, 
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run
 from fusefs.cli.startup import importing
-from storage import parse_replication
+from storage import counted, parse_replication
 from storage.errors import BadArgument, Exists, FusefsError, IOFailure, NotADirectory, NotFound
 
 
@@ -103,6 +103,8 @@ def _check_hosts(hosts: tuple[str, ...], replication: str) -> None:
     parsed = parse_replication(replication)
     needed, given = parsed.hosts_needed, len(hosts)
     if hosts and needed > given:
-        raise BadArgument(f"--replication {replication} needs {needed} hosts, {given} given: add --host URL for {needed - given} more")
+        raise BadArgument(
+            f"--replication {replication} needs {counted(needed, 'host')}, {given} given: add --host URL for {needed - given} more"
+        )
     if not hosts and needed > 1:
-        raise BadArgument(f"--replication {replication} needs {needed} hosts: give --host URL {needed} times")
+        raise BadArgument(f"--replication {replication} needs {counted(needed, 'host')}: give --host URL {needed} times")

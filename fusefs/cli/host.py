@@ -14,7 +14,7 @@ from fusefs.cli.arguments import Grace
 from fusefs.cli.contracts import in_words
 from fusefs.cli.output import human_bytes, out_is_terminal, progress_bar, say, write_line, write_table
 from fusefs.cli.session import run
-from storage import DEFAULT_GRACE_DAYS, HeldVolume, Pruner, open_pruner
+from storage import DEFAULT_GRACE_DAYS, HeldVolume, Pruner, counted, open_pruner
 from storage.errors import FusefsError
 
 #: What a person types.
@@ -97,7 +97,7 @@ def _confirmed(wanted: list[HeldVolume]) -> bool:
 
 def _sum(volumes: list[HeldVolume]) -> str:
     objects, size = sum(volume.objects for volume in volumes), sum(volume.bytes for volume in volumes)
-    return f"{objects:,} objects, {human_bytes(size)}"
+    return f"{counted(objects, 'object')}, {human_bytes(size)}"
 
 
 def _show(held: list[HeldVolume]) -> None:

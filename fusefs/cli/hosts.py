@@ -12,11 +12,13 @@ import msgspec
 
 from fusefs.cli import live
 from fusefs.cli.arguments import DAY, DIRECTORY_PATH, Days, known_host, passphrase_option, upload_rate_option
+from fusefs.cli.notices import Notices
 from fusefs.cli.output import human_bytes, progress_bar, say, write_line, write_table
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume, with_bar
 from fusefs.cli.startup import importing
 from fusefs.cli.status import hosts_table, milliseconds, volume_status
+from storage import counted
 
 if TYPE_CHECKING:
     from storage import RepairStatus
@@ -33,7 +35,17 @@ SHOWN_DAYS = 7
 @click.option("-l", "long", is_flag=True, help="Also each host's id, size, speed, reads, writes, last error; requests and bytes per day.")
 @click.option("--json", "as_json", is_flag=True, help="With list: everything, as a JSON array, for programs.")
 @passphrase_option
-def hosts(path: Path, action: str, host: str | None, days: float | None, long: bool, as_json: bool, passphrase_file: Path | None) -> None:
+@click.pass_obj
+def hosts(
+    collected: Notices,
+    path: Path,
+    action: str,
+    host: str | None,
+    days: float | None,
+    long: bool,
+    as_json: bool,
+    passphrase_file: Path | None,
+) -> None:
     """List the hosts of VOLUME: state, free space, latency (of half, and of 95 in 100 small reads), recent failures, end of the contract.
 
     \b
@@ -61,6 +73,8 @@ def hosts(path: Path, action: str, host: str | None, days: float | None, long: b
             raise click.UsageError("--contract goes with add")
         if action == "add":
             _add(live.resolve(path), host, days, passphrase_file)
+            # What could not be mended for want of this host.
+            collected.forget_of("fusefs.reconcile")
         else:
             _mark(live.resolve(path), known_host(host), action, passphrase_file)
         return
@@ -182,7 +196,7 @@ def repair(path: Path, upload_rate: int | None, passphrase_file: Path | None) ->
     else:
         outcome = run(partial(_repair_unmounted, target.volume, passphrase(passphrase_file), upload_rate))
     if outcome.pending:
-        write_line(f"{outcome.pending:,} sectors are not as they should be: {outcome.trouble or 'see fusefs status'}")
+        write_line(f"not as it should be: {counted(outcome.pending, 'sector')}: {outcome.trouble or 'see fusefs status'}")
         click.get_current_context().exit(1)
     write_line("every sector is as it should be")
 

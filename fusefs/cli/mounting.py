@@ -222,7 +222,7 @@ def _tell_elsewhere(mount: Mount) -> None:
     try:
         with live.client(mount.volume) as other:
             now = other.status().volume
-            pending = now.pending_bytes or now.staging.sectors
+            pending = now.pending_bytes or now.logged_bytes or now.staging.sectors
     except FusefsError:
         return  # gone by now
     if not pending:

@@ -22,7 +22,8 @@ class Notices(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self._messages: dict[str, None] = {}
+        #: Message -> who logged it.
+        self._messages: dict[str, str] = {}
         self._more = 0
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -30,7 +31,8 @@ class Notices(logging.Handler):
         if message in self._messages:
             return
         if len(self._messages) < SHOWN:
-            self._messages[message] = None
+            # What is more than a warning is nobody's to take back.
+            self._messages[message] = record.name if record.levelno <= logging.WARNING else ""
         else:
             self._more += 1
 
@@ -41,6 +43,10 @@ class Notices(logging.Handler):
         if self._more:
             say(f"warning: and {self._more} more")
         self.forget()
+
+    def forget_of(self, *loggers: str) -> None:
+        """Warnings of these are not so any more, or are told by the command in its own words."""
+        self._messages = {message: name for message, name in self._messages.items() if name not in loggers}
 
     def forget(self) -> None:
         """For a command that has shown them in another way."""

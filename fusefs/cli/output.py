@@ -143,28 +143,23 @@ def write_record(text: str, name: str) -> None:
 
 
 def write_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """A table on standard output; `right` are the numbers of right-aligned columns. Cells are escaped here."""
+    """A table on standard output; `right` are the numbers of right-aligned columns. Cells are escaped here, and never broken: where a row
+    is wider than the terminal, that breaks the line, and what is copied from there (a URL, a path) is whole."""
     cells = [[printable(cell) for cell in row] for row in rows]
+    width_of: Callable[[str], int] = len
     if out_is_terminal():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+        from rich.cells import cell_len
 
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for number, header in enumerate(headers):
-            table.add_column(header, justify="right" if number in right else "left", no_wrap=number in right, overflow="fold")
-        for row in cells:
-            table.add_row(*(Text(cell) for cell in row))
-        with standard_output():
-            Console(file=sys.stdout, highlight=False, markup=False).print(table)
-        return
-    widths = [max(len(line[number]) for line in [list(headers), *cells]) for number in range(len(headers))]
-    for line in [list(headers), *cells]:
-        padded = (
-            cell.rjust(width) if number in right else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        write_line("  ".join(padded).rstrip())
+        # Of what is read by programs each character counts as one.
+        width_of = cell_len
+    widths = [max(width_of(line[number]) for line in [list(headers), *cells]) for number in range(len(headers))]
+    for at, line in enumerate([list(headers), *cells]):
+        padded: list[str] = []
+        for number, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            space = " " * (width - width_of(cell))
+            padded.append(space + cell if number in right else cell + space)
+        text = "  ".join(padded).rstrip()
+        write_line(style(text, "bold") if at == 0 else text)
 
 
 def mode_letters(mode: int) -> str:

@@ -11,10 +11,12 @@ import msgspec
 
 from fusefs.cli.arguments import DIRECTORY_PATH, passphrase_option
 from fusefs.cli.live import VOLUME_FILE
+from fusefs.cli.notices import Notices
 from fusefs.cli.output import human_bytes, human_time, printable, progress_bar, say, write_line, write_table
 from fusefs.cli.passphrase import PHRASE_ENVIRONMENT, new_passphrase, passphrase, recovery_phrase
 from fusefs.cli.session import run
 from fusefs.cli.startup import importing
+from storage import counted
 from storage.errors import BadArgument, Exists
 
 if TYPE_CHECKING:
@@ -42,7 +44,9 @@ MANY = 20
 @click.option("--superblock", metavar="NAME", help="Which generation or history, where somebody has to choose.")
 @click.option("--salvage", is_flag=True, help="No superblock is left: bring back files into the directory VOLUME, from sectors alone.")
 @click.option("--keyfile", type=click.Path(path_type=Path), metavar="FILE", help="With --salvage and a passphrase: a copy of keys.json.")
+@click.pass_obj
 def recover(
+    collected: Notices,
     volume: Path | None,
     hosts: tuple[str, ...],
     listing: bool,
@@ -114,6 +118,8 @@ def recover(
                 progress=advance,
             )
         )
+    # Of hosts that are away, and what they lack, the report speaks.
+    collected.forget_of("fusefs.history", "fusefs.volume")
     _tell(report, volume, as_json)
 
 
@@ -152,7 +158,7 @@ def _tell(report: RecoveryReport, volume: Path, as_json: bool) -> None:
         write_line(f"volume      {report.volume_id}, in {printable(str(volume))}")
         write_line(f"as of       commit {report.sequence}, {human_time(report.written_ns)}, superblock {report.generation}")
         write_line(f"written by  {printable(report.machine)}:{printable(report.directory)}")
-        write_line(f"holds       {_count(report.files, 'file')}, {human_bytes(report.bytes)} in {_count(report.sectors, 'sector')}")
+        write_line(f"holds       {counted(report.files, 'file')}, {human_bytes(report.bytes)} in {counted(report.sectors, 'sector')}")
         write_line(f"epoch       {report.epoch}, begun here")
     for note in report.notes[:MANY]:
         say(f"note: {note}")
@@ -161,9 +167,10 @@ def _tell(report: RecoveryReport, volume: Path, as_json: bool) -> None:
     degraded = report.degraded
     if degraded.unreadable:
         examples = f", as of {', '.join(degraded.paths)}" if degraded.paths else ""
-        say(f"warning: {degraded.unreadable} sectors are on no host that answers{examples}: what is in them cannot be read until one does")
+        sectors = counted(degraded.unreadable, "sector")
+        say(f"warning: on no host that answers: {sectors}{examples}: what is there cannot be read until one does")
     if degraded.fewer:
-        say(f"warning: {degraded.fewer} sectors have fewer copies than they should on the hosts that answer")
+        say(f"warning: {counted(degraded.fewer, 'sector')} with too few copies on the hosts that answer")
     if not report.majority:
         say(
             "warning: no majority of the hosts knows of this recovery yet: a machine that still has the volume is not shut out "
@@ -173,24 +180,20 @@ def _tell(report: RecoveryReport, volume: Path, as_json: bool) -> None:
         say(f"warning: the hosts do not have everything yet, they get it at the next mount: {report.trouble}")
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def _tell_salvaged(report: SalvageReport, volume: Path, as_json: bool) -> None:
     if as_json:
         write_line(msgspec.json.encode(report).decode())
     else:
-        write_line(f"salvaged    {_count(report.files, 'file')}, {human_bytes(report.bytes)}, into {printable(str(volume))}")
-        write_line(f"from        {_count(report.sectors, 'sector')} of volume {report.volume_id}")
+        write_line(f"salvaged    {counted(report.files, 'file')}, {human_bytes(report.bytes)}, into {printable(str(volume))}")
+        write_line(f"from        {counted(report.sectors, 'sector')} of volume {report.volume_id}")
         write_line("these are plain files: not a volume, and without owners, modes, times, links and empty files")
     for name, missing in report.holes[:MANY]:
         say(f"warning: {name}: {human_bytes(missing)} are missing and read as zeros")
     if len(report.holes) > MANY:
-        say(f"warning: {len(report.holes) - MANY} more files have holes (--json lists them)")
+        say(f"warning: and holes in {counted(len(report.holes) - MANY, 'file')} more (--json lists them)")
     if report.versions:
-        say(f"note: {report.versions} files are older contents of a name that another one has: they are named NAME.value-N")
+        say(f"note: older contents of a name that another file has, named NAME.value-N: {counted(report.versions, 'file')}")
     if report.nameless:
-        say(f"note: {report.nameless} files had no name: they are in {volume / 'lost+found'}")
+        say(f"note: without a name, in {volume / 'lost+found'}: {counted(report.nameless, 'file')}")
     for note in report.notes[:MANY]:
         say(f"warning: {note}")

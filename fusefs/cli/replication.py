@@ -18,7 +18,7 @@ from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume, with_bar
 from fusefs.cli.startup import importing
 from fusefs.mounts import Mount, find_mount
-from storage import parse_replication
+from storage import counted, parse_replication
 from storage.errors import BadArgument, NotFound, NotPermitted
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ async def _set_unmounted(path: Path, secret: str, name: str, wanted: str, now: b
 def _tell(outcome: RewriteStatus, waited: bool) -> None:
     if not (outcome.files or outcome.directories):
         return
-    what = f"{outcome.files:,} files, {human_bytes(outcome.pending_bytes)}"
+    what = f"{counted(outcome.files, 'file')}, {human_bytes(outcome.pending_bytes)}"
     if not waited:
         say(f"{what}: still to be moved to another replication, in the background of the mount")
         return

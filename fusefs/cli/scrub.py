@@ -16,6 +16,7 @@ from fusefs.cli.notices import Notices
 from fusefs.cli.output import human_bytes, printable, progress_bar, write_line
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume, with_bar
+from storage import counted, named
 
 if TYPE_CHECKING:
     from storage import ScrubReport
@@ -39,7 +40,7 @@ def scrub(context: click.Context, path: Path, full: bool, sample: float, as_json
 
     A block of each finds whatever is missing, cut off or exchanged, and of a single damaged block one time in as many as there are; a mount
     does that by itself, every two weeks (scrub_interval). Ends with 0 if all is well, 20 if everything that was found is repaired, 21 if
-    something is left, or a host did not answer.
+    something is left, has too few copies, or a host did not answer.
 
     \b
     Examples:
@@ -79,14 +80,17 @@ def lines(report: ScrubReport) -> list[str]:
     """For a person: what is wrong, then what was looked at."""
     told = [f"host {host}" for host in report.hosts_failing]
     if report.unanswered:
-        told.append(f"{report.unanswered:,} copies could not be looked at; no answer from {', '.join(report.hosts_away)}")
+        told.append(f"{counted(report.unanswered, 'copy', 'copies')} could not be looked at; no answer from {', '.join(report.hosts_away)}")
+    files = f", with bytes of {named(report.files)}" if report.files else ""
     if report.lost:
-        told.append(f"{report.lost:,} sectors cannot be had from the hosts that answer: {report.trouble}; fusefs check names their files")
+        told.append(f"{counted(report.lost, 'sector')} cannot be had from the hosts that answer{files}: {report.trouble}")
     elif report.left and report.trouble:
-        told.append(f"{report.left:,} copies are not good yet: {report.trouble}")
+        told.append(f"not good yet: {counted(report.left, 'copy', 'copies')}{files}: {report.trouble}")
+    if report.degraded_sectors:
+        told.append(f"{counted(report.degraded_sectors, 'sector')} with too few copies: {report.shortage}")
     bad = report.missing + report.damaged
-    good = "those looked at are good" if report.unanswered else "all good"
+    good = "those looked at are good" if report.unanswered or report.degraded_sectors else "all good"
     found = f"{report.missing:,} missing, {report.damaged:,} damaged, {report.repaired:,} repaired, {report.left:,} left" if bad else good
     how = "read whole" if report.full else "a block of each read"
-    looked = f"{report.shards:,} copies of {report.sectors:,} sectors, {how} ({human_bytes(report.bytes)})"
+    looked = f"{counted(report.shards, 'copy', 'copies')} of {counted(report.sectors, 'sector')}, {how} ({human_bytes(report.bytes)})"
     return [*told, f"{found}: {looked}"]

@@ -131,9 +131,5 @@ async def with_bar(label: str, work: Callable[[], Awaitable[T]], progress: Calla
 
 def tell_degraded(report: FlushReport) -> None:
     """Say what a flush could not bring to full replication."""
-    if report.degraded_sectors:
-        count = f"{report.degraded_sectors} sector{'' if report.degraded_sectors == 1 else 's'}"
-        reasons = "; ".join(dict.fromkeys(report.reasons)) or "too few hosts answer"
-        say(f"warning: {count} with fewer copies than they should have: {reasons}")
-    elif report.reasons:
-        say(f"warning: what has a copy there has one fewer now: {'; '.join(report.reasons)}")
+    if told := str(report):
+        say(f"warning: {told}")

@@ -17,7 +17,7 @@ from fusefs.cli.output import human_bytes, human_span, human_time, printable, st
 from fusefs.cli.passphrase import passphrase
 from fusefs.cli.session import run, unmounted_volume
 from fusefs.control_protocol import MountStatus
-from storage import ContractStatus, HostStatus, ScrubStatus, StagingStatus, VolumeStatus
+from storage import ContractStatus, HostStatus, ScrubStatus, StagingStatus, VolumeStatus, counted, named
 from storage.errors import Fenced
 
 #: Warnings shown to a person: where everything is wrong, what is stored must not scroll away.
@@ -123,23 +123,14 @@ def _show_remedies(now: VolumeStatus, mount: MountStatus | None) -> None:
 
 
 def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, str]]:
-    copies = (
-        f"as {now.replication}, data+parity"
-        if "+" in now.replication
-        else "one copy each"
-        if now.replication == "1"
-        else f"{now.replication} copies each"
-    )
     lookups = now.cache_hits + now.cache_misses
     hits = f", {100 * now.cache_hits // lookups} % of reads found there" if lookups else ""
-    nothing = "nothing: what was written is on its hosts" if not now.staging.sectors else "nothing in memory"
-    pending = f"{human_bytes(now.pending_bytes)} on no host yet" if now.pending_bytes else nothing
     lines = [
         ("volume", f"{now.path}  (id {now.volume_id})"),
         ("mounted", _mounted(mount)),
         *([("shows", now.view)] if now.view else []),
-        ("stored", f"{_count(now.files, 'file')}, {human_bytes(now.bytes)}, in {_count(now.sectors, 'sector')}, {copies}"),
-        ("pending", pending),
+        ("stored", f"{counted(now.files, 'file')}, {human_bytes(now.bytes)}, in {counted(now.sectors, 'sector')}{_stored_as(now)}"),
+        ("pending", _pending(now)),
         *([("staging", _staging(now.staging))] if (now.staging.sectors or now.staging.used) and not now.view else []),
         *([("repair", _repair(now))] if now.repair.pending and not now.view else []),
         *([("moving", _rewrite(now))] if (now.rewrite.files or now.rewrite.directories) and not now.view else []),
@@ -149,8 +140,41 @@ def _summary(now: VolumeStatus, mount: MountStatus | None) -> list[tuple[str, st
         ("journal", f"{now.journal_fill * 100:.0f} % full"),
     ]
     if now.refusals_total:
-        lines.append(("refused", f"{_count(now.refusals_total, 'operation')} since it was opened"))
+        lines.append(("refused", f"{counted(now.refusals_total, 'operation')} since it was opened"))
     return lines
+
+
+def _stored_as(now: VolumeStatus) -> str:
+    """How often, or as which code; directories may have another replication than the volume."""
+
+    def told(spec: str) -> str:
+        return f"as {spec}, data+parity" if "+" in spec else "one copy each" if spec == "1" else spec + " copies each"
+
+    if not now.stored_as:
+        return f", {told(now.replication)}" + (", where no directory has another replication" if now.sectors else "")
+    if len(now.stored_as) == 1:
+        return f", {told(*now.stored_as)}"
+
+    def one_of(spec: str) -> str:
+        return f"as {spec} (data+parity)" if "+" in spec else "with one copy" if spec == "1" else "with " + spec + " copies"
+
+    # The volume's own first.
+    specs = sorted(now.stored_as, key=lambda spec: (spec != now.replication, "+" in spec, spec))
+    return ": " + ", ".join(f"{now.stored_as[spec]:,} {one_of(spec)}" for spec in specs)
+
+
+def _pending(now: VolumeStatus) -> str:
+    """What this machine alone has, as far as that is not in staging."""
+    if now.view and now.pending_bytes:
+        # Whether the log on the hosts has it is not known to who only reads.
+        return f"{human_bytes(now.pending_bytes)} in no sector on the hosts yet"
+    if now.pending_bytes:
+        rest = f"; {human_bytes(now.logged_bytes)} more in the log on the hosts" if now.logged_bytes else ""
+        return f"{human_bytes(now.pending_bytes)} on too few hosts yet{rest}"
+    if now.staging.sectors:
+        return "nothing in memory"
+    rest = f", {human_bytes(now.logged_bytes)} of it in their log" if now.logged_bytes else ""
+    return f"nothing: what was written is on its hosts{rest}"
 
 
 def _staging(now: StagingStatus) -> str:
@@ -160,21 +184,21 @@ def _staging(now: StagingStatus) -> str:
         return f"nothing waits; {used}, as read cache"
     how = f", {human_bytes(int(now.rate))}/s" if now.rate else ""
     left = f", {human_span(now.seconds_left)} left" if now.seconds_left is not None else ""
-    return f"{_count(now.sectors, 'sector')} on too few hosts yet, {human_bytes(now.bytes)} to send{how}{left}; {used}"
+    return f"{counted(now.sectors, 'sector')} on too few hosts yet, {human_bytes(now.bytes)} to send{how}{left}; {used}"
 
 
 def _repair(now: VolumeStatus) -> str:
     """What reconcile is at."""
     done = f", {human_bytes(now.repair.bytes)} sent" if now.repair.bytes else ""
     rest = f", {human_bytes(now.repair.pending_bytes)} to send" if now.repair.pending_bytes else ""
-    return f"{_count(now.repair.pending, 'sector')} to be made good{rest}{done}"
+    return f"{counted(now.repair.pending, 'sector')} to be made good{rest}{done}"
 
 
 def _rewrite(now: VolumeStatus) -> str:
     """What changes its replication."""
     done = f", {human_bytes(now.rewrite.bytes)} moved" if now.rewrite.bytes else ""
     trouble = f": {now.rewrite.trouble}" if now.rewrite.trouble else ""
-    return f"{_count(now.rewrite.files, 'file')}, {human_bytes(now.rewrite.pending_bytes)}, to another replication{done}{trouble}"
+    return f"{counted(now.rewrite.files, 'file')}, {human_bytes(now.rewrite.pending_bytes)}, to another replication{done}{trouble}"
 
 
 def _scrub(now: ScrubStatus) -> str:
@@ -182,15 +206,15 @@ def _scrub(now: ScrubStatus) -> str:
     parts = []
     if now.begun_ns and now.interval:
         found = now.missing + now.damaged
-        told = f", {_count(found, 'bad copy', 'bad copies')}, {now.repaired:,} repaired" if found else ""
-        parts.append(f"{now.sectors:,} of {_count(now.sectors + now.sectors_left, 'sector')} looked at since {day(now.begun_ns)}{told}")
+        told = f", {counted(found, 'bad copy', 'bad copies')}, {now.repaired:,} repaired" if found else ""
+        parts.append(f"{now.sectors:,} of {counted(now.sectors + now.sectors_left, 'sector')} looked at since {day(now.begun_ns)}{told}")
     if now.last_ended_ns:
-        told = f"{_count(now.last_found, 'bad copy', 'bad copies')}, {now.last_repaired:,} repaired" if now.last_found else "all good"
+        told = f"{counted(now.last_found, 'bad copy', 'bad copies')}, {now.last_repaired:,} repaired" if now.last_found else "no bad copies"
         parts.append(f"all of them {'read whole, ' if now.last_full else ''}by {human_time(now.last_ended_ns)}: {told}")
     elif not parts:
         parts.append("never" if now.interval else "not in the background, and never")
     if now.found_since:
-        parts.append(f"found since it was opened: {_count(now.found_since, 'bad copy', 'bad copies')}, {now.repaired_since:,} repaired")
+        parts.append(f"found since it was opened: {counted(now.found_since, 'bad copy', 'bad copies')}, {now.repaired_since:,} repaired")
     return "; ".join(parts)
 
 
@@ -207,7 +231,7 @@ def _mounted(mount: MountStatus | None) -> str:
     if mount is None:
         return "no"
     if mount.phase == "mounted":
-        return f"on {mount.mountpoint} by process {mount.pid}, {_count(mount.open_handles, 'open file')}"
+        return f"on {mount.mountpoint} by process {mount.pid}, {counted(mount.open_handles, 'open file')}"
     return f"no longer: process {mount.pid} is {mount.phase}" if mount.phase != "starting" else f"starting, process {mount.pid}"
 
 
@@ -221,16 +245,18 @@ def warnings(now: VolumeStatus, now_ns: int) -> list[str]:
         found.append(f"what is staged does not get to its hosts: {now.staging.trouble}" if now.staging.sectors else now.staging.trouble)
     if now.degraded_sectors:
         why = f": {now.repair.trouble}" if now.repair.trouble else ""
-        found.append(f"{_count(now.degraded_sectors, 'sector')} with fewer copies than they should have{why}")
+        found.append(f"{counted(now.degraded_sectors, 'sector')} with too few copies{why}")
     if now.missing_places:
-        found.append(
-            f"hosts have forgotten {_count(now.missing_places, 'shard')}, not made again so far: fusefs check says which files are affected"
-        )
+        found.append(f"hosts have forgotten {counted(now.missing_places, 'shard')}, not made again so far: fusefs check names the files")
+    files = f", with bytes of {named(now.damaged_files)}" if now.damaged_files else ""
     if now.scrub.lost:
-        found.append(f"{_count(now.scrub.lost, 'sector')} cannot be had from the hosts that answer: {now.scrub.trouble}")
+        found.append(f"{counted(now.scrub.lost, 'sector')} cannot be had from the hosts that answer{files}: {now.scrub.trouble}")
     elif now.scrub.pending:
         why = f": {now.scrub.trouble}" if now.scrub.trouble else ""
-        found.append(f"{_count(now.scrub.pending, 'copy', 'copies')} on hosts known to be damaged or missing, and not repaired yet{why}")
+        bad = counted(now.scrub.pending, "copy", "copies")
+        found.append(f"{bad} on hosts known to be damaged or missing{files}, and not repaired yet{why}")
+    elif files:
+        found.append(f"some copies are damaged or missing{files}")
     for host in now.hosts:
         # One that was given up, or left, may be away.
         if host.error and host.state not in ("lost", "left") and not any(host.url in text for text in found):
@@ -290,7 +316,3 @@ def milliseconds(value: float | None) -> str:
 def day(ns: int) -> str:
     """Local date."""
     return human_time(ns).split()[0]
-
-
-def _count(number: int, noun: str, several: str = "") -> str:
-    return f"{number:,} {noun if number == 1 else several or noun + 's'}"

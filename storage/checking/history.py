@@ -24,6 +24,7 @@ from storage.interfaces import Batch, Host
 from storage.keys import Keys
 from storage.metadata.keys import LOST, u32
 from storage.metadata.store import PUBLISHED_KEY
+from storage.wording import counted
 
 
 @dataclass(slots=True)
@@ -279,4 +280,6 @@ def _tell_orphans(patient: Patient, sides: list[_Side], lineage: Lineage) -> Non
             writer = writer_of(name)
             orphans += writer is not None and lineage.has_epoch(*writer)
         if orphans:
-            patient.note("pending", patient.url(side.number), f"{orphans} metadata objects that no superblock names are taken away")
+            patient.note(
+                "pending", patient.url(side.number), f"what no superblock names is taken away: {counted(orphans, 'metadata object')}"
+            )

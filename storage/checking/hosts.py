@@ -25,6 +25,7 @@ from storage.sealing import sealed_length
 from storage.sectors.records import SectorRecord, layout_for
 from storage.sectors.redundancy import layout_of
 from storage.values.records import decode_extent
+from storage.wording import counted
 
 #: Shards of one host that are compared at a time: 17 bytes each, some 60 while they are sorted.
 WINDOW = 1_000_000
@@ -86,29 +87,29 @@ async def _check_host(patient: Patient, registry: HostRegistry, contractor: Cont
     where = patient.url(number)
     if number not in registry.numbers():
         seen.away.add(number)
-        await patient.found("unknown-host", f"host {number}", f"{shards} shards are said to be there, and the volume has no such host")
+        await patient.found("unknown-host", f"host {number}", f"the volume has no such host; said to be there: {counted(shards, 'shard')}")
         return
     if patient.store.get(LOST + u32(number)) is not None:
         seen.away.add(number)
         seen.lost.add(number)
         if shards:
-            patient.note("pending", where, f"it is lost; copies of what was on it ({shards} shards) are made on other hosts")
+            patient.note("pending", where, f"it is lost; copies of what was on it ({counted(shards, 'shard')}) are made on other hosts")
         return
     if not registry.available(number):
         seen.away.add(number)
-        await patient.found("host-away", where, f"{registry.reason(number)}; {shards} shards are on it")
+        await patient.found("host-away", where, f"{registry.reason(number)}; on it: {counted(shards, 'shard')}")
         return
     contract = contractor.contract_for(number)
     if contract is None or not contract.active(patient.seams.clock.time_ns()):
         what = "there is no contract with it" if contract is None else f"contract {contract.contract_id} has ended"
-        await patient.found("no-contract", where, f"{what}; {shards} shards are on it")
+        await patient.found("no-contract", where, f"{what}; on it: {counted(shards, 'shard')}")
     patient.stage(f"what {where} holds", shards)
     patient.report.looked_at["shards"] += shards
     try:
         await _list(patient, registry, seen, number)
     except FusefsError as error:
         seen.away.add(number)
-        await patient.found("host-away", where, f"{error}; {shards} shards are on it")
+        await patient.found("host-away", where, f"{error}; on it: {counted(shards, 'shard')}")
 
 
 # ---- listing
@@ -139,7 +140,7 @@ async def _list(patient: Patient, registry: HostRegistry, seen: _Seen, number: i
                 seen.add(window.sectors[at], number, "missing-copy", "is not there")
         first = False
     if orphans:
-        patient.note("orphan-shards", patient.url(number), f"{orphans} objects of {orphan_bytes} bytes are on no record")
+        patient.note("orphan-shards", patient.url(number), f"on no record: {counted(orphans, 'object')}, {counted(orphan_bytes, 'byte')}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,9 +239,11 @@ async def _conclude(patient: Patient, seen: _Seen, *, data: bool) -> None:
                 await _conclude_sector(patient, seen, sector_id, record, lost, data=data)
             patient.progress.done += 1
     if staged:
-        patient.note("pending", "staging", f"{staged} sectors are on this machine, and go to their hosts while the volume is mounted")
+        patient.note(
+            "pending", "staging", f"on this machine, and on the way to their hosts while the volume is mounted: {counted(staged, 'sector')}"
+        )
     if seen.unlisted:
-        await patient.found("missing-copy", "copies", f"{seen.unlisted} more copies are missing or damaged")
+        await patient.found("missing-copy", "copies", f"missing or damaged: {counted(seen.unlisted, 'more copy', 'more copies')}")
     if lost:
         await _name_files(patient, lost)
 

@@ -18,6 +18,7 @@ from storage.namespace.records import (
     inode_key,
     orphan_key,
 )
+from storage.wording import counted
 
 #: Runs of a map that are sorted by their place in the value, to find overlaps there; of a larger map only the sum is checked.
 MAX_SORTED = 500_000
@@ -102,7 +103,7 @@ async def _check_owners(patient: Patient, tally: Tally) -> None:
         owners = tally.get(map_id)
         mark = patient.store.get(orphan_key(map_id))
         if owners > 1:
-            await patient.found("shared", f"file map {map_id}", f"{owners} inodes have it")
+            await patient.found("shared", f"file map {map_id}", f"it has {counted(owners, 'inode')}")
         if owners == 0 and mark == ORPHAN_MAP:
             patient.note("pending", f"file map {map_id}", "it is the rest of a removed file's; the next mount removes it")
         elif owners == 0:

@@ -30,6 +30,7 @@ from storage.namespace.records import (
     name_key,
     orphan_key,
 )
+from storage.wording import counted
 
 #: Directories known to be reachable that are remembered, so that a deep tree is not walked again for each of its directories.
 _REACHED = 100_000
@@ -347,7 +348,9 @@ async def _check_counts(patient: Patient) -> None:
     if said != now:
         batch = Batch()
         batch.put(COUNTS_KEY, encode_counts(now))
-        told = "nothing" if said is None else f"{said.inodes} inodes, {said.files} files, {said.bytes} bytes"
+        told = (
+            "nothing" if said is None else f"{counted(said.inodes, 'inode')}, {counted(said.files, 'file')}, {counted(said.bytes, 'byte')}"
+        )
         await patient.found("counts", "totals", f"they say {told}; there are {inodes}, {files}, {size}", batch)
 
 

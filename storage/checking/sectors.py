@@ -29,6 +29,7 @@ from storage.sectors.records import SectorRecord, decode_sector
 from storage.sectors.staging import STAGED
 from storage.values.packing import TableEntry
 from storage.values.records import Extent
+from storage.wording import counted
 
 COUNT = SETTING + b"sectors"
 
@@ -54,7 +55,7 @@ async def check_sectors(patient: Patient) -> None:
     if (read_u64(raw) if raw is not None and len(raw) == 8 else 0) != count:
         batch = Batch()
         batch.put(COUNT, u64(count))
-        await patient.found("sector-count", "totals", f"there are {count} sectors, and another number is on record", batch)
+        await patient.found("sector-count", "totals", f"another number than {counted(count, 'sector')} is on record", batch)
     await _check_indexes(patient, index)
     await _check_freed(patient)
     await _check_garbage(patient)
@@ -200,7 +201,7 @@ async def _check_holders(patient: Patient) -> None:
         await _count_holders(patient, tally)
         unknown += sum(1 for number in tally.columns[0] if number == 0)
     if unknown:
-        patient.note("unknown-holder", "holders", f"{unknown} shards are on record that no sector has")
+        patient.note("unknown-holder", "holders", f"on record, and no sector's: {counted(unknown, 'shard')}")
 
 
 async def _count_holders(patient: Patient, tally: Tally) -> None:

@@ -27,6 +27,7 @@ from storage.interfaces import Host
 from storage.keyfile import KeyFile, encode_keyfile, open_slots
 from storage.keys import Keys, master_of_phrase
 from storage.seams import Seams
+from storage.wording import counted
 
 #: Distinct key files tried with a passphrase at most: each costs a second or so, and hosts may have made them up.
 MAX_KEYFILES = 8
@@ -414,18 +415,18 @@ def _newest(found: Places, candidates: Sequence[Candidate]) -> Candidate:
     lineages = [candidates[i].lineage() for i in ends]
     for end in (candidates[i] for i in ends):
         # What is in several of them, from before they parted, speaks for none.
-        counted = {host.host_id for host in end.body.hosts if not host.lost}
+        counting = {host.host_id for host in end.body.hosts if not host.lost}
         own = [c for c in candidates if _within(end.lineage(), c) and sum(_within(lineage, c) for lineage in lineages) == 1]
         on = {host_id for c in own for host_id in c.newest_on}
-        held.append((end, len(on & counted), len(counted)))
+        held.append((end, len(on & counting), len(counting)))
     with_majority = [end for end, have, of in held if have > of // 2]
     if len(with_majority) == 1:
         chosen = with_majority[0]
         for end, have, of in held:
             if end is not chosen:
-                found.notes.append(f"another history, on {have} of {of} hosts, is passed over: {end.describe()}")
+                found.notes.append(f"another history, on {have} of {counted(of, 'host')}, is passed over: {end.describe()}")
         return chosen
-    described = "; ".join(f"{end.describe()}, on {have} of {of} hosts" for end, have, of in held)
+    described = "; ".join(f"{end.describe()}, on {have} of {counted(of, 'host')}" for end, have, of in held)
     raise BadArgument(
         f"the hosts hold {len(held)} different histories, and none a majority; look at both with mount --read-only, "
         f"then choose one with --superblock NAME: {described}"

@@ -40,6 +40,7 @@ from storage.keys import Keys
 from storage.metadata.keys import LOCAL, u64
 from storage.metadata.store import Store
 from storage.seams import Seams
+from storage.wording import counted
 
 log = logging.getLogger("fusefs.history")
 
@@ -357,8 +358,9 @@ class Publisher:
             if self.fenced is not None:
                 raise Fenced(self.fenced)
             await self._look()
-            if self._held and self._ready is not None:
-                # Not what is held: hosts that are full are a reason to add one.
+            if self._ready is not None and (self._held or self._ready.sequence == self.sequence):
+                # Without a new cut, which might be held, and not what is held already: hosts that are full, or too few, are a reason to
+                # add one.
                 await self._round()
                 return
         await self.publish()
@@ -554,7 +556,8 @@ class Publisher:
                 break
         reasons = self.fleet.troubles()
         raise Unavailable(
-            f"{have} of {len(voters)} hosts have the newest superblock, {self.fleet.majority(len(voters))} are needed ({reasons})"
+            f"the newest superblock is on {have} of {counted(len(voters), 'host')}, and has to be on {self.fleet.majority(len(voters))} "
+            f"({reasons})"
         )
 
     def _look_for_lost(self, refs: list[Ref]) -> None:
@@ -562,7 +565,7 @@ class Publisher:
         gone = self.fleet.vanished.intersection(ref.name for ref in refs)
         self.fleet.vanished.clear()
         if gone and not self._gap:
-            log.warning("hosts have lost %d metadata objects, and none has them any more; a checkpoint is due", len(gone))
+            log.warning("hosts have lost %s, and none has that any more; a checkpoint is due", counted(len(gone), "metadata object"))
             self._lose()
 
     async def _bring(self, block: Superblock, refs: list[Ref], done: set[int], over: bool) -> bool:

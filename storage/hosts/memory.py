@@ -136,4 +136,4 @@ class MemoryHost:
         return None if stored is None else blake3(stored).hexdigest()
 
     def __repr__(self) -> str:
-        return f"<MemoryHost {self._url}, {len(self.content.objects)} objects>"
+        return f"<MemoryHost {self._url}, objects={len(self.content.objects)}>"

@@ -65,7 +65,7 @@ class Tree:
                 make_root(path)
             status = os.stat(path)
         except OSError as error:
-            raise translate(error, url, f"opening {path}") from error
+            raise translate(error, url, "opening it") from error
         if not stat.S_ISDIR(status.st_mode):
             raise Unavailable(f"host {url}: {path} is not a directory")
         tree = cls(path, url, failpoints, (status.st_dev, status.st_ino))
@@ -187,7 +187,8 @@ class Tree:
     def space(self) -> HostSpace:
         with self._root.errors("asking for its space"), self._root.opened() as root:
             status = os.fstatvfs(root)
-            return HostSpace(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize)
+            disk = f"dev {os.fstat(root).st_dev}"
+            return HostSpace(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize, disk)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Changing. Each calls `wanted` right before the step that cannot be taken back: it raises Abandoned if nobody wants it any more, so

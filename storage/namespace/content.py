@@ -7,7 +7,7 @@ value is another and the writer starts again.
 
 from __future__ import annotations
 
-from storage.errors import BadArgument, Corrupt, FusefsError, NotFound, NotPermitted
+from storage.errors import BadArgument, Corrupt, Expired, FusefsError, NotFound, NotPermitted, Unavailable
 from storage.interfaces import Batch, Buffer, MetadataStore, Values
 from storage.metadata.counters import Counter
 from storage.namespace.directories import Directories
@@ -16,6 +16,7 @@ from storage.namespace.inheritance import Inheritance
 from storage.namespace.inodes import Change, Inode, InodeTable
 from storage.namespace.records import MAX_OFFSET, clone, encode_inode, inode_key
 from storage.turn import Turn
+from storage.wording import counted
 
 PAGE = 4096
 
@@ -246,7 +247,7 @@ class Content:
             self._lengthen(inode, size)
         else:
             where = self._directories.describe(ino)
-            raise NotPermitted(f"{where}: cannot be cut from {now_size} to {size} bytes (append-only); only to 0")
+            raise NotPermitted(f"{where}: cannot be cut from {now_size} to {counted(size, 'byte')} (append-only); only to 0")
 
     def _empty(self, inode: Inode) -> None:
         """A new value; the old one, and its map, go in the same batch."""
@@ -299,6 +300,9 @@ class Content:
                 if not inode.rec.map:
                     return await self._values.read(value, offset, end - offset)
                 return await self._gather(inode, value, _joined(list(self._map.pieces(inode, offset, end, stored))), offset, end)
+            except (Corrupt, Expired, Unavailable) as error:
+                # Which sector it is in says little to who reads that.
+                raise type(error)(f"{self._directories.describe(ino)}: {error}") from error
             except NotFound:
                 # Emptied while we read: the next round sees the new content, or raises because the inode is gone.
                 if not inode.gone and inode.rec.value == value:

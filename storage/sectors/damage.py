@@ -73,6 +73,7 @@ FEW = 8
 WINDOW = 64
 
 _KEY = struct.Struct(">QHI")
+_KEY_LENGTH = len(BAD) + _KEY.size
 
 
 class BadRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -216,7 +217,14 @@ class Damages:
         if not self.listed:
             return set()
         start = BAD + u64(sector_id)
-        return {Copy.of_key(key).host for key, _ in self._store.scan(start, prefix_end(start), 2000) if len(key) == len(BAD) + _KEY.size}
+        return {Copy.of_key(key).host for key, _ in self._store.scan(start, prefix_end(start), 2000) if len(key) == _KEY_LENGTH}
+
+    def sectors(self) -> set[int]:
+        """Some of those that copies are known to be bad of, or may be: those that cannot be made good, where there are such."""
+        if self.status.lost:
+            return set(self.status.lost)
+        listed = {Copy.of_key(key).sector_id for key, _ in self._store.scan(BAD, prefix_end(BAD), MAX_SUSPECTS) if len(key) == _KEY_LENGTH}
+        return listed | {sector_id for sector_id, _, _ in self._suspects}
 
     def failing(self, host: int) -> str:
         """Why the host counts as failing; "" if it does not."""

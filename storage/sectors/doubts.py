@@ -24,6 +24,7 @@ from storage.metadata.keys import DOUBTED, SETTING, UNDERREPLICATED, prefix_end,
 from storage.sealing import block_count
 from storage.sectors.records import SectorRecord
 from storage.sectors.walking import walk
+from storage.wording import counted
 
 log = logging.getLogger("fusefs.reconcile")
 
@@ -91,7 +92,9 @@ class Doubts:
             batch.delete(_HOSTS + b"%d" % number)
             self._store.apply(batch)
             log.warning(
-                "host %d has forgotten things: %d sectors are looked for there, and made again where they are missing", number, doubted
+                "host %d has forgotten things: what it had is looked for there, and made again where it is missing: %s",
+                number,
+                counted(doubted, "sector"),
             )
 
     async def look(self, sector_id: int, record: SectorRecord) -> None:

@@ -43,6 +43,7 @@ from storage.nurseries import plain_nursery
 from storage.sealing import HEADER_SIZE, ShardHeader
 from storage.seams import Seams
 from storage.sectors.records import SectorRecord, decode_sector
+from storage.wording import counted
 
 log = logging.getLogger("fusefs.locks")
 
@@ -169,7 +170,8 @@ class LockKeeper:
         batch = Batch()
         batch.put(_round_key(number), _ROUND.pack(until, began))
         self._store.apply(batch)
-        log.info("host %s: %d shards and %d other objects are locked until the contract ends", host.url, count, len(names) + len(work))
+        others = counted(len(names) + len(work), "other object")
+        log.info("host %s: locked until the contract ends: %s and %s", host.url, counted(count, "shard"), others)
 
     def _history_names(self, number: int) -> list[str]:
         """What the host's superblocks of this history name, then these; nothing where that is not known of each."""
@@ -297,7 +299,7 @@ class LockKeeper:
             if stored.stored_ns < before and await self._unneeded(number, host, stored, lineage, needed) and await host.purge(stored.name):
                 gone += 1
         if gone:
-            log.info("host %s: %d deleted objects are gone for good, now that their locks are over", host.url, gone)
+            log.info("host %s: gone for good, now that the locks are over: %s", host.url, counted(gone, "deleted object"))
         return gone
 
     async def _hidden(self, host: LockingHost) -> AsyncIterator[StoredVersion]:

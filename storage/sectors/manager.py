@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter as Counted
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +28,8 @@ from storage.sectors.records import VERSION, SectorRecord, ShardRecord
 from storage.sectors.redundancy import Layout, layout_of
 from storage.sectors.staging import Staging
 from storage.sectors.upload import Upload, Way
+from storage.sectors.walking import below_full, walk
+from storage.wording import counted
 
 log = logging.getLogger("fusefs.sectors")
 
@@ -34,6 +37,8 @@ _COUNT = SETTING + b"sectors"
 
 #: Sealed shards in memory at most: at 4 MiB each, 48 MiB (I7). A writer beyond it waits.
 UPLOADS = 12
+#: Sectors whose records `status` looks at each time it is asked.
+MAX_LOOKED_AT = 10_000
 
 #: Sectors up to this many bytes are kept in the block cache as they are written: they hold small files and the ends of logs,
 #: which are the ones read again soon, and whose last page an appender needs.
@@ -214,7 +219,7 @@ class SectorManager:
         staging = self.staging
         if not staging.limit or not staging.below:
             return error
-        why = staging.trouble or f"{staging.size} of {staging.limit} bytes are used"
+        why = staging.trouble or f"{staging.size:,} of {staging.limit:,} bytes are used"
         return NoSpace(f"staging takes no more until hosts do ({why}; {error})")
 
     def _seal(self, sector_id: int, layout: Layout, parts: Sequence[Buffer]) -> tuple[list[SealedShard], list[list[Buffer]]]:
@@ -239,7 +244,7 @@ class SectorManager:
         if not left or not why:
             return ""
         size = sum(entry.to_send for entry in left)
-        return f"sectors in {self.staging.path} and not on enough hosts yet: {len(left):,} ({size:,} bytes to send): {why}"
+        return f"sectors in {self.staging.path} and not on enough hosts yet: {len(left):,} ({counted(size, 'byte')} to send): {why}"
 
     def uploading(self, sector_id: int) -> bool:
         """Is some shard of its first upload still on its way, or in staging?"""
@@ -318,6 +323,19 @@ class SectorManager:
         """How many sectors are below full replication."""
         return sum(1 for _, mark in self._store.scan(UNDERREPLICATED, prefix_end(UNDERREPLICATED), limit) if mark != MOVING)
 
+    async def stored_as(self) -> dict[str, int]:
+        """How many sectors there are of each replication; empty where they are more than `status` should look at."""
+        if self.count > MAX_LOOKED_AT:
+            return {}
+        return dict(Counted([record.replication async for _, record in walk(self._store)]))
+
+    async def lacking(self) -> int:
+        """How many sectors are below full replication, those on their way to their hosts for the first time not counted."""
+        found = 0
+        async for sector_id in below_full(self._store):
+            found += self._store.get(UNDERREPLICATED + u64(sector_id)) not in (None, MOVING) and not self.uploading(sector_id)
+        return found
+
     # ------------------------------------------------------------------------------------------------------------
     # Tasks
 
@@ -356,6 +374,14 @@ class SectorManager:
         if staged:
             self.staging.enter(batch, sector_id, record)
         self._store.apply(batch)
+
+    def settled(self, batch: Batch, sector_id: int) -> None:
+        """In the batch that says the sector is at full replication, after it was not."""
+        self.staging.settled(batch, sector_id)
+        # What `Upload` said of it is not so any more.
+        said = f"sector {sector_id} has "
+        for note in [note for note in self.notes if note.startswith(said)]:
+            self.notes.remove(note)
 
     def _drained(self, sector_id: int, replication: str, length: int, shards: list[ShardRecord], *, full: bool) -> None:
         """As `_landed`, for a sector that comes out of staging: it may have been freed meanwhile."""

@@ -22,6 +22,10 @@ from storage.standing import Standing
 
 #: Seconds all hosts together have to tell their room.
 POLL_TIMEOUT = 5.0
+#: Bytes that buckets, which do not tell, have room for.
+PLENTY = 1 << 50
+#: Hosts a message names.
+SHOWN = 5
 
 
 class Placement:
@@ -56,10 +60,37 @@ class Placement:
                     "there; renew them: fusefs contracts VOLUME renew --all"
                 )
             raise Unavailable(
-                f"to write with replication {replication}, hosts are needed: {replication.write_quorum}, can be used now: {len(ranked)}; "
-                f"bring hosts back, add one (fusefs hosts), or conclude contracts (fusefs contracts)"
+                f"to write with replication {replication}, hosts are needed: {replication.write_quorum}, can be used now: {len(ranked)}"
+                f"{self.besides()}; bring hosts back, add one (fusefs hosts VOLUME add URL), or conclude contracts (fusefs contracts)"
             )
         return ranked
+
+    def besides(self, hosts: Collection[int] = ()) -> str:
+        """For messages: the hosts besides `hosts` that take nothing now, each with why, in brackets; "" if all do."""
+        given_up = {**dict.fromkeys(self._standing.leaving(), "is being left"), **dict.fromkeys(self._standing.lost(), "is lost")}
+        ending, keeping, revoked = self._standing.ending(), self._standing.keeping(), self._standing.revoked()
+        found: list[str] = []
+        for number in self._registry.numbers():
+            if number in hosts:
+                continue
+            reason = self._registry.reason(number)
+            if number in given_up:
+                why = given_up[number]
+            elif reason:
+                why = "is another host now" if self._registry.state(number) == "foreign" else "cannot be reached"
+            elif number in revoked:
+                why = "does not know its contract any more"
+            elif number in ending:
+                why = "has a contract that ends soon"
+            elif number not in keeping:
+                why = "has no contract in force"
+            elif not self.takes(number):
+                why = "is full"
+            else:
+                continue
+            found.append(f"{self._registry.url(number)} {why}")
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        return f" ({', '.join(found[:SHOWN])}{more})" if found else ""
 
     def keep(self, hosts: Iterable[int]) -> bool:
         """Do all of these keep what they have?"""
@@ -98,26 +129,56 @@ class Placement:
     async def poll_space(self) -> None:
         """Ask every reachable host for its room; one that does not tell, or does not answer, is left out."""
         known: dict[int, HostSpace] = {}
-
-        async def ask(number: int) -> None:
-            try:
-                space = await self._registry.get(number).space()
-            except FusefsError:
-                return
-            if space is not None:
-                known[number] = space
-
         # One hung host must not keep us from knowing the others.
         with trio.move_on_after(POLL_TIMEOUT):
             async with trio.open_nursery() as nursery:
                 for number in self._registry.numbers():
                     if self._registry.available(number):
-                        nursery.start_soon(ask, number)
+                        nursery.start_soon(self._ask_space, number, known)
         self._space, self._free = known, {number: space.free for number, space in known.items()}
+
+    async def ask_space(self, number: int) -> None:
+        """Ask one host for its room, not all: it is new."""
+        known: dict[int, HostSpace] = {}
+        with trio.move_on_after(POLL_TIMEOUT):
+            await self._ask_space(number, known)
+        self._space |= known
+        self._free |= {number: space.free for number, space in known.items()}
+
+    async def _ask_space(self, number: int, known: dict[int, HostSpace]) -> None:
+        try:
+            space = await self._registry.get(number).space()
+        except FusefsError:
+            return
+        if space is not None:
+            known[number] = space
 
     def space(self, number: int) -> HostSpace | None:
         """The host's room at the last poll; None if it did not tell."""
         return self._space.get(number)
+
+    def free(self, replication: Replication) -> int:
+        """Bytes of files that hosts could still take, as of the last poll.
+
+        Each sector goes to distinct hosts, so what only a few have room for does not count; what hosts share counts once. Those that do not
+        tell have room for whatever comes, up to PLENTY.
+        """
+        disks: dict[str, tuple[int, int]] = {}
+        for number in self._usable(self._standing.keeping()):
+            space = self._space.get(number)
+            # A host of its own where nothing is known to be shared.
+            disk = (space.disk if space is not None else "") or f"host {number}"
+            _, hosts = disks.get(disk, (0, 0))
+            disks[disk] = (space.free if space is not None else PLENTY, hosts + 1)
+        # The largest shard of all sectors together for which the hosts, each with one at most, have room.
+        low, high = 0, PLENTY
+        while low < high:
+            middle = (low + high + 1) // 2
+            if sum(min(room, hosts * middle) for room, hosts in disks.values()) >= replication.hosts_needed * middle:
+                low = middle
+            else:
+                high = middle - 1
+        return min(low * replication.k, PLENTY)
 
     def room(self, replication: Replication) -> HostSpace | None:
         """The room on the host that would be the last to take a copy; None where hosts do not tell."""

@@ -475,7 +475,7 @@ class SectorReader:
         if len(outcome.found) < needed:
             kind = Corrupt if all(isinstance(error, Corrupt) for error in outcome.errors) else Unavailable
             said = "; ".join(dict.fromkeys(map(str, outcome.errors)))
-            raise kind(f"{len(outcome.found)} other shards can be read, {needed} are needed ({said})")
+            raise kind(f"shards needed: {needed}, that can be read besides: {len(outcome.found)} ({said})")
         found = {others[at]: bytes(plain) for at, plain in outcome.found.items()}
         return await self._seams.threads.run(wanted.layout.rebuild, wanted.sector_id, number, wanted.first, found)
 

@@ -37,12 +37,14 @@ from storage.pacing import Pace
 from storage.seams import Seams
 from storage.sectors.deleter import Deleter
 from storage.sectors.doubts import Doubts
+from storage.sectors.leaving import KEEPING, Leaving, hosts_of
 from storage.sectors.placement import Placement
 from storage.sectors.plan import Plan, make_plan
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
 from storage.sectors.strays import Strays
 from storage.sectors.walking import below_full, walk
 from storage.standing import Standing
+from storage.wording import counted
 
 log = logging.getLogger("fusefs.reconcile")
 
@@ -62,7 +64,6 @@ FILLED = 0.9
 #: See the module.
 MOVING = b"m"
 
-_KEEPING = SETTING + b"reconcile.keeping"
 _LOOK = SETTING + b"reconcile.look"
 _FILL = SETTING + b"reconcile.fill"
 
@@ -128,6 +129,7 @@ class Reconciler:
         self._waiting = trio.lowlevel.ParkingLot()
         #: Sectors that could not be mended in this round.
         self._unmended = 0
+        self.leaving = Leaving(store)
         #: Sector -> (monotonic time of the next attempt, seconds waited last).
         self._later: dict[int, tuple[float, float]] = {}
         #: Sectors whose first upload is still under way: nothing is missing there yet.
@@ -154,10 +156,10 @@ class Reconciler:
         await self.round(again=again)
         await self._count(self._standing.keeping())
 
-    def unsettled(self) -> bool:
-        """Is something to be done, or have all sectors yet to be looked at with the hosts that keep now?"""
-        wanted = msgspec.msgpack.encode(sorted(self._standing.keeping()))
-        return self._store.get(_KEEPING) != wanted or bool(self._store.scan(UNDERREPLICATED, prefix_end(UNDERREPLICATED), 1))
+    def look_anew(self, batch: Batch) -> None:
+        """In `batch`: all sectors are to be looked at, also if they were with the same hosts, while other ones kept in between."""
+        batch.delete(KEEPING)
+        batch.delete(_LOOK)
 
     def surplus(self, sector_id: int, root: bytes, host: int) -> bool:
         """For the sweep: is a shard of the sector on this host, where its record does not name it, one that nobody needs? No await.
@@ -239,7 +241,7 @@ class Reconciler:
     async def _look(self, keeping: frozenset[int]) -> None:
         """Put on the list what is not as it should be with these hosts; only if that was not done with them already."""
         wanted = msgspec.msgpack.encode(sorted(keeping))
-        if self._store.get(_KEEPING) == wanted:
+        if self._store.get(KEEPING) == wanted:
             return
         self.status.stage = "looking at all sectors"
         start = SECTOR + u64(self._resume(sorted(keeping)))
@@ -266,7 +268,9 @@ class Reconciler:
             await trio.lowlevel.checkpoint()
         # Sectors written from now on are on the list until they are full; those written meanwhile were, or have been looked at.
         batch = Batch()
-        batch.put(_KEEPING, wanted)
+        # The list is not what was counted any more.
+        self.leaving.counted = None
+        batch.put(KEEPING, wanted)
         batch.delete(_LOOK)
         self._store.apply(batch)
 
@@ -310,14 +314,17 @@ class Reconciler:
                 nursery.start_soon(self._mend_one, sector_id, keeping, limit, mark)
         if self._unmended:
             # One line a round, not one a sector: what keeps one from being mended often keeps them all.
-            log.warning("%d sectors stay as they are for now: %s", self._unmended, self.status.trouble)
+            log.warning("not as it should be, for now: %s: %s", counted(self._unmended, "sector"), self.status.trouble)
         return not outdated and not self._outdated(keeping)
 
     async def _count(self, keeping: frozenset[int]) -> None:
         """How much there is to do."""
         sectors = missing = 0
+        on_list: set[int] = set()
+        numbers = self._standing.leaving().keys()
         async for sector_id in below_full(self._store):
             raw = self._store.get(SECTOR + u64(sector_id))
+            on_list |= hosts_of(raw, numbers)
             if raw is None or self.uploading(sector_id):
                 continue  # freed, or not ours yet, and told by itself
             sectors += 1
@@ -327,6 +334,7 @@ class Reconciler:
                 continue
             missing += sum(record.shards[index].length for index in self._plan(sector_id, record, keeping).missing)
         self.status.pending, self.status.pending_bytes = sectors, missing
+        self.leaving.counted = frozenset(on_list)
 
     async def _mend_one(self, sector_id: int, keeping: frozenset[int], limit: trio.CapacityLimiter, mark: object) -> None:
         """`sector_id` is marked as busy already."""
@@ -420,12 +428,14 @@ class Reconciler:
         targets = self._placement.others({*hosts, *elsewhere, *bad}, keeping)
         if not targets and bad:
             raise Unavailable(
-                f"sector {sector_id} is to have {record.replication} on distinct hosts; no other host can take a shard, and what is bad on "
-                f"host {', '.join(map(str, sorted(bad)))} has to be put right first"
+                f"sector {sector_id} is to have {record.replication} on distinct hosts; no other host can take a shard"
+                f"{self._placement.besides({*hosts, *bad})}, and what is bad on host {', '.join(map(str, sorted(bad)))} has to be put "
+                "right first"
             )
         if not targets:
             raise Unavailable(
-                f"sector {sector_id} is to have {record.replication} on distinct hosts, and no other host can take a shard; add a host"
+                f"sector {sector_id} is to have {record.replication} on distinct hosts, and no other host can take a shard"
+                f"{self._placement.besides(hosts)}; add a host"
             )
         sealed = await self._regenerate(sector_id, record, index)
         errors: list[str] = []

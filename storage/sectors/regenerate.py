@@ -69,7 +69,7 @@ class Regenerator:
         if away or error is None:
             raise Unavailable(f"sector {sector_id}: no host that has it can be read ({', '.join(away) or 'none is on record'})")
         if isinstance(error, NotFound | Corrupt):
-            raise Corrupt(f"sector {sector_id} has no good copy: {error}; see fusefs check")
+            raise Corrupt(f"sector {sector_id} has no good copy: {error}; see fusefs check --data")
         raise error
 
     def _copies(self, sector_id: int, shard: ShardRecord) -> list[Attempt]:

@@ -48,6 +48,7 @@ from storage.sectors.records import decode_sector
 from storage.sectors.walking import count, walk
 from storage.standing import Standing
 from storage.status import ScrubReport, ScrubStatus
+from storage.wording import counted
 
 log = logging.getLogger("fusefs.scrub")
 
@@ -333,7 +334,7 @@ class Scrubber:
         deadline = clock.monotonic() + max(rest, interval * CATCH_UP)
         limit = trio.CapacityLimiter(BACKGROUND_WORKERS)
         due, last = 0.0, clock.monotonic()
-        counted = noted = last
+        recounted = noted = last
         async with plain_nursery() as nursery:
             while left:
                 await clock.sleep(min(max((deadline - last) / left, STEP_MIN), max(interval * STEP, STEP_MIN)))
@@ -344,8 +345,8 @@ class Scrubber:
                 await self._some(walked, int(due), limit, nursery)
                 due -= int(due)
                 left = self._left[0] - (walked.tally.sectors - self._left[1])
-                if left <= 0 or now - counted > interval * RECOUNT:
-                    left, counted = await count(self._store, walked.following), now
+                if left <= 0 or now - recounted > interval * RECOUNT:
+                    left, recounted = await count(self._store, walked.following), now
                     self._left = (left, walked.tally.sectors)
                 if now - noted > NOTE_SECONDS:
                     noted = now
@@ -354,7 +355,7 @@ class Scrubber:
                     self._store.apply(batch)
         if walked.tally.sectors:
             self._ended(walked)
-            log.info("scrub: a pass over %d sectors has ended", walked.tally.sectors)
+            log.info("scrub: a pass over %s has ended", counted(walked.tally.sectors, "sector"))
         self._background = None
         batch = Batch()
         batch.delete(_PASS)

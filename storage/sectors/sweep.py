@@ -58,6 +58,7 @@ from storage.metadata.keys import FREED, LOCAL, SECTOR, prefix_end, read_u32, re
 from storage.sealing import HEADER_SIZE, ShardHeader
 from storage.seams import Seams
 from storage.sectors.records import decode_sector
+from storage.wording import counted
 
 log = logging.getLogger("fusefs.sectors")
 
@@ -201,8 +202,8 @@ class Sweeper:
             log.warning("hosts are not swept before the next mount: %s", error)
         if self.counts.deleted or self.counts.kept:
             log.info(
-                "swept: %d shards that were never committed deleted; %d that are on no record stay, since they may be of another history",
-                self.counts.deleted,
+                "swept: %s that no commit has deleted; on no record, and kept, since it may be of another history: %d",
+                counted(self.counts.deleted, "shard"),
                 self.counts.kept,
             )
 

@@ -165,7 +165,9 @@ class Upload:
                 log.warning("sector %d: shards that nothing points to stay on their hosts: %s", self.sector_id, error)
         elif self._quorum and self._done < wanted:
             what = "shards" if self._layout.spec.coded else "copies"
-            self._way.note(f"sector {self.sector_id} has {self._done} of {wanted} {what}: {'; '.join(map(str, self._errors))}")
+            # Without an error there were no more hosts to ask.
+            why = "; ".join(map(str, self._errors)) or f"no other host can take one{self._way.placement.besides()}"
+            self._way.note(f"sector {self.sector_id} has {self._done} of {wanted} {what}: {why}")
         self._decided.set()
         self._spared.close()
         # Whoever made it is in there, and it holds a sector's bytes: nothing of that waits for the collector of cycles.

@@ -16,6 +16,7 @@ from storage.sectors.manager import SectorManager
 from storage.values.packing import ENTRY_BYTES, TABLE_BYTES, TableEntry, encode_table
 from storage.values.records import VERSION, Extent, ValueRecord, value_key
 from storage.values.tail import Cargo, Flight, FlightState, Tail
+from storage.wording import counted
 
 log = logging.getLogger("fusefs.values")
 
@@ -335,7 +336,7 @@ class Shipper:
 
     def _park(self, cargo: Cargo, error: FusefsError) -> None:
         if self.trouble is None:
-            log.warning("%d bytes cannot be stored on hosts and stay here: %s", cargo.length, error)
+            log.warning("what cannot be stored on hosts stays here: %s: %s", counted(cargo.length, "byte"), error)
         self.trouble = error
         cargo.error = error
         for flight in cargo.flights:

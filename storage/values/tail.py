@@ -158,7 +158,7 @@ class Cargo:
 class Tail:
     """What is known in memory of one value. Bytes: extents up to `sealed` | flights | buffer."""
 
-    __slots__ = ("block", "buffer", "flights", "handed", "journaled", "logged", "owner", "replication", "sealed", "value_id")
+    __slots__ = ("block", "buffer", "flights", "handed", "journaled", "logged", "owner", "published", "replication", "sealed", "value_id")
 
     def __init__(self, value_id: int, owner: int, replication: str, sealed: int) -> None:
         self.value_id = value_id
@@ -171,6 +171,8 @@ class Tail:
         self.handed = sealed
         #: Up to here the log on the hosts has what is not in extents (as the publisher was given it).
         self.logged = sealed
+        #: Up to here a majority of the hosts is known to have it in the log.
+        self.published = sealed
         #: Few: what the budget of all tails allows for. A deque takes 600 bytes, and most tails are small files without any.
         self.flights: list[Flight] = []
         self.buffer = ChunkBuffer()

@@ -693,13 +693,22 @@ class Values:
             tail.logged = max(start, tail.handed)
         return found
 
+    def log_published(self) -> None:
+        """A majority of the hosts has all that `take_unlogged` gave so far. No await."""
+        for tail in self._tails.values():
+            tail.published = tail.logged
+
     def accepting(self) -> bool:
         return self.local_trouble is None and self.full is None and self.shipper.accepting()
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes that are on no host yet."""
+        """Bytes that are in no sector yet."""
         return self.shipper.pending
+
+    def logged_bytes(self) -> int:
+        """Those of them that hosts have in the log. Looks at every tail."""
+        return sum(max(0, tail.published - tail.sealed) for tail in self._tails.values())
 
     async def flush(self, progress: FlushProgress | None = None) -> FlushReport:
         try:
