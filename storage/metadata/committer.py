@@ -158,9 +158,8 @@ class Committer:
 
     def _take(self) -> tuple[Group, Round]:
         """Everything pending becomes the commit being written. No await inside."""
-        rounds = self._rounds
-        this, rounds.next = rounds.next, Round()
-        rounds.flight = self._progress.flight = this
+        this = self._rounds.turn()
+        self._rounds.flight = self._progress.flight = this
         self._progress.taken += 1
         this.sequence = self._progress.taken
         group = self._pending.take(this.sequence)
