@@ -24,6 +24,7 @@ from storage.sectors.reader import AHEAD, AHEAD_NEAR, AT_ONCE, PREFETCHES, TOGET
 from storage.values import places
 from storage.values.places import Places
 from storage.values.records import Extent, extents_between
+from storage.values.values import EXTENTS_AHEAD
 from tests.rig import QUIET, append, free, host_dirs, make, new_value, noise, opened
 from tests.rig import SECTOR as SECTOR_SIZE
 from tests.test_redundancy import watch_fetches
@@ -281,6 +282,22 @@ async def test_a_sequential_reader_is_read_ahead_for_where_every_read_is_at_hand
                 await trio.sleep(0.001)
         assert got == data
         assert waited <= 2
+
+
+async def test_what_follows_is_the_same_whatever_of_it_is_remembered(tmp_path: Path) -> None:
+    """More sectors than are looked up at a time, asked for from any of them on, in any order."""
+    value = await stored(tmp_path, noise(40 * SECTOR_SIZE))
+    async with opened(tmp_path / "v") as volume:
+        values = volume.values
+        extents = extents_between(volume.store, value, 0, 1 << 40, 1000)
+        assert len(extents) > 2 * EXTENTS_AHEAD
+        chance = random.Random(1)
+        for _ in range(300):
+            first, count = chance.randrange(len(extents) + 1), chance.randrange(1, 12)
+            at = extents[first].offset if first < len(extents) else extents[-1].end
+            assert values._following(value, at, count) == extents[first : first + count]
+            if chance.random() < 0.1:
+                values._places.forget(value)
 
 
 @pytest.mark.parametrize("shared", [True, False])
