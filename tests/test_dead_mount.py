@@ -46,10 +46,10 @@ def stuck(mounting: Mounting) -> Iterator[tuple[Mounted, subprocess.Popen[bytes]
     assert program.stdout is not None
     program.stdout.readline()
     # The loop that commits every second.
-    wait_until(lambda: _uninterruptible(mounted.process.pid), "waiting for the own mount")
+    wait_until(lambda: _waits_for_fuse(mounted.process.pid), "waiting for the own mount")
     program.stdin.write(b"\n")
     program.stdin.flush()
-    wait_until(lambda: _uninterruptible(program.pid), "fsync in the program")
+    wait_until(lambda: _waits_for_fuse(program.pid), "fsync in the program")
     mounted.process.kill()
     time.sleep(0.2)
     yield mounted, program
@@ -64,11 +64,11 @@ def stuck(mounting: Mounting) -> Iterator[tuple[Mounted, subprocess.Popen[bytes]
             stream.close()
 
 
-def _uninterruptible(pid: int) -> bool:
-    """Is a thread of the process in the kernel, where no signal reaches it?"""
-    for path in Path(f"/proc/{pid}/task").glob("*/status"):
+def _waits_for_fuse(pid: int) -> bool:
+    """Is a thread of the process in the kernel, where no signal reaches it, for a FUSE filesystem? A disk that is slow ends by itself."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
         with suppress(OSError):
-            if "\nState:\tD" in path.read_text():
+            if "\nState:\tD" in (task / "status").read_text() and " fuse_" in (task / "stack").read_text():
                 return True
     return False
 
