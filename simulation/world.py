@@ -30,6 +30,7 @@ from storage.metadata.keys import SECTOR, UNDERREPLICATED, u64
 from storage.replication import Replication
 from storage.sectors.deleter import Deleter
 from storage.sectors.doubts import Doubts
+from storage.sectors.mending import Mender
 from storage.sectors.placement import Placement
 from storage.sectors.reconcile import Reconciler
 from storage.sectors.records import VERSION, SectorRecord, ShardRecord, decode_sector
@@ -229,18 +230,22 @@ class World:
         self.deleter = Deleter(self.store, self.io, self.contracts, self.seams)
         # Of a HostIO it uses what the Protocol has; and `adopt`, where the record names too few hosts, which never is so here.
         io = cast("HostIO", self.io)
-        self.reconciler = Reconciler(
+        doubts = Doubts(self.store, io, self.contracts)
+        mender = Mender(
             store=self.store,
             host_io=io,
             placement=self.placement,
             standing=self.standing,
             deleter=self.deleter,
-            doubts=Doubts(self.store, io, self.contracts),
+            doubts=doubts,
             regenerate=self._regenerate,
             contractor=self.contracts,
             strays=Strays(bytes(16), self.fleet, self.contracts, cast("Staging", NothingStaged())),
             seams=self.seams,
             rate=rate,
+        )
+        self.reconciler = Reconciler(
+            store=self.store, placement=self.placement, standing=self.standing, doubts=doubts, mender=mender, seams=self.seams
         )
         self.tally = Tally()
         self._domains = domains

@@ -31,6 +31,7 @@ from storage.sectors.doubts import Doubts
 from storage.sectors.hedging import Hedging
 from storage.sectors.lock_keeper import LockKeeper
 from storage.sectors.manager import SectorManager
+from storage.sectors.mending import Mender
 from storage.sectors.placement import Placement
 from storage.sectors.reconcile import Reconciler
 from storage.sectors.scrub import INTERVAL as SCRUB_INTERVAL
@@ -119,6 +120,7 @@ class Volume:
         self.deleter: Deleter
         self.doubts: Doubts
         self.renewal: Renewal
+        self.mender: Mender
         self.reconciler: Reconciler
         self.damages: Damages
         self.scrubber: Scrubber

@@ -40,6 +40,7 @@ from storage.sectors.deleter import Deleter
 from storage.sectors.doubts import Doubts
 from storage.sectors.lock_keeper import LockKeeper
 from storage.sectors.manager import SectorManager
+from storage.sectors.mending import Mender
 from storage.sectors.placement import Placement
 from storage.sectors.plan import can_be_read
 from storage.sectors.reader import SectorReader
@@ -327,7 +328,7 @@ async def _wire(
         volume.contractor,
         volume.host_io,
         publisher,
-        volume.reconciler.surplus,
+        volume.mender.surplus,
         seams,
     )
     nursery.start_soon(volume.sweeper.run)
@@ -410,7 +411,7 @@ def make_layers(
         regenerate=regenerator.shard,
     )
     volume.doubts = Doubts(store, volume.host_io, volume.contractor)
-    volume.reconciler = Reconciler(
+    volume.mender = Mender(
         store=store,
         host_io=volume.host_io,
         placement=volume.placement,
@@ -423,7 +424,15 @@ def make_layers(
         seams=seams,
         rate=options.repair_rate,
     )
-    volume.reconciler.uploading = volume.sectors.uploading
+    volume.reconciler = Reconciler(
+        store=store,
+        placement=volume.placement,
+        standing=volume.standing,
+        doubts=volume.doubts,
+        mender=volume.mender,
+        seams=seams,
+    )
+    volume.mender.uploading = volume.sectors.uploading
     volume.renewal = Renewal(
         store,
         volume.hosts,
@@ -445,13 +454,13 @@ def make_layers(
         hostdb=volume.hostdb,
         deleter=volume.deleter,
         regenerate=regenerator.shard,
-        replace=volume.reconciler.replace,
-        pace=volume.reconciler.pace,
+        replace=volume.mender.replace,
+        pace=volume.mender.pace,
         notes=reader.notes,
         seams=seams,
     )
     reader.on_damage = volume.damages.suspect
-    volume.reconciler.bad = volume.damages.hosts
+    volume.mender.bad = volume.damages.hosts
     volume.damages.watchers.append(lambda copy, outcome: volume.reconciler.retry(copy.sector_id) if outcome.mended else None)
     volume.scrubber = Scrubber(
         store=store,
@@ -461,7 +470,7 @@ def make_layers(
         seams=seams,
         interval=options.scrub_interval,
     )
-    volume.reconciler.settled = volume.sectors.settled
+    volume.mender.settled = volume.sectors.settled
     volume.values = Values(
         store=store,
         sectors=volume.sectors,

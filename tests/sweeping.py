@@ -40,7 +40,7 @@ def sweeper_of(volume: Volume, gate: HistoryGate | None = None) -> Sweeper:
         volume.contractor,
         volume.host_io,
         gate or TestGate(),
-        volume.reconciler.surplus,
+        volume.mender.surplus,
         volume.seams,
         pause=0.0,
     )

@@ -171,9 +171,9 @@ async def test_a_sector_is_not_mended_while_its_bad_copy_is_replaced(tmp_path: P
     """The round has come to it, and waits for its turn, when the replacement begins."""
     async with a_volume(tmp_path, 4, "2") as (volume, _urls):
         await fill(volume, WORKERS + 1)
-        reconciler, mended = volume.reconciler, list[int]()
+        reconciler, mender, mended = volume.reconciler, volume.mender, list[int]()
         *others, last = sorted(records(volume))
-        regenerate, mend = reconciler._regenerate, reconciler.mend
+        regenerate, mend = mender._regenerate, mender.mend
         go_on, replaced = trio.Event(), trio.Event()
 
         async def slowly(sector_id: int, keeping: frozenset[int]) -> None:
@@ -186,7 +186,7 @@ async def test_a_sector_is_not_mended_while_its_bad_copy_is_replaced(tmp_path: P
             await replaced.wait()
             return await regenerate(sector_id, record, index)
 
-        reconciler.mend = slowly  # type: ignore[method-assign]
+        mender.mend = slowly  # type: ignore[method-assign]
         batch = Batch()
         for sector in records(volume):
             batch.put(UNDERREPLICATED + u64(sector), b"")
@@ -196,8 +196,8 @@ async def test_a_sector_is_not_mended_while_its_bad_copy_is_replaced(tmp_path: P
             await trio.testing.wait_all_tasks_blocked(0.1)
             assert sorted(mended) == others
             shard = records(volume)[last].shards[0]
-            reconciler._regenerate = held
-            nursery.start_soon(reconciler.replace, last, shard.root, shard.hosts[0])
+            mender._regenerate = held
+            nursery.start_soon(mender.replace, last, shard.root, shard.hosts[0])
             await trio.testing.wait_all_tasks_blocked(0.1)
             go_on.set()
             await trio.testing.wait_all_tasks_blocked(0.1)
@@ -216,7 +216,7 @@ async def test_a_copy_is_made_again_from_another_host_where_the_first_hangs(tmp_
         first = volume.hostdb.rank(record.shards[0].hosts)[0]
         opener.faults[urls[first - 1]].hang = True
         with trio.fail_after(12):
-            sealed = await volume.reconciler._regenerate(sector, record, 0)
+            sealed = await volume.mender._regenerate(sector, record, 0)
         assert sealed.root == record.shards[0].root.hex()
         opener.faults[urls[first - 1]].hang = False
 
@@ -263,7 +263,7 @@ async def test_a_copy_that_cannot_be_asked_for_now_is_not_taken_for_lost(tmp_pat
             path.unlink()
         opener.faults[fails].only, opener.faults[fails].gone = shards_only, "not now"
         with pytest.raises(Unavailable):
-            await volume.reconciler._regenerate(sector, record, 0)
+            await volume.mender._regenerate(sector, record, 0)
 
 
 async def never(_contract_id: str, _shard: SealedShard) -> None:
@@ -606,7 +606,7 @@ async def test_all_that_mending_sends_has_waited_for_its_turn(tmp_path: Path, mo
     """Lost copies, and damaged ones."""
     async with a_volume(tmp_path, 3, "2", repair_rate=1e9) as (volume, urls):
         await fill(volume)
-        pace, write_sealed = volume.reconciler.pace, volume.host_io.write_sealed
+        pace, write_sealed = volume.mender.pace, volume.host_io.write_sealed
         assert pace.rate == 1e9
         take, waited, sent = pace.take, 0, 0
 
@@ -669,4 +669,4 @@ async def test_too_few_hosts_is_said_and_tried_again_later(tmp_path: Path) -> No
         assert volume.sectors.degraded() == 1
         assert "add a host" in volume.reconciler.status.trouble
         with pytest.raises(Unavailable):
-            await volume.reconciler.mend(next(iter(records(volume))), volume.standing.keeping())
+            await volume.mender.mend(next(iter(records(volume))), volume.standing.keeping())

@@ -328,9 +328,9 @@ async def test_a_copy_too_many_of_a_live_sector_goes_once_the_sector_lacks_nothi
     await write_and_die(tmp_path / "v")
     async with opened(tmp_path / "v") as volume:
         # Not while one of those on record is bad, nor while somebody puts one there.
-        volume.reconciler.bad = lambda _sector_id: {shard.hosts[0]}
+        volume.mender.bad = lambda _sector_id: {shard.hosts[0]}
         assert await sweeper_of(volume).sweep() == []
-        volume.reconciler.bad = volume.damages.hosts
+        volume.mender.bad = volume.damages.hosts
         with volume.deleter.spared(shard.root, third):
             assert await sweeper_of(volume).sweep() == []
         # Nor while a superblock may name it.

@@ -14,7 +14,7 @@ from storage.hosts.locking import locking
 from storage.interfaces import Batch, SealedShard
 from storage.metadata.keys import DOUBTED, SECTOR, UNDERREPLICATED, u32, u64
 from storage.sealing import MAX_SEALED, root_of, sealed_length
-from storage.sectors.reconcile import MOVING
+from storage.sectors.mending import MOVING
 from storage.sectors.records import SectorRecord, ShardRecord, layout_for
 from storage.sectors.redundancy import layout_of
 from storage.sectors.staging import STAGED

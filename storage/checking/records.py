@@ -34,8 +34,8 @@ from storage.namespace.records import (
 )
 from storage.renewal import decode_trouble, is_trouble, trouble_host
 from storage.sectors.doubts import MISSING
+from storage.sectors.mending import MOVING
 from storage.sectors.partial import CLASSES
-from storage.sectors.reconcile import MOVING
 from storage.sectors.records import decode_sector
 from storage.values.records import decode_extent, decode_value
 

@@ -23,8 +23,8 @@ from storage.metadata.keys import (
     read_u64,
     u64,
 )
+from storage.sectors.mending import MOVING
 from storage.sectors.partial import PartialIndex
-from storage.sectors.reconcile import MOVING
 from storage.sectors.records import SectorRecord, decode_sector
 from storage.sectors.staging import STAGED
 from storage.values.packing import TableEntry

@@ -148,7 +148,7 @@ class DamageStatus:
 
 #: (sector id, its record, number of the shard) -> the sealed shard, root verified.
 Regenerate = Callable[[int, SectorRecord, int], Awaitable[SealedShard]]
-#: (sector id, root, host): another host gets the copy, then the record forgets this one. See `Reconciler.replace`.
+#: (sector id, root, host): another host gets the copy, then the record forgets this one. See `Mender.replace`.
 Replace = Callable[[int, bytes, int], Awaitable[None]]
 Watcher = Callable[[Copy, Outcome], None]
 

@@ -29,9 +29,9 @@ from storage.errors import FusefsError, NoSpace
 from storage.interfaces import FlushProgress, MetadataStore, SealedShard
 from storage.replication import Replication
 from storage.seams import Seams
-from storage.sectors.reconcile import Regenerate
 from storage.sectors.records import VERSION, SectorRecord
 from storage.sectors.redundancy import layout_of
+from storage.sectors.regenerate import Regenerate
 from storage.sectors.staging import Staged, Staging
 from storage.sectors.upload import Upload, Way
 
@@ -46,7 +46,7 @@ AHEAD, AHEAD_LEAST = 8.0, 1024 * 1024
 #: Seconds in which what was measured loses most of its weight.
 FORGETS = 30.0
 #: Sectors on their way at first; by how much that grows with each success once there was a failure.
-WIDTH, CAREFUL = 4.0, 0.1
+WIDTH, CAREFUL = 8.0, 0.1
 #: Seconds until hosts that failed are tried again: doubling from the first to the last.
 RETRY_FIRST, RETRY_LAST = 1.0, 60.0
 #: Seconds between two looks whether enough hosts can be reached, while they cannot.
@@ -54,7 +54,7 @@ LOOK_SECONDS = 2.0
 #: Seconds until a sector is looked for again whose shards are neither here nor on a host.
 LOST_SECONDS = 60.0
 #: Where nothing was to be sent before, sending begins so many seconds after the last sector was staged, or after the first.
-QUIET, HELD_MOST = 0.1, 2.0
+QUIET, HELD_MOST = 0.05, 2.0
 #: Seconds over which the rate is taken.
 RATE_WINDOW = 30.0
 

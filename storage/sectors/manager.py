@@ -20,12 +20,13 @@ from storage.seams import Seams
 from storage.sectors.cache import BlockCache
 from storage.sectors.deleter import Deleter
 from storage.sectors.drain import Drain
+from storage.sectors.mending import MOVING
 from storage.sectors.partial import PartialIndex
 from storage.sectors.placement import Placement
 from storage.sectors.reader import SectorReader
-from storage.sectors.reconcile import MOVING, Regenerate
 from storage.sectors.records import VERSION, SectorRecord, ShardRecord
 from storage.sectors.redundancy import Layout, layout_of
+from storage.sectors.regenerate import Regenerate
 from storage.sectors.staging import Staging
 from storage.sectors.upload import Upload, Way
 from storage.sectors.walking import below_full, walk

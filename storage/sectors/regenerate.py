@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from storage.contractor import Contractor
@@ -18,6 +19,9 @@ from storage.sectors.reader import SectorReader
 from storage.sectors.records import SectorRecord, ShardRecord, layout_for
 
 log = logging.getLogger("fusefs.sectors")
+
+#: (sector id, its record, index of the shard) -> the sealed shard, root verified; from a host that has it, or made again from others.
+Regenerate = Callable[[int, SectorRecord, int], Awaitable[SealedShard]]
 
 
 class Regenerator:

@@ -125,7 +125,7 @@ class Sweeper:
         *,
         pause: float = PAUSE,
     ) -> None:
-        """After the current epoch has begun: what is owed depends on it. `surplus`: see `Reconciler.surplus`."""
+        """After the current epoch has begun: what is owed depends on it. `surplus`: see `Mender.surplus`."""
         self._store = store
         self._volume_id = volume_id
         self._epochs = epochs
