@@ -567,6 +567,11 @@ async def test_damage_is_named_and_mended_and_nothing_is_lost(everything: tuple[
         assert mended.report.exit_status == 20, f"{mended}"
         again = await check(path, repair=True, data=True)
         assert again.report.exit_status == 0, f"{again}"
+        if kind == "misplaced":
+            # It moves by itself in what opens the volume next; a volume that is closed meanwhile has copies to make.
+            async with opened(path) as volume:
+                await volume.rewrite()
+                await volume.repair()
         found = await contents_of(path)
         expected = everything[1]
         if name == "mapped inode lost":
