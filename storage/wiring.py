@@ -48,6 +48,7 @@ from storage.sectors.reconcile import Reconciler
 from storage.sectors.records import decode_sector
 from storage.sectors.regenerate import Regenerator
 from storage.sectors.scrub import Scrubber
+from storage.sectors.shards import ShardReader
 from storage.sectors.staging import Staging
 from storage.sectors.strays import Strays
 from storage.sectors.sweep import RECOVERED_KEY, Sweeper
@@ -388,19 +389,21 @@ def make_layers(
     volume.placement = Placement(volume.hosts, volume.contractor, volume.hostdb, volume.standing)
     volume.deleter = Deleter(store, volume.host_io, volume.contractor, seams)
     cache = BlockCache(options.cache)
-    reader = SectorReader(store, volume.host_io, volume.contractor, volume.hostdb, cache, seams)
-    volume.hedging = reader.hedging
+    shards = ShardReader(volume.host_io, volume.contractor, volume.hostdb, seams)
+    reader = SectorReader(store, volume.host_io, volume.hostdb, cache, shards)
+    volume.hedging = shards.hedging
     volume.staging = Staging(
         volume.path, volume_id, store, volume.host_io, seams, limit=options.staging if writable else 0, writable=writable
     )
     volume.strays = Strays(volume_id, volume.hosts, volume.contractor, volume.staging)
-    reader.staging, reader.strays = volume.staging, volume.strays
-    regenerator = Regenerator(volume.host_io, volume.contractor, volume.hosts, volume.hostdb, reader, seams)
+    shards.staging, reader.strays = volume.staging, volume.strays
+    regenerator = Regenerator(volume.host_io, volume.contractor, volume.hosts, volume.hostdb, shards, seams)
     volume.sectors = SectorManager(
         store=store,
         host_io=volume.host_io,
         placement=volume.placement,
         reader=reader,
+        shards=shards,
         deleter=volume.deleter,
         cache=cache,
         counter=sector_ids,
@@ -456,10 +459,10 @@ def make_layers(
         regenerate=regenerator.shard,
         replace=volume.mender.replace,
         pace=volume.mender.pace,
-        notes=reader.notes,
+        notes=shards.notes,
         seams=seams,
     )
-    reader.on_damage = volume.damages.suspect
+    shards.on_damage = volume.damages.suspect
     volume.mender.bad = volume.damages.hosts
     volume.damages.watchers.append(lambda copy, outcome: volume.reconciler.retry(copy.sector_id) if outcome.mended else None)
     volume.scrubber = Scrubber(

@@ -19,6 +19,7 @@ from storage.sectors.hedging import SAVED, SHARE, Attempt, Hedging
 from storage.sectors.reader import SectorReader
 from storage.sectors.records import VERSION, SectorRecord, ShardRecord
 from storage.sectors.redundancy import layout_of
+from storage.sectors.shards import ShardReader
 from tests.fakes import make_seams
 from tests.host_rig import Rig
 from tests.rig import noise
@@ -35,11 +36,9 @@ class Fleet:
 
     def new_reader(self) -> SectorReader:
         rig = self.rig
-        return SectorReader(rig.store, rig.io, rig.contractor, rig.hostdb, BlockCache(0), rig.seams)
-
-    @property
-    def hedging(self) -> Hedging:
-        return self.reader.hedging
+        shards = ShardReader(rig.io, rig.contractor, rig.hostdb, rig.seams)
+        self.hedging = shards.hedging
+        return SectorReader(rig.store, rig.io, rig.hostdb, BlockCache(0), shards)
 
     def latency(self, of: Callable[[int, int], float]) -> None:
         """Request number n (from 1) to host h is answered after of(h, n) seconds."""

@@ -20,7 +20,8 @@ from storage.lending import huge
 from storage.quick_reads import SPUN
 from storage.sealing import BLOCK, TAG_SIZE, ShardHeader, open_blocks_into
 from storage.sectors.cache import JUST_PASSED
-from storage.sectors.reader import AHEAD, AHEAD_NEAR, AT_ONCE, PREFETCHES, TOGETHER, SectorReader
+from storage.sectors.reader import AHEAD, AHEAD_NEAR, AT_ONCE, PREFETCHES
+from storage.sectors.shards import TOGETHER, ShardReader
 from storage.values import places
 from storage.values.places import Places
 from storage.values.records import Extent, extents_between
@@ -401,13 +402,13 @@ async def test_what_is_read_next_is_fetched_first(tmp_path: Path, monkeypatch: p
     data = noise(6 * SECTOR_SIZE)
     value = await stored(tmp_path, data)
     asked: list[int] = []
-    fetch = SectorReader._fetch
+    fetch = ShardReader.fetch
 
-    async def watched(self: SectorReader, sector_id: int, *args: Any) -> Any:
+    async def watched(self: ShardReader, sector_id: int, *args: Any) -> Any:
         asked.append(sector_id)
         return await fetch(self, sector_id, *args)
 
-    monkeypatch.setattr(SectorReader, "_fetch", watched)
+    monkeypatch.setattr(ShardReader, "fetch", watched)
     # Trio orders tasks by the toss of a coin.
     for _ in range(8):
         async with opened(tmp_path / "v", options=replace(QUIET, cache=20 * SECTOR_SIZE)) as volume:
@@ -427,15 +428,15 @@ async def test_so_many_are_fetched_at_once_and_nobody_waits_for_those_that_nobod
     if not near:
         monkeypatch.setattr("storage.quick_reads.QuickReads.near", lambda *_: False)
     under_way, go_on = 0, trio.Event()
-    fetch = SectorReader._fetch
+    fetch = ShardReader.fetch
 
-    async def slowly(self: SectorReader, *args: Any) -> Any:
+    async def slowly(self: ShardReader, *args: Any) -> Any:
         nonlocal under_way
         under_way += 1
         await go_on.wait()
         return await fetch(self, *args)
 
-    monkeypatch.setattr(SectorReader, "_fetch", slowly)
+    monkeypatch.setattr(ShardReader, "fetch", slowly)
     monkeypatch.setattr("storage.sectors.reader.AHEAD_NEAR", AHEAD)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=40 * SECTOR_SIZE)) as volume:
         async with trio.open_nursery() as nursery:
@@ -467,7 +468,7 @@ async def test_a_volume_that_is_closed_leaves_no_reader_waiting_for_what_was_to_
     async def never(*_: object) -> None:
         await trio.sleep_forever()
 
-    monkeypatch.setattr(SectorReader, "_fetch", never)
+    monkeypatch.setattr(ShardReader, "fetch", never)
     monkeypatch.setattr("storage.sectors.reader.AHEAD_NEAR", AHEAD)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=40 * SECTOR_SIZE)) as volume:
         with trio.move_on_after(0.1):
@@ -490,9 +491,9 @@ async def test_a_disk_that_hangs_does_not_hold_up_who_reads_from_another(tmp_pat
         sectors = {value: [extent.sector_id for extent in extents_between(volume.store, value, 0, len(data), 100)] for value in values}
         hosts = {sector: volume.sectors.record(sector).shards[0].hosts[0] for found in sectors.values() for sector in found}
     hanging = hosts[sectors[values[0]][0]]
-    fetch = SectorReader._fetch
+    fetch = ShardReader.fetch
 
-    async def hangs(self: SectorReader, sector_id: int, *args: Any) -> Any:
+    async def hangs(self: ShardReader, sector_id: int, *args: Any) -> Any:
         if hosts[sector_id] == hanging:
             await trio.sleep_forever()
         return await fetch(self, sector_id, *args)
@@ -501,7 +502,7 @@ async def test_a_disk_that_hangs_does_not_hold_up_who_reads_from_another(tmp_pat
     on_other = [value for value in values if hosts[sectors[value][0]] != hanging]
     assert len(on_hanging) > 2
     assert on_other
-    monkeypatch.setattr(SectorReader, "_fetch", hangs)
+    monkeypatch.setattr(ShardReader, "fetch", hangs)
     monkeypatch.setattr("storage.sectors.reader.PREFETCHES", 100)
     async with opened(tmp_path / "v", options=replace(QUIET, cache=100 * SECTOR_SIZE)) as volume, trio.open_nursery() as nursery:
         for value in on_hanging:

@@ -29,7 +29,7 @@ import enum
 import logging
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableSequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -48,6 +48,7 @@ from storage.pacing import Pace
 from storage.sealing import block_count, sealed_length
 from storage.seams import Seams
 from storage.sectors.deleter import Deleter
+from storage.sectors.notes import Notes
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
 
 log = logging.getLogger("fusefs.scrub")
@@ -168,7 +169,7 @@ class Damages:
         regenerate: Regenerate,
         replace: Replace,
         pace: Pace,
-        notes: MutableSequence[str],
+        notes: Notes,
         seams: Seams,
     ) -> None:
         """`pace`: of what is sent to hosts. `notes`: what was survived lately, for `status`; what has been put right goes from there."""
@@ -469,9 +470,7 @@ class Damages:
         self._unlist(copy)
         self.status.trouble = ""
         self.status.lost.discard(copy.sector_id)
-        said = f"sector {copy.sector_id}: copy on host {copy.host} "
-        for note in [note for note in self._notes if note.startswith(said)]:
-            self._notes.remove(note)
+        self._notes.settle(copy.sector_id, copy.host)
 
     async def _rewrite(self, copy: Copy, sealed: SealedShard) -> None:
         """The same sealed bytes in place of what is there, read back. The record names the copy all the time."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter as Counted
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -27,6 +26,7 @@ from storage.sectors.reader import SectorReader
 from storage.sectors.records import VERSION, SectorRecord, ShardRecord
 from storage.sectors.redundancy import Layout, layout_of
 from storage.sectors.regenerate import Regenerate
+from storage.sectors.shards import ShardReader
 from storage.sectors.staging import Staging
 from storage.sectors.upload import Upload, Way
 from storage.sectors.walking import below_full, walk
@@ -56,6 +56,7 @@ class SectorManager:
         host_io: HostIO,
         placement: Placement,
         reader: SectorReader,
+        shards: ShardReader,
         deleter: Deleter,
         cache: BlockCache,
         counter: Counter,
@@ -86,13 +87,13 @@ class SectorManager:
         #: Sectors on record; kept in the store with each change, so that nobody ever counts.
         self.count = read_u64(store.get(_COUNT) or bytes(8))
         #: What went wrong lately and was survived, for `status`.
-        self.notes: deque[str] = reader.notes
-        reader.in_flight = self._in_flight
-        self._way = Way(host_io, placement, deleter, store, self._landed, self.notes.append)
+        self.notes = shards.notes
+        shards.in_flight = self._in_flight
+        self._way = Way(host_io, placement, deleter, store, self._landed, self.notes.add)
         self.staging = staging
         self.drain = Drain(
             staging=staging,
-            way=Way(host_io, placement, deleter, store, self._drained, self.notes.append),
+            way=Way(host_io, placement, deleter, store, self._drained, self.notes.add),
             regenerate=regenerate,
             store=store,
             seams=seams,
@@ -380,9 +381,7 @@ class SectorManager:
         """In the batch that says the sector is at full replication, after it was not."""
         self.staging.settled(batch, sector_id)
         # What `Upload` said of it is not so any more.
-        said = f"sector {sector_id} has "
-        for note in [note for note in self.notes if note.startswith(said)]:
-            self.notes.remove(note)
+        self.notes.settle(sector_id)
 
     def _drained(self, sector_id: int, replication: str, length: int, shards: list[ShardRecord], *, full: bool) -> None:
         """As `_landed`, for a sector that comes out of staging: it may have been freed meanwhile."""

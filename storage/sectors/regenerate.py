@@ -15,8 +15,8 @@ from storage.interfaces import SealedShard
 from storage.sealing import sealed_length
 from storage.seams import Seams
 from storage.sectors.hedging import Attempt
-from storage.sectors.reader import SectorReader
 from storage.sectors.records import SectorRecord, ShardRecord, layout_for
+from storage.sectors.shards import ShardReader
 
 log = logging.getLogger("fusefs.sectors")
 
@@ -29,27 +29,27 @@ class Regenerator:
     reading: the best first, another where that fails, hangs or is slow (sectors.hedging)."""
 
     def __init__(
-        self, host_io: HostIO, contractor: Contractor, registry: HostRegistry, hostdb: HostDB, reader: SectorReader, seams: Seams
+        self, host_io: HostIO, contractor: Contractor, registry: HostRegistry, hostdb: HostDB, shards: ShardReader, seams: Seams
     ) -> None:
         self._host_io = host_io
         self._contractor = contractor
         self._registry = registry
         self._hostdb = hostdb
-        self._reader = reader
+        self._shards = shards
         self._seams = seams
 
     async def shard(self, sector_id: int, record: SectorRecord, index: int) -> SealedShard:
         """Shard `index` of the record. Corrupt: every copy there is fails to verify; Unavailable: hosts that may have one are away."""
         shard = record.shards[index]
         error: FusefsError | None = None
-        staging = self._reader.staging
+        staging = self._shards.staging
         if staging is not None and staging.has(shard.root):
             try:
                 return await staging.sealed(shard)
             except FusefsError as failed:
                 error = failed
         # Another is asked as well where one fails, hangs or is slow. It counts as no read, so that those who wait have what is saved up.
-        outcome = await self._reader.hedging.first_good(self._copies(sector_id, shard), earns=False)
+        outcome = await self._shards.hedging.first_good(self._copies(sector_id, shard), earns=False)
         for sealed in outcome.found.values():
             return SealedShard(shard.root.hex(), shard.shard_id, shard.length, sealed)
         if outcome.errors:
@@ -58,14 +58,14 @@ class Regenerator:
         coded = layout_for(record, sector_id).needed < len(record.shards)
         if coded:
             try:
-                return await self._seal_again(await self._reader.read_shard(sector_id, record, index), shard)
+                return await self._seal_again(await self._shards.read_shard(sector_id, record, index), shard)
             except (Corrupt, Unavailable) as failed:
                 error = failed
         away = [self._registry.url(host) for shard in record.shards for host in shard.hosts if not self._registry.available(host)]
         if isinstance(error, NotFound | Corrupt):
             try:
                 # Copies, or shards it can be made of, that are damaged at different places are good together.
-                return await self._seal_again(await self._reader.read_shard_by_blocks(sector_id, record, index), shard)
+                return await self._seal_again(await self._shards.read_shard_by_blocks(sector_id, record, index), shard)
             except (Corrupt, Unavailable) as failed:
                 if coded and not away:
                     raise
@@ -90,7 +90,7 @@ class Regenerator:
         try:
             found = await self._host_io.read_sealed(contract_id, shard.root.hex(), shard.shard_id, shard.length)
         except (Corrupt, NotFound):
-            self._reader.on_damage(sector_id, shard.root, host)
+            self._shards.on_damage(sector_id, shard.root, host)
             raise
         return bytes(found.sealed)
 

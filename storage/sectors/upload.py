@@ -44,7 +44,8 @@ class Way:
     deleter: Deleter
     store: MetadataStore
     landed: Landed
-    note: Callable[[str], None]
+    #: Told of a sector that has too few copies for now, and why.
+    note: Callable[[str, int], None]
 
 
 class Upload:
@@ -167,7 +168,7 @@ class Upload:
             what = "shards" if self._layout.spec.coded else "copies"
             # Without an error there were no more hosts to ask.
             why = "; ".join(map(str, self._errors)) or f"no other host can take one{self._way.placement.besides()}"
-            self._way.note(f"sector {self.sector_id} has {self._done} of {wanted} {what}: {why}")
+            self._way.note(f"sector {self.sector_id} has {self._done} of {wanted} {what}: {why}", self.sector_id)
         self._decided.set()
         self._spared.close()
         # Whoever made it is in there, and it holds a sector's bytes: nothing of that waits for the collector of cycles.
