@@ -3,7 +3,7 @@
 - In CI a skipped test fails, unless the reason it gives starts with `CANNOT_CHANGE`: a test that quietly stops running
   checks nothing. Elsewhere a skip is a skip.
 - A run that leaves a mount or a process behind fails, and what it left is taken away.
-- Files that take long come first: with a file at a time on each core, neither then waits for the other at the end.
+- Files that take long come first: with a file at a time on each core, and one more, none then waits for the others at the end.
 
 Tests are coroutines or plain functions: pytest-trio's `trio_mode` is on (pyproject.toml). `tests` is a package:
 `from tests.fakes import ...`.

@@ -40,19 +40,23 @@ async def test_what_a_slow_line_takes_is_waited_for_on_remote_hosts_alone(far: b
 
 
 class Line:
-    """All that is sent to any host shares it, fairly."""
+    """All that is sent to any host shares it, fairly. The first `bucket` bytes go at 20 MB/s, as where a router stores some."""
 
-    def __init__(self, rate: float, latency: float) -> None:
-        self.rate, self.latency = rate, latency
+    def __init__(self, rate: float, latency: float, bucket: float = 0.0) -> None:
+        self.rate, self.latency, self.bucket = rate, latency, bucket
+        #: Bytes that were sent.
+        self.carried = 0
         self._turn = trio.Lock()
 
     async def take(self, _host: FaultyHost, size: int) -> None:
         await trio.sleep(self.latency)
         while size > 0:
             # In pieces: the lock is fair, so everything on its way gets as much.
+            piece = min(size, 16_384)
             async with self._turn:
-                await trio.sleep(min(size, 16_384) / self.rate)
-            size -= 16_384
+                await trio.sleep(piece / (20e6 if self.carried < self.bucket else self.rate))
+            self.carried += piece
+            size -= piece
 
 
 async def drained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: Line, *, sector: int, written: int, seconds: int) -> float:
@@ -85,6 +89,65 @@ async def test_a_line_that_writers_outrun_sends_nothing_in_vain(
     line = Line(200_000.0, 0.1)
     rate = await drained(tmp_path, monkeypatch, line, sector=4 * 2**20, written=600_000, seconds=400)
     assert rate > 0.75 * line.rate
+
+
+@pytest.mark.parametrize(("copies", "rate", "bucket"), [("1", 200e3, 8.0), ("1", 100e3, 4.5), ("2", 400e3, 9.0), ("2", 250e3, 9.0)])
+async def test_a_line_that_is_quick_at_first_and_slow_then_sends_nothing_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock, copies: str, rate: float, bucket: float
+) -> None:
+    """Breaks where the first sector, which a buffer on the way took, opens the way for as many as would each take longer than they may."""
+    line = Line(rate, 0.1, bucket * 2**20)
+
+    async def transfer(host: FaultyHost, size: int) -> None:
+        await line.take(host, size)
+
+    made = Remote(tmp_path, 2)
+    made.urls = host_dirs(tmp_path, 2)
+    await make(made.path, made.urls, copies, sector_size=4 * 2**20, seams=make_seams(seed=1))
+    async with made.opened(flush_interval=3600.0, commit_interval=1.0) as volume:
+        monkeypatch.setattr(FaultyHost, "_transfer", transfer)
+        ino = volume.namespace.create(1, b"file", 0o100644, 0, 0)
+        for _ in range(16):
+            await volume.namespace.append(ino, noise(4 * 2**20))
+        began = trio.current_time()
+        await volume.flush()
+        # The sectors, and some of the log and the metadata; all of it once.
+        sent = 16 * int(copies) * 4 * 2**20
+        assert sent < line.carried < 1.1 * sent
+        assert trio.current_time() - began < 1.1 * (sent - line.bucket) / rate + 20
+
+
+async def test_what_fails_together_is_one_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Breaks where each of many sectors that a line took with it when it went counts: the next attempt then comes after minutes."""
+    on_their_way, broken, failed = 0, False, 0
+
+    async def transfer(_host: FaultyHost, _size: int) -> None:
+        nonlocal on_their_way, broken, failed
+        on_their_way += 1
+        broken |= on_their_way == 8
+        try:
+            await trio.sleep(1.0)
+            if broken:
+                failed += 1
+                raise Unavailable("the line is gone")
+        finally:
+            on_their_way -= 1
+            broken &= on_their_way > 0
+
+    made = Remote(tmp_path, 1)
+    made.urls = host_dirs(tmp_path, 1)
+    await make(made.path, made.urls, "1", sector_size=2**20, seams=make_seams(seed=1))
+    async with made.opened(flush_interval=3600.0, commit_interval=1.0) as volume:
+        monkeypatch.setattr(FaultyHost, "_transfer", transfer)
+        ino = volume.namespace.create(1, b"file", 0o100644, 0, 0)
+        for _ in range(32):
+            await volume.namespace.append(ino, noise(2**20))
+        with trio.fail_after(60):
+            while volume.sectors.drain.status().sectors:
+                await trio.sleep(1.0)
+        assert failed >= 8
 
 
 async def test_a_line_that_is_quick_and_far_is_used_although_each_answer_takes_long(

@@ -461,6 +461,21 @@ async def test_what_was_held_goes_by_itself(tmp_path: Path, autojump_clock: obje
         assert made.shards(0) == made.staged()
 
 
+@pytest.mark.parametrize("apart", [0.002, 0.02, 0.045, 0.06, 0.099])
+async def test_who_writes_a_sector_now_and_then_has_the_machine_until_it_is_seen_that_it_ended(
+    tmp_path: Path, autojump_clock: object, apart: float
+) -> None:
+    """Breaks if sending begins between two sectors of a burst, however long one takes, or long after one that was quick."""
+    made = await remote(tmp_path, 1, "1")
+    async with made.opened() as volume:
+        for _ in range(20):
+            await ship(volume, noise(SIZE))
+            await trio.sleep(apart)
+        assert not made.shards(0)
+        await trio.sleep((0.06 if apart < 0.005 else 0.11) - apart)
+        assert made.shards(0)
+
+
 async def test_what_is_freed_leaves_staging_and_no_host_gets_it(tmp_path: Path, autojump_clock: object) -> None:
     made = await remote(tmp_path, 2, "2")
     made.each(gone="the network is down", only=puts_of_shards)

@@ -9,6 +9,7 @@ copies every shard is the same sealed bytes under the same root. A *fresh* secto
                                hosts far, or too few: staging (local disk), record without hosts; the drain brings it to them
     Values --account-------> live bytes change: fresh mark goes, partial index follows
     Values --delete--------> record -> freed queue --(commit durable, I3)--> HostIO.delete on every host
+    Reconciler (the list of what is not as it should be), Filling (new hosts), Damages (bad copies) --> Mender: one sector, by one of them
 
 Invariants kept here: I1 (`allocate_sector` reserves durably; `write_sector` seals once per id), I2 (`write_sector` returns at write
 quorum, or when staging has it), I3 (`Deleter` deletes after the commit that freed is durable; `Staging` drops only at full replication),

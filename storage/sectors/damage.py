@@ -50,6 +50,7 @@ from storage.seams import Seams
 from storage.sectors.deleter import Deleter
 from storage.sectors.notes import Notes
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
+from storage.sectors.regenerate import Regenerate
 
 log = logging.getLogger("fusefs.scrub")
 
@@ -147,8 +148,6 @@ class DamageStatus:
     lost: set[int] = field(default_factory=set)
 
 
-#: (sector id, its record, number of the shard) -> the sealed shard, root verified.
-Regenerate = Callable[[int, SectorRecord, int], Awaitable[SealedShard]]
 #: (sector id, root, host): another host gets the copy, then the record forgets this one. See `Mender.replace`.
 Replace = Callable[[int, bytes, int], Awaitable[None]]
 Watcher = Callable[[Copy, Outcome], None]

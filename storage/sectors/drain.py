@@ -11,7 +11,8 @@ Sectors that share a slow line all end late, and a held cut, a flush, and what w
 within the time that HostIO gives each, and all that was sent would be in vain. So what is on its way follows from the measured throughput.
 
 A burst of writing has the machine to itself: where nothing was to be sent before, sending begins when nothing was staged for a moment, two
-seconds after the first sector at the latest, and at once when somebody waits for it. Sending takes cores and disk from who writes, the more
+seconds after the first sector at the latest, and at once when somebody waits for it. How long a moment is follows from how quickly sectors
+came. Sending takes cores and disk from who writes, the more
 where hosts are near. A line on which something is to be sent is never kept idle by who goes on writing.
 """
 
@@ -43,18 +44,22 @@ BUDGET = 64 * 1024 * 1024
 #: What is on its way is what the line takes in so many seconds, by what it took lately: far more than an answer of a host takes, so that it
 #: is never idle; and at least so many bytes. One sector always may.
 AHEAD, AHEAD_LEAST = 8.0, 1024 * 1024
+#: But no more than so many times what got there since a failure, or a pause of FORGETS: a line that took the first sector quickly may have
+#: had room for that one alone, in a buffer on the way.
+TRUSTED = 2
 #: Seconds in which what was measured loses most of its weight.
 FORGETS = 30.0
-#: Sectors on their way at first; by how much that grows with each success once there was a failure.
-WIDTH, CAREFUL = 8.0, 0.1
+#: By how much the number of sectors on their way, halved with a failure, grows with each success.
+CAREFUL = 0.1
 #: Seconds until hosts that failed are tried again: doubling from the first to the last.
 RETRY_FIRST, RETRY_LAST = 1.0, 60.0
 #: Seconds between two looks whether enough hosts can be reached, while they cannot.
 LOOK_SECONDS = 2.0
 #: Seconds until a sector is looked for again whose shards are neither here nor on a host.
 LOST_SECONDS = 60.0
-#: Where nothing was to be sent before, sending begins so many seconds after the last sector was staged, or after the first.
-QUIET, HELD_MOST = 0.05, 2.0
+#: Where nothing was to be sent before, sending begins so many times what lay between two sectors lately after the last one, within these
+#: limits in seconds; or so many seconds after the first.
+PAUSES, QUIET_LEAST, QUIET, HELD_MOST = 8.0, 0.05, 0.1, 2.0
 #: Seconds over which the rate is taken.
 RATE_WINDOW = 30.0
 
@@ -79,6 +84,8 @@ class Throughput:
         self._bytes = self._seconds = 0.0
         #: What the last of any size took by itself: it rises at once where the line became quicker.
         self._alone = 0.0
+        #: Bytes that got there, see TRUSTED.
+        self._proven = 0
         self._since = 0.0
 
     @property
@@ -86,9 +93,16 @@ class Throughput:
         """0.0: nothing got there yet."""
         return max(self._bytes / self._seconds if self._seconds else 0.0, self._alone)
 
+    @property
+    def ahead(self) -> float:
+        """Bytes that may be on their way."""
+        return max(min(AHEAD * self.rate, AHEAD_LEAST + TRUSTED * self._proven), AHEAD_LEAST)
+
     def started(self, now: float, *, first: bool) -> None:
         """Something goes on its way; `first`: nothing else was."""
         if first:
+            if now - self._since > FORGETS:
+                self._proven = 0
             self._since = now
 
     def ended(self, now: float, size: int, seconds: float) -> None:
@@ -98,6 +112,7 @@ class Throughput:
         keeps = exp(-passed / FORGETS)
         self._bytes = self._bytes * keeps + size
         self._seconds = self._seconds * keeps + passed
+        self._proven = self._proven + size if size else 0
         if size >= AHEAD_LEAST or not size:
             self._alone = size / max(seconds, 0.001)
 
@@ -114,8 +129,8 @@ class Drain:
         self._sending = 0
         self._throughput = Throughput()
         #: How many may be on their way: half as many with each failure, as a slow line needs it, on which none of many would get through in
-        #: the time that HostIO gives each; more with each success, by less once it was known to be too many.
-        self._width, self._step = WIDTH, 1.0
+        #: the time that HostIO gives each; slowly more with each success.
+        self._width = float(UPLOADS)
         #: Why too few hosts can be reached, at the last look; "" if they can.
         self._unreachable = ""
         #: Why the last attempt failed; "" since one succeeded, or since somebody asked for another.
@@ -124,8 +139,12 @@ class Drain:
         self.full = False
         self._retry = RETRY_FIRST
         self._due = 0.0
-        #: Monotonic times: of the first sector staged where nothing was to be sent before, and of the last one of all.
+        #: Monotonic time of the last failure that counted.
+        self._failed = -inf
+        #: Monotonic times: of the first sector staged where nothing was to be sent before, and of the last one of all; and the seconds
+        #: between two of them lately, as a moving average.
         self._begun = self._newest = -inf
+        self._apart = QUIET
         #: (monotonic time, bytes) of what got there lately; and all of it since the volume was opened.
         self._lately: deque[tuple[float, int]] = deque()
         self.sent = 0
@@ -139,7 +158,9 @@ class Drain:
 
     def _staged(self) -> None:
         """A sector more."""
-        self._newest = self._seams.clock.monotonic()
+        now = self._seams.clock.monotonic()
+        apart, self._newest = min(now - self._newest, QUIET), now
+        self._apart += (apart - self._apart) / 4.0
         if len(self._staging.below) == 1:
             self._begun = self._newest
         self._wake.set()
@@ -201,7 +222,9 @@ class Drain:
         unreachable: dict[str, str] = {}
         while self._uploads < int(self._width):
             entry = self._staging.following(now, unreachable)
-            if entry is None or (self._uploads and (self._bytes + entry.bytes > BUDGET or self._sending + entry.to_send > self._ahead())):
+            if entry is None:
+                break
+            if self._uploads and (self._bytes + entry.bytes > BUDGET or self._sending + entry.to_send > self._throughput.ahead):
                 break
             why = self._look(layout_of(entry.replication, entry.length).spec)
             if why:
@@ -225,11 +248,8 @@ class Drain:
         if not below or self._staging.waiting() or 2 * len(below) * below.peekitem(-1)[1].bytes > self._staging.limit:
             # Once sending has begun, it goes on.
             self._begun = -inf
-        return min(self._newest + QUIET, self._begun + HELD_MOST) - now
-
-    def _ahead(self) -> float:
-        """Bytes that may be on their way."""
-        return max(AHEAD * self._throughput.rate, AHEAD_LEAST)
+        quiet = min(max(PAUSES * self._apart, QUIET_LEAST), QUIET)
+        return min(self._newest + quiet, self._begun + HELD_MOST) - now
 
     def _look(self, spec: Replication) -> str:
         """Why too few hosts can be used; "" if they can."""
@@ -245,7 +265,7 @@ class Drain:
             if await self._upload(entry, nursery):
                 sent = entry.to_send
             self._trouble, self.full, self._retry = "", False, RETRY_FIRST
-            self._width = min(self._width + self._step, UPLOADS)
+            self._width = min(self._width + CAREFUL, UPLOADS)
             self.sent += sent
             self._lately.append((self._seams.clock.monotonic(), sent))
         except FusefsError as error:
@@ -253,9 +273,12 @@ class Drain:
             if self._trouble != str(error):
                 log.warning("sector %d stays in staging for now: %s", entry.sector_id, error)
             self._trouble, self.full = str(error), isinstance(error, NoSpace)
-            self._width, self._step = max(self._width / 2.0, 1.0), CAREFUL
-            self._due = now + self._retry
-            self._retry = min(2 * self._retry, RETRY_LAST)
+            if started >= self._failed:
+                # What was on its way together fails together, and tells that once.
+                self._failed = now
+                self._width = max(min(self._width, self._uploads) / 2.0, 1.0)
+                self._due = now + self._retry
+                self._retry = min(2 * self._retry, RETRY_LAST)
         finally:
             entry.under_way = False
             self._uploads -= 1

@@ -8,7 +8,7 @@ so what is safe never becomes less on the way, and a crash between any two steps
 A place that may be empty counts for nothing until it was read (storage/sectors/doubts.py).
 
 Which sectors are not as they should be stands under the key `u` + sector id; the value is empty where shards are missing, `MOVING` where
-they are only not where they should be. Who is at a sector has marked it (`begun`): nobody else is then.
+they are only not where they should be. Who is at a sector has marked it (`begin`, `at`): nobody else is then.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ class Mender:
             await self.add(sector_id, record, plan.missing[0], plan.hosts, keeping)
 
     async def adopt(self, sector_id: int, record: SectorRecord) -> bool:
-        """Where the record names too few hosts, those that have its shards are put on record. False: it does not. Fenced, Corrupt."""
+        """Where the record names too few hosts, those that have its shards are put on record. False, without a checkpoint: it does not.
+        Fenced, Corrupt."""
         if not self._strays.is_stray(record):
             return False
         located = await self._strays.locate(sector_id, record)
@@ -179,7 +180,7 @@ class Mender:
         return True
 
     def record(self, sector_id: int) -> SectorRecord | None:
-        """None: it was freed, and is on no list any more. Corrupt."""
+        """As it is now. None: it was freed; it is taken off the list of what is to be mended, too. Corrupt."""
         raw = self._store.get(SECTOR + u64(sector_id))
         if raw is None:
             # Freed meanwhile; its mark went with it, unless somebody put it there since.
