@@ -61,6 +61,8 @@ def test_a_volume_on_seaweedfs_is_measured_beside_obstore_alone_and_the_cluster_
         ("upload behind", "obstore alone"),
     }
     assert all(floor["reached"] > 0 for floor in found["floors"])
+    assert all(floor["ok"] == (floor["rounds"] == "1 of 1") and floor["by round"] == floor["reached"] for floor in found["floors"])
+    assert found["peaks"]["fusefs seaweedfs"] > 0
     assert found["survives"] == {"fusefs seaweedfs": True}
     assert [words for words in command_lines() if f"={tmp_path}/".encode() in words] == []
 
@@ -154,6 +156,9 @@ def test_floors_are_ratios_of_medians_to_the_best_peer_or_the_disk() -> None:
             run.add(system, {"write 128 KiB": float(rate)})
     reached = {(floor["system"], floor["of"]): floor["reached"] for floor in run.floors()}
     assert reached["fusefs", "disk"] == pytest.approx(380 / 400, abs=0.01)
+    (to_disk,) = (floor for floor in run.floors() if (floor["system"], floor["of"]) == ("fusefs", "disk"))
+    # 360 / 400, 380 / 500, 900 / 9.
+    assert (to_disk["ok"], to_disk["by round"], to_disk["rounds"]) == (True, 0.9, "2 of 3")
     # Not encfs, which is quicker and does not sync.
     assert reached["fusefs", "best syncing"] == pytest.approx(380 / 300, abs=0.01)
     (compared,) = run.comparisons()
@@ -171,14 +176,14 @@ def test_the_page_says_what_the_run_found_out() -> None:
     for system, rate in {"disk": 1000.0, "fusefs": 500.0, "gocryptfs": 250.0}.items():
         run.add(system, {"write 128 KiB": rate})
     run.survives, run.growth = {"fusefs": True, "gocryptfs": False}, {"7 files": {"mount, s": 0.25}}
-    run.memory = {"fusefs": 45 << 20, "gocryptfs": 8 << 20}
+    run.memory, run.peaks = {"fusefs": 45 << 20, "gocryptfs": 8 << 20}, {"fusefs": 230 << 20, "gocryptfs": 9 << 20}
     said = page(run, "scripts/bench --rounds 1")
     assert "on commit abc" in said and "`scripts/bench --rounds 1`" in said
     assert "| write 128 KiB | 1,000 ±0% | 500 ±0% | 250 ±0% |" in said and "gocryptfs\\*" in said
     assert "| write 128 KiB | 0.5 | 2 (gocryptfs) |  |" in said
-    assert "| write 128 KiB | fusefs | disk | 0.9 | **0.5** |" in said
+    assert "| write 128 KiB | fusefs | disk | 0.9 | **0.5** | 0.5 | 0 of 1 |" in said
     assert "kill -9 of fusefs; it was not after one of gocryptfs." in said and "7 files: mount, s: 0.25." in said
-    assert "Memory at the end, anonymous and shared, MiB: fusefs 45, gocryptfs 8." in said
+    assert "Memory at most, and at the end, anonymous and shared, MiB: fusefs 230 and 45, gocryptfs 9 and 8." in said
 
 
 def test_of_times_less_is_better() -> None:

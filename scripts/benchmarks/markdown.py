@@ -22,8 +22,9 @@ def page(run: Run, command: str) -> str:
         "To the bare disk, to the best of the others that seal what they store, and to the best of those whose fsync reaches the disk.",
         _ratios(run),
         "## What the project asks of itself",
-        _table(["work", "of", "to", "at least", "reached"], map(_floor, run.floors())),
-        "Bold: below. Why is in [performance.md](../performance.md).",
+        _table(["work", "of", "to", "at least", "reached", "median of rounds", "reached in"], map(_floor, run.floors())),
+        "Reached: the ratio of the medians. Median of rounds: of each round's ratio. Bold: below. Why is in "
+        "[performance.md](../performance.md).",
     ]
     if run.growth:
         parts += ["## What must not grow", *(f"{title}: {_pairs(found)}" for title, found in run.growth.items())]
@@ -32,8 +33,8 @@ def page(run: Run, command: str) -> str:
     parts += [
         "## The machine",
         _pairs_of_text(run.machine),
-        "Memory at the end, anonymous and shared, MiB: "
-        + ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in run.memory.items())
+        "Memory at most, and at the end, anonymous and shared, MiB: "
+        + ", ".join(f"{name} {run.peaks.get(name, size) / 2**20:,.0f} and {size / 2**20:,.0f}" for name, size in run.memory.items())
         + ".",
         "Versions: " + "; ".join(f"{name}: {version}" for name, version in run.versions.items()) + ".",
     ]
@@ -70,7 +71,8 @@ def _ratios(run: Run) -> str:
 
 def _floor(row: dict[str, Any]) -> list[str]:
     reached = str(row["reached"])
-    return [row["work"], row["system"], row["of"], str(row["floor"]), reached if row["reached"] >= row["floor"] else f"**{reached}**"]
+    told = reached if row["ok"] else f"**{reached}**"
+    return [row["work"], row["system"], row["of"], str(row["floor"]), told, str(row["by round"]), row["rounds"]]
 
 
 def _killed(run: Run) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 
@@ -44,6 +45,36 @@ def memory(pids: Iterable[int]) -> int:
             continue
         total += sum(int(sizes[kind][0]) * 1024 for kind in (b"Pss_Anon", b"Pss_Shmem"))
     return total
+
+
+class Peak:
+    """The most memory that processes had while one was in there, as far as looks at them now and then tell. A look takes some milliseconds
+    of one core; whose pages are counted waits for it where it maps new ones."""
+
+    #: Seconds between two looks.
+    EVERY = 0.25
+
+    def __init__(self, find: Callable[[], Iterable[int]]) -> None:
+        """`find`: the processes, anew where those known have ended."""
+        self._find = find
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self.bytes = 0
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        pids: list[int] = []
+        while not self._ended.wait(self.EVERY):
+            if not pids or not all(os.path.exists(f"/proc/{pid}") for pid in pids):
+                pids = list(self._find())
+            self.bytes = max(self.bytes, memory(pids))
 
 
 def _all(name: str) -> Iterator[tuple[int, bytes]]:

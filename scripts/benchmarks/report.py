@@ -42,14 +42,17 @@ class Run:
     """Everything a run found out. `rates`: system -> measure -> one number a round."""
 
     machine: dict[str, str]
+    #: Of the works: bytes, appends, files.
+    sizes: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     encrypted: dict[str, bool] = field(default_factory=dict)
     #: Does fsync reach the disk: every time, not, or not known.
     syncs: dict[str, bool | None] = field(default_factory=dict)
     survives: dict[str, bool] = field(default_factory=dict)
     rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    #: Anonymous and shared, at the end, bytes.
+    #: Anonymous and shared, bytes: at the end, and at most while it worked.
     memory: dict[str, int] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
     ladder: dict[str, float] = field(default_factory=dict)
     growth: dict[str, dict[str, float]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -84,12 +87,12 @@ class Run:
             return None
         return min(found, key=lambda pair: pair[1]) if measure in TIMES else max(found, key=lambda pair: pair[1])
 
-    def reference(self, measure: str, what: str) -> float | None:
-        """What a floor's ratio is of."""
+    def reference(self, measure: str, what: str) -> str:
+        """Whose number a floor's ratio is of; "": nobody's."""
         if what in ("best", "best syncing"):
             best = self.best(measure, syncing=what == "best syncing")
-            return best[1] if best is not None else None
-        return self.median(what, measure)
+            return best[0] if best is not None else ""
+        return what
 
     def comparisons(self) -> list[dict[str, Any]]:
         """Each work with what fusefs did, as a ratio to the bare disk and to the best peer; of times, how many times quicker."""
@@ -118,12 +121,27 @@ class Run:
         return rows
 
     def floors(self) -> list[dict[str, Any]]:
-        """Each floor with what was reached."""
+        """Each floor with what was reached: the ratio of the medians, which is what counts. And how firmly: the median of each round's
+        ratio, and the rounds in which it was reached."""
         rows = []
         for measure, system, least, what in FLOORS:
-            value, reference = self.median(system, measure), self.reference(measure, what)
-            if value is not None and reference:
-                rows.append({"work": measure, "system": system, "of": what, "floor": least, "reached": round(value / reference, 2)})
+            whose = self.reference(measure, what)
+            value, other = self.median(system, measure), self.median(whose, measure)
+            if value is None or not other:
+                continue
+            each = [one / another for one, another in zip(self.rates[system][measure], self.rates[whose][measure], strict=False)]
+            rows.append(
+                {
+                    "work": measure,
+                    "system": system,
+                    "of": what,
+                    "floor": least,
+                    "reached": round(value / other, 2),
+                    "ok": value / other >= least,
+                    "by round": round(statistics.median(each), 2),
+                    "rounds": f"{sum(ratio >= least for ratio in each)} of {len(each)}",
+                }
+            )
         return rows
 
     def as_json(self) -> str:
@@ -167,17 +185,21 @@ def show(run: Run, console: Console) -> None:
             ratios.add_row(compared["work"], *("" if compared[column] is None else str(compared[column]) for column in shown))
         console.print(ratios)
     floors = Table(title="floors")
-    for column in ("work", "system", "of", "floor", "reached", ""):
+    for column in ("work", "system", "of", "floor", "reached", "", "median of rounds", "reached in"):
         floors.add_column(column)
     for floor in run.floors():
-        verdict = "ok" if floor["reached"] >= floor["floor"] else "BELOW"
-        floors.add_row(floor["work"], floor["system"], floor["of"], str(floor["floor"]), str(floor["reached"]), verdict)
+        verdict = "ok" if floor["ok"] else "BELOW"
+        shown = (floor["floor"], floor["reached"], verdict, floor["by round"], floor["rounds"])
+        floors.add_row(floor["work"], floor["system"], floor["of"], *map(str, shown))
     console.print(floors)
     for title, pairs in [("the parts alone", run.ladder), *run.growth.items()]:
         if pairs:
             console.print(f"{title}: " + "; ".join(f"{name} {value:,.4g}" for name, value in pairs.items()))
     for name, size in run.memory.items():
-        console.print(f"memory of {name}: {size / 2**20:,.0f} MiB, anonymous and shared")
+        most = run.peaks.get(name, size)
+        console.print(f"memory of {name}: {most / 2**20:,.0f} MiB at most, {size / 2**20:,.0f} at the end, anonymous and shared")
+    console.print("; ".join(f"{name} {value}" for name, value in run.machine.items()))
+    console.print("; ".join(f"{name}: {value}" for name, value in run.versions.items()))
     for name, why in run.left_out.items():
         console.print(f"left out: {name}: {why}")
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 from scripts.benchmarks import growth, ladder, syncing
+from scripts.benchmarks.processes import Peak
 from scripts.benchmarks.report import Run
 from scripts.benchmarks.seaweed import FusefsSeaweed, ObstoreAlone, Seaweed
 from scripts.benchmarks.systems import ON_SEAWEEDFS, PEERS, Disk, Failed, Fusefs, Null, System, run
@@ -46,6 +50,7 @@ def machine() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') >> 30} GiB",
         "python": platform.python_version(),
+        "obstore": version("obstore"),
         "fusermount3": run(["fusermount3", "--version"]).strip(),
     }
 
@@ -54,7 +59,7 @@ def measure(
     systems: list[System], rounds: int, groups: Sequence[str], sizes: Sizes, say: Say, keep: Callable[[Run], object] | None = None
 ) -> Run:
     """The rounds. What fails is left out, and said. `keep` is called after each with what there is: whoever is interrupted has that."""
-    result = Run(machine())
+    result = Run({**machine(), "begun": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}, sizes=asdict(sizes))
     running: list[System] = []
     try:
         for system in systems:
@@ -80,7 +85,10 @@ def measure(
                     if system.name in result.left_out or not system.does(group):
                         continue
                     try:
-                        result.add(system.name, GROUPS[group](system, sizes))
+                        with Peak(system.processes) as peak:
+                            result.add(system.name, GROUPS[group](system, sizes))
+                        if system.encrypted:
+                            result.peaks[system.name] = max(result.peaks.get(system.name, 0), peak.bytes)
                     except (Failed, OSError, RuntimeError) as error:
                         result.left_out[system.name] = f"{group}: {error}"
                 say(f"round {number + 1} of {rounds}: {group}")
