@@ -9,15 +9,12 @@ number of times, then "ready" or "error".
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import logging.handlers
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,67 +220,29 @@ def read_order(stream: Any) -> Order:
         raise BadArgument(f"fusefs.daemon is started by `fusefs mount`, not by hand ({error})") from None
 
 
-def calm_collector() -> None:
-    """Have the collector of cycles look at what a mount allocates less often, and never again at the program itself.
-
-    Requests make no cycles; each of them makes a dozen objects, so by default it runs with every tenth.
-    """
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
-
-
-#: Of mallopt(3), glibc's <malloc.h>: parameters, and what they are set to.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-KEPT_FREE = 96 << 20
-#: The largest that glibc takes on 64 bits.
-FROM_THE_HEAP = 32 << 20
-
-
-def calm_allocator() -> None:
-    """Have memory that was freed kept for what is allocated next: what programs write, sealed sectors and replies come and go by megabytes.
-
-    By default glibc gives it back to the kernel at once, and each page of what is allocated next is a fault, which in a virtual machine
-    costs more than to fill it. In one heap, because it comes in one thread and goes in another. With another C library nothing happens.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(M_ARENA_MAX, 1)
-    mallopt(M_MMAP_THRESHOLD, FROM_THE_HEAP)
-    mallopt(M_TRIM_THRESHOLD, KEPT_FREE)
-
-
 def main() -> int:
     """The child."""
     # Not for the parent, which only starts it.
-    import trio
-
-    from fusefs.mount import serve, serve_read_only
-    from fusefs.slow_steps import SlowSteps
+    from fusefs.serving import run
 
     try:
         order = read_order(sys.stdin.buffer)
     except BadArgument as error:
         print(f"fusefs: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_status
-    calm_collector()
-    calm_allocator()
     reporter = Reporter(order.report_fd)
     os.set_inheritable(order.report_fd, False)
     try:
         options = MountOptions.parse([unpack(option) for option in order.options])
         setup_logging(False, Path(unpack(order.log_file)) if order.log_file else None, options.debug)
         os.chdir("/")
-        instruments = [SlowSteps()] if options.debug else []
-        mountpoint, passphrase = Path(unpack(order.mountpoint)), unpack(order.passphrase)
         if order.volume:
-            serving = partial(serve, Path(unpack(order.volume)), mountpoint, passphrase, options, reporter.ready, reporter.note)
+            source = ReadOnlySource(Path(unpack(order.volume)), passphrase=unpack(order.passphrase))
         else:
             hosts = tuple(unpack(url) for url in order.hosts)
-            source = ReadOnlySource(None, hosts, unpack(order.volume_id), passphrase, unpack(order.phrase), unpack(order.superblock))
-            serving = partial(serve_read_only, source, mountpoint, options, reporter.ready, reporter.note)
-        trio.run(serving, instruments=instruments)
+            volume_id, passphrase, phrase = unpack(order.volume_id), unpack(order.passphrase), unpack(order.phrase)
+            source = ReadOnlySource(None, hosts, volume_id, passphrase, phrase, unpack(order.superblock))
+        run(source, Path(unpack(order.mountpoint)), options, reporter.ready, reporter.note)
     except FusefsError as error:
         log.error("%s", error)
         reporter.error(error)

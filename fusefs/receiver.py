@@ -147,8 +147,9 @@ class Receiver:
 
     #: The handler begun last: for fusefs/slow_steps.py, as pyfuse3's tasks show no frames. A process has one mount.
     last_handler: ClassVar[str] = ""
-    #: To be told where a pass of the scheduler was left out, because nobody else had anything to do: for fusefs/slow_steps.py, too.
-    listeners: ClassVar[list[Callable[[], object]]] = []
+    #: To be told, with True, when a task is about to sleep without a pass of the scheduler, because nobody else has anything to do, and
+    #: with False when it woke: for fusefs/slow_steps.py, too.
+    listeners: ClassVar[list[Callable[[bool], object]]] = []
 
     def __init__(self) -> None:
         self._turn = Turn()
@@ -224,12 +225,14 @@ class Receiver:
         limit = min(REST, trio.lowlevel.current_statistics().seconds_to_next_deadline)
         if limit < 0.001:
             return False
+        for listener in self.listeners:
+            listener(True)
         came = self._either(limit * 1000)
+        for listener in self.listeners:
+            listener(False)
         if len(came) != 1 or came[0][0] != fd:
             return False
         self._until = perf_counter() + BURST
-        for listener in self.listeners:
-            listener()
         return True
 
     async def _sleep(self, fd: int) -> None:

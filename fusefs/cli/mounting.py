@@ -110,15 +110,10 @@ def mount(
         start_from(source, mountpoint, options, log, say)
         return
     with importing():
-        import trio
-
-        from fusefs.mount import serve, serve_read_only
+        from fusefs.serving import run
     setup_logging(True, log, parsed.debug)
-    # They handle the signals themselves: they unmount while they go on serving.
-    if source.path is None:
-        trio.run(serve_read_only, source, mountpoint, parsed, _nothing, say)
-    else:
-        trio.run(serve, volume, mountpoint, source.passphrase, parsed, _nothing, say)
+    # It handles the signals itself: it unmounts while it goes on serving.
+    run(source, mountpoint, parsed, _nothing, say)
 
 
 def _nothing() -> None:
