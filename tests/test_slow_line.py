@@ -150,6 +150,33 @@ async def test_what_fails_together_is_one_failure(
         assert failed >= 8
 
 
+async def test_one_that_fails_by_itself_does_not_make_those_after_it_go_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    calls = 0
+
+    async def transfer(_host: FaultyHost, _size: int) -> None:
+        nonlocal calls
+        calls += 1
+        failing = calls == 1
+        await trio.sleep(1.0)
+        if failing:
+            raise Unavailable("the line is gone")
+
+    made = Remote(tmp_path, 1)
+    made.urls = host_dirs(tmp_path, 1)
+    await make(made.path, made.urls, "1", sector_size=2**20, seams=make_seams(seed=1))
+    async with made.opened(flush_interval=3600.0, commit_interval=1.0) as volume:
+        monkeypatch.setattr(FaultyHost, "_transfer", transfer)
+        ino = volume.namespace.create(1, b"file", 0o100644, 0, 0)
+        for _ in range(32):
+            await volume.namespace.append(ino, noise(2**20))
+        # Alone, after a second alone again, then more with each that got there.
+        with trio.fail_after(12):
+            while volume.sectors.drain.status().sectors:
+                await trio.sleep(0.1)
+
+
 async def test_a_line_that_is_quick_and_far_is_used_although_each_answer_takes_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
