@@ -68,7 +68,8 @@ RETRY_FIRST, RETRY_LAST = 15.0, 900.0
 #: So many copies in a row that were put right and are bad again make a host stubborn; seconds, at least, between two of its copies then.
 STUBBORN = 3
 STUBBORN_PAUSE = 10.0
-#: Seconds without another one after which they are forgotten: where all copies have gone to other hosts, none can show that it is well.
+#: Seconds without another one, or without a look at any copy there, while no copy is known to be bad, after
+#: which what was found there is forgotten: where all copies have gone to other hosts, none can show that it is well.
 FORGIVEN = 3600.0
 #: A host is failing if, of at least so many copies looked at lately, more than half were bad; counts are halved at `WINDOW`.
 FEW = 8
@@ -200,8 +201,9 @@ class Damages:
         #: Host -> monotonic time of the last of them; and, of a stubborn one, until when it is left alone.
         self._relapsed_at: dict[int, float] = {}
         self._pausing: dict[int, float] = {}
-        #: Host -> [copies looked at, bad ones] lately.
+        #: Host -> [copies looked at, bad ones] lately; and monotonic time of the last of them.
         self._seen: dict[int, list[int]] = {}
+        self._seen_at: dict[int, float] = {}
 
     # ------------------------------------------------------------------------------------------------------------
     # Telling
@@ -228,6 +230,8 @@ class Damages:
 
     def failing(self, host: int) -> str:
         """Why the host counts as failing; "" if it does not."""
+        if not self.listed and self._seams.clock.monotonic() - self._seen_at.get(host, 0.0) >= FORGIVEN:
+            self._seen.pop(host, None)
         looked, bad = self._seen.get(host, (0, 0))
         if self._stubborn(host):
             return f"what is put right there is bad again ({self._relapses[host]} times in a row)"
@@ -242,6 +246,7 @@ class Damages:
         seen = self._seen.setdefault(host, [0, 0])
         seen[0] += 1
         seen[1] += bad
+        self._seen_at[host] = self._seams.clock.monotonic()
         if seen[0] >= WINDOW:
             seen[:] = [seen[0] // 2, seen[1] // 2]
 

@@ -139,8 +139,8 @@ class Drain:
         self.full = False
         self._retry = RETRY_FIRST
         self._due = 0.0
-        #: Monotonic time of the last failure that counted.
-        self._failed = -inf
+        #: Failures that counted. What began before the last of them tells no other.
+        self._failures = 0
         #: Monotonic times: of the first sector staged where nothing was to be sent before, and of the last one of all; and the seconds
         #: between two of them lately, as a moving average.
         self._begun = self._newest = -inf
@@ -260,7 +260,7 @@ class Drain:
         return ""
 
     async def _send(self, entry: Staged, nursery: trio.Nursery) -> None:
-        started, sent = self._seams.clock.monotonic(), 0
+        started, failures, sent = self._seams.clock.monotonic(), self._failures, 0
         try:
             if await self._upload(entry, nursery):
                 sent = entry.to_send
@@ -273,9 +273,9 @@ class Drain:
             if self._trouble != str(error):
                 log.warning("sector %d stays in staging for now: %s", entry.sector_id, error)
             self._trouble, self.full = str(error), isinstance(error, NoSpace)
-            if started > self._failed:
+            if failures == self._failures:
                 # What was on its way together fails together, and tells that once.
-                self._failed = now
+                self._failures += 1
                 if self._uploads > 1:
                     # One by itself was not one too many.
                     self._width = min(self._width, self._uploads) / 2.0
