@@ -337,20 +337,20 @@ async def test_operations_larger_than_a_segment_take_one_of_their_own_and_no_mor
 
 async def test_records_of_an_earlier_life_of_a_file_never_come_back(tmp_path: Path) -> None:
     """A recycled segment is full of whole records; only the new header stands between them and a replay."""
-    journal = await written(tmp_path, [group(n) for n in range(1, 80)], segment_size=4096)
+    journal = await written(tmp_path, [group(n) for n in range(1, 320)], segment_size=16 * 1024)
     chain = journal._chain
     assert len(journal.live) > 2
     while journal.oldest() is not None:
         await journal.recycle(WORKER)
     used_again = 0
-    for n in range(80, 130):
+    for n in range(320, 520):
         await journal.prepare(journal.needed(200, 0, 0), WORKER)
         await journal.write(group(n), WORKER)
-        if n in (80, 100, 129):
+        if n in (320, 400, 519):
             copy = tmp_path / str(n)
             shutil.copytree(tmp_path / "journal", copy / "journal")
-            result, found = load(copy, held=79, chain=chain)
-            assert found == ops_of(*range(80, n + 1))
+            result, found = load(copy, held=319, chain=chain)
+            assert found == ops_of(*range(320, n + 1))
             closed(result)
         used_again = max(used_again, journal.live[-1].path.read_bytes()[journal.live[-1].used :].count(b"fJR1"))
     assert used_again > 5, "no recycled segment had old records behind the new ones: this test has checked nothing"

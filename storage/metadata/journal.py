@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from storage.errors import BadArgument
 from storage.interfaces import Buffer, TailPiece
+from storage.metadata.blocks import Blocks
 from storage.metadata.flushing import FEW, SMALL, Flushes
 from storage.metadata.records import (
     HEADER_SIZE,
@@ -111,6 +112,7 @@ class Journal:
         self._chain = chain
         self._nonce = 0
         self._flushes = Flushes()
+        self._blocks = Blocks()
         #: Segments are numbered in the order in which they are prepared, so by one task at a time.
         self._preparing = trio.Lock()
 
@@ -392,7 +394,9 @@ class Journal:
 
     def _flush(self, segment: Segment, pieces: list[Buffer], end: int) -> None:
         """Write what goes before `end`, durably. What stands before it in the segment is durable already."""
-        write_at(segment.fd, pieces, segment.used)
+        if not self._blocks.write(segment, pieces, end):
+            self._blocks.through_cache(segment, pieces, end)
+            write_at(segment.fd, pieces, segment.used)
         self._failpoints.hit("journal.append.before_fsync")
         fdatasync(segment.fd)
         self._failpoints.hit("journal.append.after_fsync")
