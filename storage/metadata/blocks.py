@@ -1,9 +1,9 @@
 """Blocks: small commits go to a segment in whole blocks, past the page cache.
 
-A commit of some hundred bytes that is flushed at once gains nothing from the page cache: its page is copied, marked, found again and written,
-whole. So the writer keeps the last block as it stands on the disk, adds what is new and writes that, which takes a quarter less time and
-CPU (docs/performance.md). As where the page cache does that, a block is written anew with what is durable in it already, byte for byte the same,
-so that a write that is torn changes nothing of it.
+A commit of some hundred bytes that is flushed at once gains nothing from the page cache: its page is copied, marked, found again and
+written, whole. So the writer keeps the last block as it stands on the disk, adds what is new and writes that, which takes less time and CPU
+(docs/performance.md). As where the page cache does that, a block is written anew with what is durable in it already, byte for byte the
+same, so that a write that is torn changes nothing of it.
 
     | durable ......... | durable | new | zeros |
                         ^ a block's beginning   ^ a block's end
@@ -37,8 +37,8 @@ class Blocks:
         self._works = True
 
     def write(self, segment: Segment, pieces: Sequence[Buffer], end: int) -> bool:
-        """Write what goes from `segment.used` up to `end`; it is on the disk's way, and is to be flushed. False: nothing, or not all of it, was
-        written. OSError as it comes: how much was written is not known then."""
+        """Write what goes from `segment.used` up to `end`; it is to be flushed. False: nothing of it was written, or not all. OSError as it
+        comes: how much was written is not known then."""
         at = segment.used % ALIGNMENT
         start = segment.used - at
         stop = -(-end // ALIGNMENT) * ALIGNMENT

@@ -382,6 +382,10 @@ class Values:
     # ------------------------------------------------------------------------------------------------------------
     # Reading
 
+    def ends_with(self, value_id: int, data: bytes) -> bool:
+        tail = self._tails.get(value_id)
+        return tail is not None and tail.buffer.ends_with(data)
+
     def read_now(self, value_id: int, offset: int, size: int) -> Buffer | None:
         if offset < 0 or size <= 0:
             return None
@@ -579,7 +583,7 @@ class Values:
         if tail.journaled >= size:
             return []
         # Exactly what `settle` does not wait for: a flight behind a parked one is tail like any other, or an fsync would leave it out.
-        return self._taken(tail, tail.first_flying(size) if self._awaited(tail) else None)
+        return self._taken(tail, tail.first_flying(size) if tail.flights and self._awaited(tail) else None)
 
     def _taken(self, tail: Tail, flying: Flight | None) -> list[TailPiece]:
         """What the journal does not have, up to that flight; it counts as handed over."""
@@ -615,7 +619,7 @@ class Values:
             # It exists, or that is the error.
             self._record(value_id)
         elif tail.journaled < tail.size:
-            if self._awaited(tail):
+            if tail.flights and self._awaited(tail):
                 await self.settle(value_id, tail.size)
             self._hand_over(value_id)
         await self._commit_store()
@@ -655,8 +659,9 @@ class Values:
             raise
         self.local_trouble = None
         self._removed_durably = max(removed, self._removed_durably)
-        shipper = self.shipper
-        self._store.keep_room(self._beside(shipper.unsafe_tails), shipper.unsafe, shipper.unsafe_tails, APPEND_KEPT)
+        if self._store.room_to_spare:
+            shipper = self.shipper
+            self._store.keep_room(self._beside(shipper.unsafe_tails), shipper.unsafe, shipper.unsafe_tails, APPEND_KEPT)
 
     def check_room(self) -> None:
         local = self.local_trouble
