@@ -407,7 +407,7 @@ class Values:
             stream = self._streams.get(value_id)
             if stream is not None and extent is not None and stream[0] == offset and stream[1] == extent.sector_id:
                 self._streams[value_id] = (stop, extent.sector_id)
-            elif (found := self._places.find(value_id, offset)) is not None:
+            elif (found := extent or self._places.find(value_id, offset)) is not None:
                 self._read_ahead(value_id, offset, stop, [found])
         return data
 
