@@ -59,7 +59,7 @@ def test_the_kernel_asks_for_a_name_once_whether_it_is_there_or_not(mounting: Mo
     there.write_bytes(b"x")
 
     def asked(path: Path) -> int:
-        return (mounting.base / "names").read_text().split("\n").count(path.name)
+        return (mounted.base / "names").read_text().split("\n").count(path.name)
 
     before = asked(there), asked(missing)
     for _ in range(50):
