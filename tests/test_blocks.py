@@ -51,8 +51,7 @@ def written(blocks: Blocks, segment: Segment, pieces: list[bytes]) -> bool:
     end = segment.used + sum(map(len, pieces))
     past = blocks.write(segment, pieces, end)
     if not past:
-        blocks.through_cache(segment, pieces, end)
-        write_at(segment.fd, pieces, segment.used)
+        write_at(segment.fd, *blocks.through_cache(segment, pieces, end))
     os.fdatasync(segment.fd)
     segment.used = end
     return past

@@ -29,7 +29,8 @@ _ZEROS = bytes(ALIGNMENT)
 
 
 class Blocks:
-    """Writes to the newest segment, one at a time, whichever thread does. All of them are to be told to it, see `wrote`."""
+    """Writes to the newest segment, one at a time, whichever thread does. It knows of all of them: `write`, and where it says no
+    `through_cache`."""
 
     def __init__(self) -> None:
         self._view = memoryview(mmap.mmap(-1, ROOM))
@@ -65,9 +66,14 @@ class Blocks:
             view[:last] = view[end - start - last : end - start]
         return True
 
-    def through_cache(self, segment: Segment, pieces: Sequence[Buffer], end: int) -> None:
-        """What `write` does not do was, or is to be, written through the page cache: from `segment.used` up to `end`. OSError."""
+    def through_cache(self, segment: Segment, pieces: Sequence[Buffer], end: int) -> tuple[list[Buffer], int]:
+        """What `write` has not done is to be written through the page cache, from `segment.used` up to `end`: which pieces, and where.
+
+        With what stands in the first block already: so the page cache never has to have that block as the disk has it. OSError.
+        """
         self._past_cache(segment, False)
+        at = segment.used % ALIGNMENT
+        whole: list[Buffer] = [bytes(self._view[:at]), *pieces]
         wanted = end % ALIGNMENT
         parts: list[Buffer] = []
         for piece in reversed(pieces):
@@ -78,6 +84,7 @@ class Blocks:
         last = b"".join(reversed(parts))
         # What is wanting stands there already: it is the same block.
         self._view[max(wanted, 0) : end % ALIGNMENT] = last
+        return whole, segment.used - at
 
     def _past_cache(self, segment: Segment, past: bool) -> None:
         if segment.past_cache is not past:

@@ -403,8 +403,7 @@ class Journal:
     def _flush(self, segment: Segment, pieces: list[Buffer], end: int) -> None:
         """Write what goes before `end`, durably. What stands before it in the segment is durable already."""
         if not self._blocks.write(segment, pieces, end):
-            self._blocks.through_cache(segment, pieces, end)
-            write_at(segment.fd, pieces, segment.used)
+            write_at(segment.fd, *self._blocks.through_cache(segment, pieces, end))
         self._failpoints.hit("journal.append.before_fsync")
         fdatasync(segment.fd)
         self._failpoints.hit("journal.append.after_fsync")

@@ -68,12 +68,13 @@ RETRY_FIRST, RETRY_LAST = 15.0, 900.0
 #: So many copies in a row that were put right and are bad again make a host stubborn; seconds, at least, between two of its copies then.
 STUBBORN = 3
 STUBBORN_PAUSE = 10.0
-#: Seconds without another one, or without a look at any copy there, while no copy is known to be bad, after
-#: which what was found there is forgotten: where all copies have gone to other hosts, none can show that it is well.
+#: Seconds without another one after which they are forgotten: where all copies have gone to other hosts, none can show that it is well.
 FORGIVEN = 3600.0
-#: A host is failing if, of at least so many copies looked at lately, more than half were bad; counts are halved at `WINDOW`.
+#: A host is failing if, of at least so many copies looked at lately, more than half were bad; counts are halved at `WINDOW`, and forgotten
+#: where no copy was looked at for so many intervals of the scrub: then there is none, unless hosts were away.
 FEW = 8
 WINDOW = 64
+PASSES = 2
 
 _KEY = struct.Struct(">QHI")
 _KEY_LENGTH = len(BAD) + _KEY.size
@@ -171,8 +172,10 @@ class Damages:
         pace: Pace,
         notes: Notes,
         seams: Seams,
+        interval: float,
     ) -> None:
-        """`pace`: of what is sent to hosts. `notes`: what was survived lately, for `status`; what has been put right goes from there."""
+        """`pace`: of what is sent to hosts. `notes`: what was survived lately, for `status`; what has been put right goes from there.
+        `interval`: seconds in which the scrub looks at every copy, or would."""
         self._store = store
         self._host_io = host_io
         self._contractor = contractor
@@ -204,6 +207,7 @@ class Damages:
         #: Host -> [copies looked at, bad ones] lately; and monotonic time of the last of them.
         self._seen: dict[int, list[int]] = {}
         self._seen_at: dict[int, float] = {}
+        self._forgets = max(PASSES * interval, FORGIVEN)
 
     # ------------------------------------------------------------------------------------------------------------
     # Telling
@@ -230,7 +234,7 @@ class Damages:
 
     def failing(self, host: int) -> str:
         """Why the host counts as failing; "" if it does not."""
-        if not self.listed and self._seams.clock.monotonic() - self._seen_at.get(host, 0.0) >= FORGIVEN:
+        if self._seams.clock.monotonic() - self._seen_at.get(host, 0.0) >= self._forgets:
             self._seen.pop(host, None)
         looked, bad = self._seen.get(host, (0, 0))
         if self._stubborn(host):
