@@ -29,7 +29,7 @@ from storage.sectors.scrub import PassRecord
 from storage.volume import Volume
 from storage.wiring import open_volume
 from tests.contract_rig import Volumes, in_virtual_time
-from tests.fakes import Crash, CrashAt, SeededRandom, make_seams
+from tests.fakes import Crash, CrashAt, SeededRandom, VirtualClock, make_seams
 from tests.host_rig import FaultyOpener, Stored
 from tests.rig import PASSPHRASE, QUIET, append, host_dirs, make, new_value, noise, opened
 from tests.test_reconcile import a_volume, delete_freed, records, there, unchanged
@@ -491,19 +491,26 @@ def test_a_host_that_spoils_what_it_gets_keeps_no_other_host_waiting(tmp_path: P
 def test_a_host_is_not_called_failing_for_ever_where_nothing_is_left_to_look_at(tmp_path: Path) -> None:
     """Its bad copies have gone to other hosts: none can show that it is well. But a scrub of a small volume looks seldom."""
 
+    class Later(VirtualClock):
+        passed = 0.0
+
+        def monotonic(self) -> float:
+            return super().monotonic() + self.passed
+
     async def work() -> None:
-        it = Volumes(tmp_path / "v")
+        clock = Later()
+        it = Volumes(tmp_path / "v", clock=clock)
         await it.make("ab", "2")
         async with it.mounted() as volume:
             damages = volume.damages
             for number in range(1, FEW + 1):
                 assert not damages.failing(1)
                 damages._count(1, bad=True)
-                await trio.sleep(USUAL_INTERVAL / 3)
+                clock.passed += USUAL_INTERVAL / 3
                 assert bool(damages.failing(1)) is (number == FEW)
-            await trio.sleep(PASSES * USUAL_INTERVAL - USUAL_INTERVAL / 3 - 1)
+            clock.passed += PASSES * USUAL_INTERVAL - USUAL_INTERVAL / 3 - 1
             assert "8 of the last 8" in damages.failing(1)
-            await trio.sleep(2)
+            clock.passed += 2
             assert not damages.failing(1)
 
     in_virtual_time(work)
