@@ -27,7 +27,7 @@ from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from time import perf_counter
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pyfuse3
 import trio
@@ -59,10 +59,11 @@ class _Ready:
     __slots__ = ()
 
     def __await__(self) -> Generator[Any, Any, None]:
-        return
-        yield
+        # One for all: it has nothing to give, and does not change.
+        return _NOTHING
 
 
+_NOTHING = cast("Generator[Any, Any, None]", iter(()))
 _READY = _Ready()
 
 
@@ -153,6 +154,8 @@ class Receiver:
 
     def __init__(self) -> None:
         self._turn = Turn()
+        #: What pyfuse3 looks for in `trio.lowlevel` is here as well.
+        self.lowlevel = self
         #: Call it when a handler is about to wait.
         self.pass_on = self._turn.pass_on
         self._poll: Callable[[float], list[tuple[int, int]]] | None = None
@@ -184,10 +187,6 @@ class Receiver:
         self._until = 0.0
 
     # ---- what pyfuse3 looks for in its `trio`
-
-    @property
-    def lowlevel(self) -> Receiver:
-        return self
 
     def Lock(self) -> Turn:
         return self._turn

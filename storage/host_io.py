@@ -420,8 +420,10 @@ class HostIO:
         await self.write_sealed(contract_id, shard)
         return shard.root
 
-    async def write_sealed(self, contract_id: str, shard: SealedShard, placed: list[Placed] | None = None) -> None:
+    async def write_sealed(self, contract_id: str, shard: SealedShard, placed: list[Placed] | None = None, *, beside: int = 0) -> None:
         """Store a sealed shard under its root; durable on the host when it returns.
+
+        `beside`: bytes that go to other hosts at the same time, maybe over the same line: as much more time it gets.
 
         That the contract holds it is applied to the metadata store, and durable with the commit that points to it: there is no await from
         there to the caller. One who does not point to it at once gives `placed`: then it is for `hold`, and a crash before that leaves a
@@ -445,7 +447,7 @@ class HostIO:
             if self._stopped:
                 raise Unavailable(f"{what}: the volume is being closed")
             self._unsettled[number] += 1
-            await self._recorded(number, what, put, len(shard.sealed), ("write",))
+            await self._recorded(number, what, put, len(shard.sealed), ("write",), beside)
             self._seams.failpoints.hit("host_io.write.before_apply")
             stored = Placed(number, root, contract.lineage, version, locked_ns)
             if placed is None:
@@ -549,12 +551,18 @@ class HostIO:
     # Calling hosts
 
     async def _recorded(
-        self, number: int, what: str, call: Callable[[Host], Awaitable[None]], size: int, directions: Iterable[Direction]
+        self,
+        number: int,
+        what: str,
+        call: Callable[[Host], Awaitable[None]],
+        size: int,
+        directions: Iterable[Direction],
+        beside: int = 0,
     ) -> None:
         """A change on a host, recorded in the HostDB; errors say `what` it was about."""
         started = self._seams.clock.monotonic()
         try:
-            await self._call(number, size, call, sent=size)
+            await self._call(number, size, call, sent=size, beside=beside)
         except NoSpace as error:
             self._hostdb.failed(number, error, directions)
             raise NoSpace(f"{what}: {error}") from error
@@ -564,14 +572,16 @@ class HostIO:
         for direction in directions:
             self._hostdb.succeeded(number, direction, size, self._seams.clock.monotonic() - started)
 
-    async def _call(self, number: int, size: int, call: Callable[[Host], Awaitable[T]], sent: int = 0) -> T:
+    async def _call(self, number: int, size: int, call: Callable[[Host], Awaitable[T]], sent: int = 0, beside: int = 0) -> T:
         """Unavailable if the host takes longer than `size` bytes may take. An Unavailable host is looked at again by the registry.
 
-        `sent`: bytes of an object that go to the host; how many come from it is seen.
+        `sent`: bytes of an object that go to the host; how many come from it is seen. `beside`: see `write_sealed`.
         """
         host = self._registry.get(number)
-        slowest = min(self._slowest, SLOWEST_REMOTE) if self._registry.remote(number) else self._slowest
-        limit = self._timeout + size / slowest
+        if self._registry.remote(number):
+            limit = self._timeout + (size + beside) / min(self._slowest, SLOWEST_REMOTE)
+        else:
+            limit = self._timeout + size / self._slowest
         received = 0
         try:
             with trio.move_on_after(limit):

@@ -171,6 +171,11 @@ class MetadataStore(MetadataReader, Protocol):
         of operations more? No waiting. What hooks raise."""
         ...
 
+    @property
+    def room_to_spare(self) -> bool:
+        """More room was made than small commits take: `keep_room` may let go of some."""
+        ...
+
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
         """Room beyond that is not needed for now, and may go back to the disk."""
         ...
@@ -679,6 +684,10 @@ class Values(Protocol):
 
     async def read(self, value_id: int, offset: int, size: int) -> Buffer:
         """Bytes [offset, offset + size), clipped to the size; tails included. Nobody changes them."""
+        ...
+
+    def ends_with(self, value_id: int, data: bytes) -> bool:
+        """The value's newest bytes are these. False also where that cannot be told at once."""
         ...
 
     def read_now(self, value_id: int, offset: int, size: int) -> Buffer | None:

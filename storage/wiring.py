@@ -47,6 +47,7 @@ from storage.sectors.reader import SectorReader
 from storage.sectors.reconcile import Reconciler
 from storage.sectors.records import decode_sector
 from storage.sectors.regenerate import Regenerator
+from storage.sectors.scrub import INTERVAL as SCRUB_INTERVAL
 from storage.sectors.scrub import Scrubber
 from storage.sectors.shards import ShardReader
 from storage.sectors.staging import Staging
@@ -461,6 +462,7 @@ def make_layers(
         pace=volume.mender.pace,
         notes=shards.notes,
         seams=seams,
+        interval=options.scrub_interval or SCRUB_INTERVAL,
     )
     shards.on_damage = volume.damages.suspect
     volume.mender.bad = volume.damages.hosts

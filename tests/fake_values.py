@@ -120,6 +120,10 @@ class FakeValues:
             self._check(value_id)
         return bytes(self._data.get(value_id, b"")[offset : offset + size])
 
+    def ends_with(self, value_id: int, data: bytes) -> bool:
+        self._check(value_id)
+        return self.hold_reads is None and bytes(self._data.get(value_id, b"")).endswith(data)
+
     def read_now(self, value_id: int, offset: int, size: int) -> Buffer | None:
         if self.hold_reads is not None or offset < 0:
             return None

@@ -4,6 +4,7 @@
 
 DIRECTORY holds what the test and this process tell each other:
     ready          made once the mount is usable
+    names          one line per name that was looked for
     trace          one line per WRITE that came: "inode offset length outcome"; and per commit, rename, truncation
     faults/NAME    as long as the file exists, the fault NAME happens (see `Tapped`)
 
@@ -50,6 +51,7 @@ class Tapped:
         self._inner = inner
         self._faults = directory / "faults"
         self._trace = open(directory / "trace", "a", buffering=1)  # noqa: SIM115
+        self._names = open(directory / "names", "ab", buffering=0)  # noqa: SIM115
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -74,6 +76,7 @@ class Tapped:
     def find(self, parent: int, name: bytes) -> int | None:
         if name.startswith(b"bug"):
             raise ZeroDivisionError("a bug, on purpose")
+        self._names.write(name + b"\n")
         found: int | None = self._inner.find(parent, name)
         return found
 

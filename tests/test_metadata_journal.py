@@ -77,7 +77,11 @@ async def written(
 
 
 def group(sequence: int, *tails: TailPiece) -> Group:
-    return Group(sequence, [(b"key%d" % sequence, b"value"), (b"gone", None)], list(tails))
+    return whole(sequence, [(b"key%d" % sequence, b"value"), (b"gone", None)], list(tails))
+
+
+def whole(sequence: int, ops: list[Op], tails: list[TailPiece]) -> Group:
+    return Group(sequence, ops, tails, sum(tail.length for tail in tails))
 
 
 def ops_of(*sequences: int) -> list[list[Op]]:
@@ -214,7 +218,7 @@ async def test_the_log_goes_on_after_a_torn_commit_and_after_that_too(tmp_path: 
     end = read_record(memoryview(raw), HEADER_SIZE)
     assert end is not None
     path.write_bytes(raw[: end.end + 50] + bytes(len(raw) - end.end - 50))
-    other = Group(2, [(b"other", b"2")], [])
+    other = whole(2, [(b"other", b"2")], [])
     (await written(tmp_path, [other], epoch=2, salt=b"2" * 16)).close()
     result, found = load(tmp_path)
     assert found == [group(1).ops, other.ops]
@@ -247,7 +251,7 @@ async def test_a_commit_of_many_records_is_there_as_a_whole_or_not_at_all(tmp_pa
 
 
 async def test_an_operation_larger_than_a_segment_gets_one_of_its_own_size(tmp_path: Path) -> None:
-    big = Group(2, [(b"big", b"v" * 50_000)], [piece(1, 0, b"t" * 9000)])
+    big = whole(2, [(b"big", b"v" * 50_000)], [piece(1, 0, b"t" * 9000)])
     journal = await written(tmp_path, [group(1), big, group(3)])
     journal.close()
     result, found = load(tmp_path)
@@ -262,7 +266,7 @@ def test_the_room_a_commit_is_said_to_need_is_enough(plan: list[tuple[list[int],
     async def main() -> None:
         with quick_directory() as directory:
             groups = [
-                Group(
+                whole(
                     sequence,
                     [(b"k%d" % i, bytes(size)) for i, size in enumerate(values)],
                     [piece(1 + i, 0, b"d" * size) for i, size in enumerate(tails)],
@@ -337,20 +341,20 @@ async def test_operations_larger_than_a_segment_take_one_of_their_own_and_no_mor
 
 async def test_records_of_an_earlier_life_of_a_file_never_come_back(tmp_path: Path) -> None:
     """A recycled segment is full of whole records; only the new header stands between them and a replay."""
-    journal = await written(tmp_path, [group(n) for n in range(1, 80)], segment_size=4096)
+    journal = await written(tmp_path, [group(n) for n in range(1, 320)], segment_size=16 * 1024)
     chain = journal._chain
     assert len(journal.live) > 2
     while journal.oldest() is not None:
         await journal.recycle(WORKER)
     used_again = 0
-    for n in range(80, 130):
+    for n in range(320, 520):
         await journal.prepare(journal.needed(200, 0, 0), WORKER)
         await journal.write(group(n), WORKER)
-        if n in (80, 100, 129):
+        if n in (320, 400, 519):
             copy = tmp_path / str(n)
             shutil.copytree(tmp_path / "journal", copy / "journal")
-            result, found = load(copy, held=79, chain=chain)
-            assert found == ops_of(*range(80, n + 1))
+            result, found = load(copy, held=319, chain=chain)
+            assert found == ops_of(*range(320, n + 1))
             closed(result)
         used_again = max(used_again, journal.live[-1].path.read_bytes()[journal.live[-1].used :].count(b"fJR1"))
     assert used_again > 5, "no recycled segment had old records behind the new ones: this test has checked nothing"

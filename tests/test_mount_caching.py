@@ -53,6 +53,29 @@ def errno_of(call: object, *args: object) -> int:
 # ------------------------------------------------------------------------------------------------------ which is which
 
 
+def test_the_kernel_asks_for_a_name_once_whether_it_is_there_or_not(mounting: Mounting) -> None:
+    mounted = mounting.mount(NEVER)
+    there, missing = mounted.path / "there", mounted.path / "missing"
+    there.write_bytes(b"x")
+
+    def asked(path: Path) -> int:
+        return (mounted.base / "names").read_text().split("\n").count(path.name)
+
+    before = asked(there), asked(missing)
+    for _ in range(50):
+        assert there.stat().st_size == 1
+        assert not missing.exists()
+    assert asked(there) == before[0]
+    assert asked(missing) == before[1] + 1
+    # And is not misled by what it remembers.
+    missing.write_bytes(b"")
+    assert missing.exists()
+    missing.unlink()
+    there.rename(missing)
+    assert missing.exists()
+    assert not there.exists()
+
+
 def test_small_appends_are_gathered_and_seen_at_once(mounting: Mounting) -> None:
     mounted = mounting.mount(NEVER)
     path = mounted.path / "log"

@@ -114,7 +114,7 @@ async def test_a_host_lost_while_a_sector_is_on_its_way_there_is_a_copy_that_is_
         real, under_way, go_on = volume.host_io.write_sealed, trio.Event(), trio.Event()
         hosts: list[int] = []
 
-        async def slowly(contract_id: str, shard: SealedShard, placed: list[Placed] | None = None) -> None:
+        async def slowly(contract_id: str, shard: SealedShard, placed: list[Placed] | None = None, *, beside: int = 0) -> None:
             hosts.append(volume.contractor.contract(contract_id).host_number)
             under_way.set()
             await go_on.wait()

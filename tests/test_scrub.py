@@ -22,13 +22,14 @@ from storage.metadata.keys import SECTOR, u64
 from storage.replication import parse_replication
 from storage.sealing import BLOCK, HEADER_SIZE, TAG_SIZE
 from storage.seams import Clock, Seams
-from storage.sectors.damage import STUBBORN, STUBBORN_PAUSE, BadRecord, Copy, Damages
+from storage.sectors.damage import FEW, PASSES, STUBBORN, STUBBORN_PAUSE, BadRecord, Copy, Damages
 from storage.sectors.records import SectorRecord
+from storage.sectors.scrub import INTERVAL as USUAL_INTERVAL
 from storage.sectors.scrub import PassRecord
 from storage.volume import Volume
 from storage.wiring import open_volume
 from tests.contract_rig import Volumes, in_virtual_time
-from tests.fakes import Crash, CrashAt, SeededRandom, make_seams
+from tests.fakes import Crash, CrashAt, SeededRandom, VirtualClock, make_seams
 from tests.host_rig import FaultyOpener, Stored
 from tests.rig import PASSPHRASE, QUIET, append, host_dirs, make, new_value, noise, opened
 from tests.test_reconcile import a_volume, delete_freed, records, there, unchanged
@@ -483,6 +484,34 @@ def test_a_host_that_spoils_what_it_gets_keeps_no_other_host_waiting(tmp_path: P
             assert damages.hosts(sectors[5]) == set()
             assert calls["put"] - puts == 1
             assert trio.current_time() - began < STUBBORN_PAUSE
+
+    in_virtual_time(work)
+
+
+def test_a_host_is_not_called_failing_for_ever_where_nothing_is_left_to_look_at(tmp_path: Path) -> None:
+    """Its bad copies have gone to other hosts: none can show that it is well. But a scrub of a small volume looks seldom."""
+
+    class Later(VirtualClock):
+        passed = 0.0
+
+        def monotonic(self) -> float:
+            return super().monotonic() + self.passed
+
+    async def work() -> None:
+        clock = Later()
+        it = Volumes(tmp_path / "v", clock=clock)
+        await it.make("ab", "2")
+        async with it.mounted() as volume:
+            damages = volume.damages
+            for number in range(1, FEW + 1):
+                assert not damages.failing(1)
+                damages._count(1, bad=True)
+                clock.passed += USUAL_INTERVAL / 3
+                assert bool(damages.failing(1)) is (number == FEW)
+            clock.passed += PASSES * USUAL_INTERVAL - USUAL_INTERVAL / 3 - 1
+            assert "8 of the last 8" in damages.failing(1)
+            clock.passed += 2
+            assert not damages.failing(1)
 
     in_virtual_time(work)
 

@@ -117,6 +117,31 @@ async def test_a_line_that_is_quick_at_first_and_slow_then_sends_nothing_in_vain
         assert trio.current_time() - began < 1.1 * (sent - line.bucket) / rate + 20
 
 
+@pytest.mark.parametrize("replication", ["2", "4+2"])
+async def test_what_goes_to_several_hosts_has_the_time_for_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock, replication: str
+) -> None:
+    """Breaks where each shard has only the time that it would take by itself: on a line of 400 kbit/s, which all share, none gets there."""
+    line = Line(50e3, 0.1)
+
+    async def transfer(host: FaultyHost, size: int) -> None:
+        await line.take(host, size)
+
+    made = Remote(tmp_path, 6)
+    made.urls = host_dirs(tmp_path, 6)
+    await make(made.path, made.urls, replication, sector_size=4 * 2**20, seams=make_seams(seed=1))
+    async with made.opened(flush_interval=3600.0, commit_interval=1.0) as volume:
+        monkeypatch.setattr(FaultyHost, "_transfer", transfer)
+        ino = volume.namespace.create(1, b"file", 0o100644, 0, 0)
+        await volume.namespace.append(ino, noise(3 * 4 * 2**20))
+        with trio.fail_after(1000):
+            while volume.sectors.drain.status().sectors or not volume.sectors.drain.sent:
+                await trio.sleep(1.0)
+        # Once.
+        assert line.carried < 1.1 * volume.sectors.drain.sent
+        made.each(gone="the test is over")
+
+
 async def test_what_fails_together_is_one_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
@@ -148,6 +173,33 @@ async def test_what_fails_together_is_one_failure(
             while volume.sectors.drain.status().sectors:
                 await trio.sleep(1.0)
         assert failed >= 8
+
+
+async def test_one_that_fails_by_itself_does_not_make_those_after_it_go_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    calls = 0
+
+    async def transfer(_host: FaultyHost, _size: int) -> None:
+        nonlocal calls
+        calls += 1
+        failing = calls == 1
+        await trio.sleep(1.0)
+        if failing:
+            raise Unavailable("the line is gone")
+
+    made = Remote(tmp_path, 1)
+    made.urls = host_dirs(tmp_path, 1)
+    await make(made.path, made.urls, "1", sector_size=2**20, seams=make_seams(seed=1))
+    async with made.opened(flush_interval=3600.0, commit_interval=1.0) as volume:
+        monkeypatch.setattr(FaultyHost, "_transfer", transfer)
+        ino = volume.namespace.create(1, b"file", 0o100644, 0, 0)
+        for _ in range(32):
+            await volume.namespace.append(ino, noise(2**20))
+        # Alone, after a second alone again, then more with each that got there.
+        with trio.fail_after(12):
+            while volume.sectors.drain.status().sectors:
+                await trio.sleep(0.1)
 
 
 async def test_a_line_that_is_quick_and_far_is_used_although_each_answer_takes_long(

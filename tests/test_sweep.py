@@ -363,7 +363,7 @@ async def test_what_is_on_hosts_before_the_quorum_is_on_no_record_so_that_a_cras
         async with opened(tmp_path / "v", seams=Seams(failpoints=_Dead("host_io.write.before_apply", 2))) as volume:
             put, there = volume.host_io.write_sealed, trio.Event()
 
-            async def write_sealed(contract_id: str, shard: SealedShard, placed: list[Placed] | None = None) -> None:
+            async def write_sealed(contract_id: str, shard: SealedShard, placed: list[Placed] | None = None, *, beside: int = 0) -> None:
                 if volume.contractor.contract(contract_id).host_number == 2:
                     await there.wait()
                     await volume.store.commit()
@@ -396,7 +396,7 @@ async def test_a_shard_that_went_to_another_host_because_it_could_not_be_recorde
 
         put = volume.host_io.write_sealed
 
-        async def write_sealed(contract_id: str, shard: SealedShard, placed: list[Placed] | None = None) -> None:
+        async def write_sealed(contract_id: str, shard: SealedShard, placed: list[Placed] | None = None, *, beside: int = 0) -> None:
             if shard.root == shards[3].root:
                 await trio.sleep(0.05)
                 raise Unavailable("no host takes this one")
@@ -436,7 +436,7 @@ async def test_a_shard_that_is_put_again_is_not_deleted_for_the_attempt_before(t
         await volume.hosts.retry_once()
         put, there, go_on = volume.host_io.write_sealed, trio.Event(), trio.Event()
 
-        async def write_sealed(contract_id: str, shard: SealedShard, placed: list[Placed] | None = None) -> None:
+        async def write_sealed(contract_id: str, shard: SealedShard, placed: list[Placed] | None = None, *, beside: int = 0) -> None:
             if volume.contractor.contract(contract_id).host_number == 2:
                 await go_on.wait()
             await put(contract_id, shard, placed)

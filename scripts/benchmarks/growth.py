@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import stat
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 
 import trio
 
 from scripts.benchmarks import processes
-from scripts.benchmarks.systems import PASSPHRASE, Fusefs, drop_caches
+from scripts.benchmarks.systems import PASSPHRASE, REST, Fusefs, drop_caches
 
 #: Entries of the directories that are listed.
 SMALL = 1000
 #: Changes between two commits while a volume is made.
 SLICE = 5000
+#: Mounts of each volume.
+TURNS = 5
 #: What memory is measured as.
 MEMORY = "memory, anonymous and shared, MiB"
 
@@ -25,7 +30,7 @@ class Grown(Fusefs):
 
     def __init__(self, base: Path, files: int) -> None:
         super().__init__(base, f"fusefs {files} files")
-        self._files = files
+        self.files = files
         #: Bytes of memory, anonymous and shared, that making them took at most, beside what the benchmark itself had before.
         self.making = 0
 
@@ -39,7 +44,7 @@ class Grown(Fusefs):
         before = processes.memory([os.getpid()])
         async with storage.open_volume(self.base / "volume", passphrase=PASSPHRASE) as volume:
             names = volume.namespace
-            for directory, count in ((b"small", min(SMALL, self._files)), (b"large", max(0, self._files - SMALL))):
+            for directory, count in ((b"small", min(SMALL, self.files)), (b"large", max(0, self.files - SMALL))):
                 parent = names.mkdir(1, directory, 0o755, 0, 0)
                 for number in range(count):
                     ino = names.create(parent, b"file%d" % number, stat.S_IFREG | 0o644, 0, 0)
@@ -50,34 +55,48 @@ class Grown(Fusefs):
             await volume.flush()
             self.making = max(self.making, processes.memory([os.getpid()]) - before)
 
-
-def grown(base: Path, files: int) -> dict[str, float]:
-    """Of a volume with so many files: seconds to mount and to unmount, entries a second listed, MiB of memory afterwards."""
-    system = Grown(base, files)
-    try:
-        system.start()
-        system.unmount()
+    def turn(self) -> dict[str, float]:
+        """Mounted with nothing in any cache, listed, and unmounted."""
         drop_caches()
         before = time.perf_counter()
-        system.mount()
-        mounted = time.perf_counter() - before
-        results = {"memory while it is made, MiB": system.making / 2**20, "mount, s": mounted}
+        self.mount()
+        results = {"mount, s": time.perf_counter() - before}
+        time.sleep(REST)
         for name in ("small", "large"):
-            path = system.path / name
             before = time.perf_counter()
-            count = sum(1 for _ in os.scandir(path))
+            count = sum(1 for _ in os.scandir(self.path / name))
             if count:
                 results[f"list {count}, entries/s"] = count / (time.perf_counter() - before)
-        results[MEMORY] = system.memory() / 2**20
+        results[MEMORY] = self.memory() / 2**20
         before = time.perf_counter()
-        system.unmount()
+        self.unmount()
         results["unmount, s"] = time.perf_counter() - before
         return results
-    finally:
-        system.stop()
 
 
-def appended(base: Path, total: int) -> dict[str, float]:
+def grown(base: Path, counts: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Of volumes with so many files: seconds to mount and to unmount, entries a second listed, MiB of memory afterwards.
+
+    Each volume in its turn, and so on; medians of `TURNS`.
+    """
+    with ExitStack() as volumes:
+        systems = [Grown(base, count) for count in dict.fromkeys(counts)]
+        for system in systems:
+            volumes.callback(system.stop)
+            system.start()
+            system.unmount()
+        found: dict[str, list[dict[str, float]]] = {}
+        for _ in range(TURNS):
+            for system in systems:
+                found.setdefault(f"{system.files} files", []).append(system.turn())
+        making = {f"{system.files} files": system.making for system in systems}
+    return {
+        title: {"memory while it is made, MiB": making[title] / 2**20, **{what: median(turn[what] for turn in turns) for what in turns[0]}}
+        for title, turns in found.items()
+    }
+
+
+def appended(base: Path, total: int) -> dict[str, dict[str, float]]:
     """One log of `total` appends of 100 B: the rate over the first and over the last tenth."""
     system = Fusefs(base, "fusefs long log")
     line = b"%099d\n" % 0
@@ -92,6 +111,12 @@ def appended(base: Path, total: int) -> dict[str, float]:
             os.fsync(fd)
             rates.append(total // 10 / (time.perf_counter() - before))
         os.close(fd)
-        return {"first tenth, appends/s": rates[0], "last tenth, appends/s": rates[-1], MEMORY: system.memory() / 2**20}
+        return {
+            f"{total} appends": {
+                "first tenth, appends/s": rates[0],
+                "last tenth, appends/s": rates[-1],
+                MEMORY: system.memory() / 2**20,
+            }
+        }
     finally:
         system.stop()

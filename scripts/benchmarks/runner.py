@@ -116,12 +116,14 @@ def add_ladder(result: Run, base: Path, sizes: Sizes) -> None:
 
 def add_growth(result: Run, base: Path, counts: Sequence[int], appends: int, say: Say) -> None:
     """What must not grow."""
-    works: dict[str, Callable[[], dict[str, float]]] = {f"{count} files": partial(growth.grown, base, count) for count in counts}
-    works[f"{appends} appends"] = partial(growth.appended, base, appends)
+    works: dict[str, Callable[[], dict[str, dict[str, float]]]] = {
+        f"volumes with {', '.join(map(str, counts))} files": partial(growth.grown, base, counts),
+        f"{appends} appends": partial(growth.appended, base, appends),
+    }
     for name, work in works.items():
         try:
-            result.growth[name] = work()
+            result.growth |= work()
         except (Failed, FusefsError, OSError) as error:
             # What was measured before stays worth having.
             result.left_out[name] = str(error)
-        say(f"volume with {name}")
+        say(name)

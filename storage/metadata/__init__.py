@@ -21,11 +21,12 @@ Picture
          \\                                                              | sequence number it holds
           pending --commit--> journal thread: seal tails, hash, pwritev, fdatasync --> segments, recycled oldest first
 
-Modules: `keys` (who owns which prefix), `records` (the journal's format), `segments` (its files), `journal` (writing it), `replay`
-(reading it after a crash), `memtable`, `lmdb_base`, `pending` (what is in no commit yet), `rounds` (who waits for which commit),
-`committer` (the task that makes them), `room` (in the journal: is there enough, and waiting for it), `takeover` (the task that moves what
-is durable on and makes room), `ballast` (room to give when the disk is full), `store` (all of it behind MetadataStore), `opening` (of it),
-`read_only` (a store in which nothing changes), `no_journal` (what stores without a journal answer), `counters` (ids never used twice).
+Modules: `keys` (who owns which prefix), `records` (the journal's format), `segments` (its files), `journal` (writing it), `blocks` (small
+commits past the page cache), `flushing` (who waits for the disk), `replay` (reading it after a crash), `memtable`, `lmdb_base`, `pending`
+(what is in no commit yet), `rounds` (who waits for which commit), `committer` (the task that makes them), `room` (in the journal: is there
+enough, and waiting for it), `takeover` (the task that moves what is durable on and makes room), `ballast` (room to give when the disk is
+full), `store` (all of it behind MetadataStore), `opening` (of it), `read_only` (a store in which nothing changes), `no_journal` (what
+stores without a journal answer), `counters` (ids never used twice).
 
 Invariants kept here
 

@@ -47,8 +47,9 @@ class Changes:
             else:
                 return
         self.version += 1
-        self.reason |= tails
-        if self.broken:
+        if tails:
+            self.reason = True
+        if self.broken or not ops:
             return
         kept, cost, quiet = self._ops, self._cost, _QUIET
         for key, value in ops:
@@ -64,10 +65,11 @@ class Changes:
                 cost += len(value)
             kept[key] = value
         self._cost = cost
-        if self._cost > self._limit:
-            self._ops, self._cost, self.broken, self.reason = {}, 0, True, True
-        if self._cost > self._limit // 2:
-            self.on_many()
+        if cost > self._limit // 2:
+            if cost > self._limit:
+                self._ops, self._cost, self.broken, self.reason = {}, 0, True, True
+            else:
+                self.on_many()
 
     def cut(self) -> list[Op]:
         """Everything noted since the last cut. The next one begins here; `broken` is over, since whoever cuts then begins anew."""

@@ -11,7 +11,7 @@ segment whose header verifies proves everything before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from os import fdatasync
 from pathlib import Path
@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from storage.errors import BadArgument
 from storage.interfaces import Buffer, TailPiece
+from storage.metadata.blocks import Blocks
 from storage.metadata.flushing import FEW, SMALL, Flushes
 from storage.metadata.records import (
     HEADER_SIZE,
@@ -32,6 +33,8 @@ from storage.metadata.records import (
     TailEntry,
     encode_body,
     encode_record,
+    pack_aad,
+    pack_nonce,
     padded,
 )
 from storage.metadata.segments import SPARES, Segment, prepare, retire, unlink_all, write_at
@@ -59,6 +62,8 @@ class Group(NamedTuple):
     sequence: int
     ops: list[Op]
     tails: list[TailPiece]
+    #: Of all of them together.
+    tail_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,8 @@ class Journal:
         self._chunk = min(MAX_CHUNK, segment_size // 4)
         #: # Invariant: oldest first; the last is the newest, which is never recycled.
         self.live = live
+        #: Bytes of their files.
+        self._in_use = sum(segment.size for segment in live)
         self._prepared: list[Segment] = []
         self._spares = spares
         self._discarded: list[Segment] = []
@@ -111,6 +118,7 @@ class Journal:
         self._chain = chain
         self._nonce = 0
         self._flushes = Flushes()
+        self._blocks = Blocks()
         #: Segments are numbered in the order in which they are prepared, so by one task at a time.
         self._preparing = trio.Lock()
 
@@ -157,7 +165,7 @@ class Journal:
     @property
     def free_bytes(self) -> int:
         """Bytes of segments that may still be begun under the limit."""
-        return self.limit_bytes - sum([segment.size for segment in self.live])
+        return self.limit_bytes - self._in_use
 
     @property
     def fill(self) -> float:
@@ -298,6 +306,7 @@ class Journal:
     async def recycle(self, worker: Worker) -> None:
         """The oldest segment is not needed any more. IOFailure: it stays."""
         await self._retire(self.live[0], worker)
+        self._in_use -= self.live[0].size
         del self.live[0]
         self.recycled += 1
 
@@ -332,7 +341,7 @@ class Journal:
         OSError or anything else: nobody knows what is on the disk, and nothing may be written any more.
         """
         fresh = list(self._prepared)
-        if len(group.ops) > FEW or sum(tail.length for tail in group.tails) > SMALL:
+        if group.tail_bytes > SMALL or len(group.ops) > FEW:
             chain, used, held = await worker.run(self._write, group, fresh)
         elif self._flushes.quick:
             chain, used, held = self._write_small(group, fresh)
@@ -343,6 +352,7 @@ class Journal:
             self._discarded += [segment for segment in fresh[:taken] if segment not in used]
             del self._prepared[:taken]
             self.live += used
+            self._in_use += sum(segment.size for segment in used)
             self._current = used[-1]
         for segment, entry in held:
             segment.hold(entry.value_id, entry.offset, entry.offset + entry.length)
@@ -366,7 +376,7 @@ class Journal:
         segment = self._current
         out: list[Buffer] = []
         at = segment.used if segment is not None else 0
-        for part, (pieces, last) in enumerate(_records(group.tails, self._chunk)):
+        for part, (pieces, last) in enumerate(_records(group, self._chunk)):
             entries, sealed = self._seal(writer, group.sequence, pieces)
             body = encode_body(group.ops if last else [], entries)
             length = padded(RECORD_HEAD + len(body) + sum(map(len, sealed)))
@@ -392,7 +402,8 @@ class Journal:
 
     def _flush(self, segment: Segment, pieces: list[Buffer], end: int) -> None:
         """Write what goes before `end`, durably. What stands before it in the segment is durable already."""
-        write_at(segment.fd, pieces, segment.used)
+        if not self._blocks.write(segment, pieces, end):
+            write_at(segment.fd, *self._blocks.through_cache(segment, pieces, end))
         self._failpoints.hit("journal.append.before_fsync")
         fdatasync(segment.fd)
         self._failpoints.hit("journal.append.after_fsync")
@@ -400,12 +411,13 @@ class Journal:
 
     def _seal(self, writer: _Writer, sequence: int, pieces: list[_Piece]) -> tuple[list[TailEntry], list[bytes]]:
         entries, sealed = [], []
+        encrypt = writer.aead.encrypt
         for value_id, offset, data in pieces:
             # I1: taken before it is used, and never given back.
-            entry = TailEntry(value_id, offset, len(data), self._nonce)
-            self._nonce += 1
-            entries.append(entry)
-            sealed.append(writer.aead.encrypt(entry.nonce_bytes(), data, entry.aad(sequence)))
+            nonce = self._nonce
+            self._nonce = nonce + 1
+            entries.append(TailEntry(value_id, offset, len(data), nonce))
+            sealed.append(encrypt(pack_nonce(nonce), data, pack_aad(sequence, value_id, offset)))
         return entries, sealed
 
 
@@ -413,8 +425,16 @@ class Journal:
 _Piece = tuple[int, int, Buffer]
 
 
-def _records(tails: list[TailPiece], chunk: int) -> Iterator[tuple[list[_Piece], bool]]:
+def _records(group: Group, chunk: int) -> Iterable[tuple[list[_Piece], bool]]:
     """The tails of each record of a commit, and whether it is the last one; large tails are cut."""
+    tails = group.tails
+    if group.tail_bytes + _ENTRY * len(tails) <= chunk:
+        # The usual case: one record.
+        return [([(value_id, at, data[0] if len(data) == 1 else b"".join(data)) for value_id, at, data in tails], True)]
+    return _cut(tails, chunk)
+
+
+def _cut(tails: list[TailPiece], chunk: int) -> Iterator[tuple[list[_Piece], bool]]:
     pieces: list[_Piece] = []
     weight = 0
     for tail in tails:

@@ -132,12 +132,20 @@ class Memtable:
 
     def apply(self, ops: Sequence[Op]) -> None:
         """All of `ops`, or nothing and BadArgument."""
+        size = 16 * len(ops)
         for key, value in ops:
-            if not 0 < len(key) <= MAX_KEY or (value is not None and len(value) > MAX_VALUE):
-                raise BadArgument(f"metadata key {key[:16].hex()}: keys have 1 to {MAX_KEY} bytes, values up to {MAX_VALUE}")
+            length = len(key)
+            size += length
+            if value is not None:
+                taken = len(value)
+                size += taken
+                if 0 < length <= MAX_KEY and taken <= MAX_VALUE:
+                    continue
+            elif 0 < length <= MAX_KEY:
+                continue
+            raise BadArgument(f"metadata key {key[:16].hex()}: keys have 1 to {MAX_KEY} bytes, values up to {MAX_VALUE}")
         pending, undo, active = self.pending, self._undo, self.active
         values = active.values
-        size = 16 * len(ops)
         fresh = again = 0
         for key, value in ops:
             old = values.get(key, _MISSING)
@@ -153,7 +161,6 @@ class Memtable:
                 active.note_new(key)
                 fresh += ENTRY_COST
             values[key] = value
-            size += len(key) if value is None else len(key) + len(value)
         self.pending_bytes += size - again
         # Not exact where a key is put again: `cost` is only there to say when a takeover is due.
         active.cost += fresh + size

@@ -14,6 +14,10 @@ class NoJournal:
     def can_spare(self, ops_bytes: int) -> bool:  # noqa: ARG002 - the Protocol's
         return True
 
+    @property
+    def room_to_spare(self) -> bool:
+        return False
+
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
         """It takes none."""
 

@@ -41,11 +41,11 @@ class Pending:
 
     def take(self, sequence: int) -> Group:
         """All of it, as a commit, which is flying from now on."""
-        tails = self.tails
-        self.flying = self._memtable.pending_bytes, self.tail_bytes, len(tails)
+        tails, tail_bytes = self.tails, self.tail_bytes
+        self.flying = self._memtable.pending_bytes, tail_bytes, len(tails)
         self.tails, self.tail_bytes = [], 0
         self.empties = False
-        return Group(sequence, self._memtable.take(), tails)
+        return Group(sequence, self._memtable.take(), tails, tail_bytes)
 
     def drop_tails(self) -> bool:
         """Forget tails that what is applied has made superfluous (their extents are in this commit); True if there were any.

@@ -70,6 +70,8 @@ _SEGMENT = struct.Struct(">8sIIQQ16s32s")
 _RECORD = struct.Struct(">4sIQQIIII32s")
 _AAD = struct.Struct(">QQQ")
 _NONCE = struct.Struct(">4xQ")
+#: (sequence, value id, offset), and (nonce counter), of a piece: see TailEntry.
+pack_aad, pack_nonce = _AAD.pack, _NONCE.pack
 
 #: (key, value or None for a deletion)
 Op = tuple[bytes, bytes | None]
@@ -135,10 +137,10 @@ class TailEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 
     def aad(self, sequence: int) -> bytes:
         """What the piece is bound to: its commit and its place."""
-        return _AAD.pack(sequence, self.value_id, self.offset)
+        return pack_aad(sequence, self.value_id, self.offset)
 
     def nonce_bytes(self) -> bytes:
-        return _NONCE.pack(self.nonce)
+        return pack_nonce(self.nonce)
 
 
 class Body(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -61,6 +61,8 @@ class Segment:
     last_sequence: int = 0
     epoch: int = 0
     salt: bytes = b""
+    #: What is written goes past the page cache, see `blocks`. Of the one that writes.
+    past_cache: bool = False
     #: Of values whose tails in here were not found unneeded yet, durable pieces only. The event loop's.
     tails: dict[int, Held] = field(default_factory=dict)
 

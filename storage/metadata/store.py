@@ -215,7 +215,9 @@ class Store:
                 if length:
                     pending.tails.append(tail)
                     pending.tail_bytes += length
-        if self._takeover.since is None and ops:
+            if not ops:
+                return
+        if self._takeover.since is None:
             self._takeover.since = self._seams.clock.monotonic()
         if memtable.active.cost >= MAX_COST or len(memtable.active.values) >= MAX_KEYS:
             self._overfull()
@@ -251,9 +253,14 @@ class Store:
         """See MetadataStore."""
         return await self._room.make(ops_bytes, tail_bytes, tails, kept)
 
+    @property
+    def room_to_spare(self) -> bool:
+        """See MetadataStore."""
+        return self._journal.ample
+
     def keep_room(self, ops_bytes: int, tail_bytes: int, tails: int, kept: float) -> None:
         """See MetadataStore."""
-        if not self._journal.ample or self._progress.flight is not None or self._rounds.next.wanted:
+        if not self.room_to_spare or self._progress.flight is not None or self._rounds.next.wanted:
             return
         # No await between this look and the trimming: nothing of what goes is being written to.
         self._room.trim(ops_bytes, tail_bytes, tails, kept)

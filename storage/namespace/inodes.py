@@ -186,14 +186,15 @@ class InodeTable:
         """The commit hook: bring the store's records up to date. NO AWAIT: what it puts belongs to one moment."""
         if not self._dirty and not self._counts_dirty:
             return
-        batch = Batch()
+        ops: list[tuple[bytes, bytes | None]] = []
         delta = 0
         for inode in self._dirty.values():
             delta += self.refresh(inode, inode.rec)
-            batch.put(inode_key(inode.ino), encode_inode(inode.rec))
-        counts = self._counted(0, 0, delta)
-        batch.put(COUNTS_KEY, encode_counts(counts))
-        self.store.apply(batch)
+            ops.append((inode_key(inode.ino), encode_inode(inode.rec)))
+        # Nearly always they say so already.
+        counts = self._counted(0, 0, delta) if delta else self.counts
+        ops.append((COUNTS_KEY, encode_counts(counts)))
+        self.store.apply(Batch(ops))
         self.counts = counts
         self._counts_dirty = False
         for inode in self._dirty.values():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
@@ -360,8 +360,9 @@ class Namespace:
     def truncate(self, ino: int, size: int) -> None:
         self._content.truncate(ino, size)
 
-    async def commit(self, ino: int) -> None:
-        await self._content.commit(ino)
+    def commit(self, ino: int) -> Coroutine[Any, Any, None]:
+        # Its coroutine: not one more for each fsync.
+        return self._content.commit(ino)
 
     def last_page_local(self, ino: int) -> bool:
         return self._content.last_page_local(ino)

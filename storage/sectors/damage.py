@@ -70,9 +70,11 @@ STUBBORN = 3
 STUBBORN_PAUSE = 10.0
 #: Seconds without another one after which they are forgotten: where all copies have gone to other hosts, none can show that it is well.
 FORGIVEN = 3600.0
-#: A host is failing if, of at least so many copies looked at lately, more than half were bad; counts are halved at `WINDOW`.
+#: A host is failing if, of at least so many copies looked at lately, more than half were bad; counts are halved at `WINDOW`, and forgotten
+#: where no copy was looked at for so many intervals of the scrub: then there is none, unless hosts were away.
 FEW = 8
 WINDOW = 64
+PASSES = 2
 
 _KEY = struct.Struct(">QHI")
 _KEY_LENGTH = len(BAD) + _KEY.size
@@ -170,8 +172,10 @@ class Damages:
         pace: Pace,
         notes: Notes,
         seams: Seams,
+        interval: float,
     ) -> None:
-        """`pace`: of what is sent to hosts. `notes`: what was survived lately, for `status`; what has been put right goes from there."""
+        """`pace`: of what is sent to hosts. `notes`: what was survived lately, for `status`; what has been put right goes from there.
+        `interval`: seconds in which the scrub looks at every copy, or would."""
         self._store = store
         self._host_io = host_io
         self._contractor = contractor
@@ -200,8 +204,10 @@ class Damages:
         #: Host -> monotonic time of the last of them; and, of a stubborn one, until when it is left alone.
         self._relapsed_at: dict[int, float] = {}
         self._pausing: dict[int, float] = {}
-        #: Host -> [copies looked at, bad ones] lately.
+        #: Host -> [copies looked at, bad ones] lately; and monotonic time of the last of them.
         self._seen: dict[int, list[int]] = {}
+        self._seen_at: dict[int, float] = {}
+        self._forgets = max(PASSES * interval, FORGIVEN)
 
     # ------------------------------------------------------------------------------------------------------------
     # Telling
@@ -228,6 +234,8 @@ class Damages:
 
     def failing(self, host: int) -> str:
         """Why the host counts as failing; "" if it does not."""
+        if self._seams.clock.monotonic() - self._seen_at.get(host, 0.0) >= self._forgets:
+            self._seen.pop(host, None)
         looked, bad = self._seen.get(host, (0, 0))
         if self._stubborn(host):
             return f"what is put right there is bad again ({self._relapses[host]} times in a row)"
@@ -242,6 +250,7 @@ class Damages:
         seen = self._seen.setdefault(host, [0, 0])
         seen[0] += 1
         seen[1] += bad
+        self._seen_at[host] = self._seams.clock.monotonic()
         if seen[0] >= WINDOW:
             seen[:] = [seen[0] // 2, seen[1] // 2]
 

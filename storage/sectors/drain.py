@@ -12,8 +12,8 @@ within the time that HostIO gives each, and all that was sent would be in vain. 
 
 A burst of writing has the machine to itself: where nothing was to be sent before, sending begins when nothing was staged for a moment, two
 seconds after the first sector at the latest, and at once when somebody waits for it. How long a moment is follows from how quickly sectors
-came. Sending takes cores and disk from who writes, the more
-where hosts are near. A line on which something is to be sent is never kept idle by who goes on writing.
+came. Sending takes cores and disk from who writes, the more where hosts are near. A line on which something is to be sent is never kept
+idle by who goes on writing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ AHEAD, AHEAD_LEAST = 8.0, 1024 * 1024
 TRUSTED = 2
 #: Seconds in which what was measured loses most of its weight.
 FORGETS = 30.0
-#: By how much the number of sectors on their way, halved with a failure, grows with each success.
+#: By how much the number of sectors on their way, halved where several fail, grows with each success.
 CAREFUL = 0.1
 #: Seconds until hosts that failed are tried again: doubling from the first to the last.
 RETRY_FIRST, RETRY_LAST = 1.0, 60.0
@@ -128,8 +128,8 @@ class Drain:
         #: Bytes on their way to all hosts together, and what the line is known to take.
         self._sending = 0
         self._throughput = Throughput()
-        #: How many may be on their way: half as many with each failure, as a slow line needs it, on which none of many would get through in
-        #: the time that HostIO gives each; slowly more with each success.
+        #: How many may be on their way: half as many as were when one of them failed, as a slow line needs it, on which none of many would
+        #: get through in the time that HostIO gives each; slowly more with each success.
         self._width = float(UPLOADS)
         #: Why too few hosts can be reached, at the last look; "" if they can.
         self._unreachable = ""
@@ -139,8 +139,8 @@ class Drain:
         self.full = False
         self._retry = RETRY_FIRST
         self._due = 0.0
-        #: Monotonic time of the last failure that counted.
-        self._failed = -inf
+        #: Failures that counted. What began before the last of them tells no other.
+        self._failures = 0
         #: Monotonic times: of the first sector staged where nothing was to be sent before, and of the last one of all; and the seconds
         #: between two of them lately, as a moving average.
         self._begun = self._newest = -inf
@@ -260,7 +260,7 @@ class Drain:
         return ""
 
     async def _send(self, entry: Staged, nursery: trio.Nursery) -> None:
-        started, sent = self._seams.clock.monotonic(), 0
+        started, failures, sent = self._seams.clock.monotonic(), self._failures, 0
         try:
             if await self._upload(entry, nursery):
                 sent = entry.to_send
@@ -273,10 +273,12 @@ class Drain:
             if self._trouble != str(error):
                 log.warning("sector %d stays in staging for now: %s", entry.sector_id, error)
             self._trouble, self.full = str(error), isinstance(error, NoSpace)
-            if started >= self._failed:
+            if failures == self._failures:
                 # What was on its way together fails together, and tells that once.
-                self._failed = now
-                self._width = max(min(self._width, self._uploads) / 2.0, 1.0)
+                self._failures += 1
+                if self._uploads > 1:
+                    # One by itself was not one too many.
+                    self._width = min(self._width, self._uploads) / 2.0
                 self._due = now + self._retry
                 self._retry = min(2 * self._retry, RETRY_LAST)
         finally:

@@ -67,6 +67,8 @@ class Upload:
         self._done = 0
         self._errors: list[FusefsError] = []
         self._running = 0
+        #: Sealed bytes of all shards that are put at a time.
+        self._together = 0
         self._decided = trio.Event()
         self._quorum = False
         self._finished = False
@@ -77,6 +79,8 @@ class Upload:
         self._left = self._way.placement.candidates(self._layout.spec)
         places = self._layout.places[: len(self._left)]
         self._running = len(places)
+        # What each may take: on a slow line they share, all of them end late.
+        self._together = sum(len(shards[shard].sealed) for shard in places)
         for shard, contract in [(shard, self._left.pop(0)) for shard in places]:
             nursery.start_soon(self._put, shard, contract.contract_id, contract.host_number)
 
@@ -104,7 +108,8 @@ class Upload:
                 sealed = self._shards[shard]
                 self._spared.enter_context(self._way.deleter.spared(bytes.fromhex(sealed.root), host))
                 try:
-                    await self._way.host_io.write_sealed(contract_id, sealed, self._placed)
+                    beside = self._together - len(sealed.sealed)
+                    await self._way.host_io.write_sealed(contract_id, sealed, self._placed, beside=beside)
                     self._stored(shard, host)
                     return
                 except FusefsError as error:

@@ -72,6 +72,13 @@ class ChunkBuffer:
             i += 1
         return pieces
 
+    def ends_with(self, data: bytes) -> bool:
+        """Are these the newest bytes? False also where they stand in more than one chunk."""
+        if not self._chunks:
+            return False
+        last = self._chunks[-1]
+        return type(last) is not memoryview and last.endswith(data)
+
     def take(self, size: int) -> list[Buffer]:
         """Cut the first `size` bytes (at most all) off; the pieces no longer change."""
         size = min(size, self.length)
@@ -185,7 +192,8 @@ class Tail:
 
     @property
     def size(self) -> int:
-        return self.buffer_start + self.buffer.length
+        # As `buffer_start`, which is asked for most often.
+        return (self.flights[-1].end if self.flights else self.sealed) + self.buffer.length
 
     def read(self, start: int, stop: int) -> list[Buffer]:
         """The bytes [start, stop) of the value, in pieces; they must lie between `sealed` and `size`."""

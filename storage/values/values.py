@@ -25,6 +25,7 @@ from storage.values.reclaim import Reclaimer
 from storage.values.records import VERSION, Extent, ValueRecord, decode_value, decode_values, extents_between, value_key
 from storage.values.rewrite import Rewriter
 from storage.values.shipping import BREATH, Shipper
+from storage.values.streams import Streams
 from storage.values.tail import Flight, Tail
 
 log = logging.getLogger("fusefs.values")
@@ -57,8 +58,8 @@ LARGE, STREAM = 64 * 1024, 1024 * 1024
 BLOCK = 4 * 1024 * 1024
 #: Seconds in which those who come after one that was refused for want of room are refused as well.
 REFUSED_PAUSE = 2.0
-#: Sequential streams remembered for read-ahead.
-STREAMS = 128
+#: A read from a value's beginning of so many bytes, or more, is taken for that of somebody who reads all of it.
+FROM_START = 64 * 1024
 
 
 class Values:
@@ -99,8 +100,7 @@ class Values:
         self.rewriter = Rewriter(store, sectors, self._merger, self.shipper, seams, rewrite_rate)
         self.shipper.on_landed = self._merger.wake
         self._reclaimer.on_freed = self._merger.wake
-        #: Where the last read of a value ended, and the sector for which read-ahead was asked for; 0: it was not.
-        self._streams: dict[int, tuple[int, int]] = {}
+        self._streams = Streams()
         self._places = Places()
         #: Why the last commit could not be made (the local disk or the journal is full); None since one could.
         self.local_trouble: FusefsError | None = None
@@ -382,6 +382,10 @@ class Values:
     # ------------------------------------------------------------------------------------------------------------
     # Reading
 
+    def ends_with(self, value_id: int, data: bytes) -> bool:
+        tail = self._tails.get(value_id)
+        return tail is not None and tail.buffer.ends_with(data)
+
     def read_now(self, value_id: int, offset: int, size: int) -> Buffer | None:
         if offset < 0 or size <= 0:
             return None
@@ -400,11 +404,9 @@ class Values:
                     return b""
         data = self._stored_now(value_id, extent, offset, stop)
         if data is not None:
-            stream = self._streams.get(value_id)
-            if stream is not None and extent is not None and stream[0] == offset and stream[1] == extent.sector_id:
-                self._streams[value_id] = (stop, extent.sector_id)
-            elif (found := self._places.find(value_id, offset)) is not None:
-                self._read_ahead(value_id, offset, stop, [found])
+            known = extent or self._places.find(value_id, offset)
+            if known is not None and not self._streams.goes_on(value_id, offset, stop, known.sector_id):
+                self._read_ahead(value_id, offset, stop, [known])
         return data
 
     def _stored_now(self, value_id: int, extent: Extent | None, offset: int, stop: int) -> Buffer | None:
@@ -515,11 +517,11 @@ class Values:
         return self._store.get(extent.key) == extent.encode()
 
     def _read_ahead(self, value_id: int, at: int, stop: int, extents: Sequence[Extent]) -> None:
-        """Whoever reads on where the last read of the value ended is sequential: the sector at hand and the next ones are fetched whole."""
-        ended, asked = self._streams.pop(value_id, (-1, 0))
-        if ended != at and not (at == 0 and stop >= 64 * 1024):
+        """Whoever reads on where a read of the value ended is sequential: the sector at hand and the next ones are fetched whole."""
+        asked = self._streams.take(value_id, at)
+        if asked is None and at == 0 and stop >= FROM_START:
             asked = 0
-        elif asked != extents[0].sector_id:
+        if asked is not None and asked != extents[0].sector_id:
             if asked:
                 self._sectors.passed(asked)
             # Once for each sector: many reads fall into one.
@@ -527,9 +529,7 @@ class Values:
             following = self._following(value_id, last.end, self._sectors.ahead(last.sector_id))
             begun = [self._sectors.prefetch(extent.sector_id) for extent in (extents[0], *following)]
             asked = extents[0].sector_id if all(begun) else 0
-        self._streams[value_id] = (stop, asked)
-        if len(self._streams) > STREAMS:
-            self._streams.pop(next(iter(self._streams)))
+        self._streams.put(value_id, stop, asked)
 
     def _following(self, value_id: int, at: int, count: int) -> list[Extent]:
         """The extents from `at` on, at most `count`. A reader gets to each of them: they are looked up many at a time, and remembered."""
@@ -579,7 +579,7 @@ class Values:
         if tail.journaled >= size:
             return []
         # Exactly what `settle` does not wait for: a flight behind a parked one is tail like any other, or an fsync would leave it out.
-        return self._taken(tail, tail.first_flying(size) if self._awaited(tail) else None)
+        return self._taken(tail, tail.first_flying(size) if tail.flights and self._awaited(tail) else None)
 
     def _taken(self, tail: Tail, flying: Flight | None) -> list[TailPiece]:
         """What the journal does not have, up to that flight; it counts as handed over."""
@@ -615,7 +615,7 @@ class Values:
             # It exists, or that is the error.
             self._record(value_id)
         elif tail.journaled < tail.size:
-            if self._awaited(tail):
+            if tail.flights and self._awaited(tail):
                 await self.settle(value_id, tail.size)
             self._hand_over(value_id)
         await self._commit_store()
@@ -655,8 +655,9 @@ class Values:
             raise
         self.local_trouble = None
         self._removed_durably = max(removed, self._removed_durably)
-        shipper = self.shipper
-        self._store.keep_room(self._beside(shipper.unsafe_tails), shipper.unsafe, shipper.unsafe_tails, APPEND_KEPT)
+        if self._store.room_to_spare:
+            shipper = self.shipper
+            self._store.keep_room(self._beside(shipper.unsafe_tails), shipper.unsafe, shipper.unsafe_tails, APPEND_KEPT)
 
     def check_room(self) -> None:
         local = self.local_trouble
