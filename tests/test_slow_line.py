@@ -3,6 +3,8 @@ A local disk as slow is one that does not answer."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from storage.errors import Unavailable
 from storage.hosts.faults import FaultyHost
 from storage.hosts.urls import HostURL
 from storage.sectors.drain import Throughput
+from storage.volume import Volume
 from tests.fakes import make_seams
 from tests.host_rig import FaultyOpener, Rig
 from tests.rig import host_dirs, make, noise
@@ -142,6 +145,22 @@ async def test_what_goes_to_several_hosts_has_the_time_for_all_of_it(
         made.each(gone="the test is over")
 
 
+@asynccontextmanager
+async def thirty_two_staged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transfer: Callable[[FaultyHost, int], Awaitable[None]]
+) -> AsyncIterator[Volume]:
+    """Sectors of 1 MiB to be sent, to a host that takes each with `transfer`."""
+    made = Remote(tmp_path, 1)
+    made.urls = host_dirs(tmp_path, 1)
+    await make(made.path, made.urls, "1", sector_size=2**20, seams=make_seams(seed=1))
+    async with made.opened(flush_interval=3600.0, commit_interval=1.0) as volume:
+        monkeypatch.setattr(FaultyHost, "_transfer", transfer)
+        ino = volume.namespace.create(1, b"file", 0o100644, 0, 0)
+        for _ in range(32):
+            await volume.namespace.append(ino, noise(2**20))
+        yield volume
+
+
 async def test_what_fails_together_is_one_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
@@ -161,14 +180,7 @@ async def test_what_fails_together_is_one_failure(
             on_their_way -= 1
             broken &= on_their_way > 0
 
-    made = Remote(tmp_path, 1)
-    made.urls = host_dirs(tmp_path, 1)
-    await make(made.path, made.urls, "1", sector_size=2**20, seams=make_seams(seed=1))
-    async with made.opened(flush_interval=3600.0, commit_interval=1.0) as volume:
-        monkeypatch.setattr(FaultyHost, "_transfer", transfer)
-        ino = volume.namespace.create(1, b"file", 0o100644, 0, 0)
-        for _ in range(32):
-            await volume.namespace.append(ino, noise(2**20))
+    async with thirty_two_staged(tmp_path, monkeypatch, transfer) as volume:
         with trio.fail_after(60):
             while volume.sectors.drain.status().sectors:
                 await trio.sleep(1.0)
@@ -188,14 +200,7 @@ async def test_one_that_fails_by_itself_does_not_make_those_after_it_go_one_by_o
         if failing:
             raise Unavailable("the line is gone")
 
-    made = Remote(tmp_path, 1)
-    made.urls = host_dirs(tmp_path, 1)
-    await make(made.path, made.urls, "1", sector_size=2**20, seams=make_seams(seed=1))
-    async with made.opened(flush_interval=3600.0, commit_interval=1.0) as volume:
-        monkeypatch.setattr(FaultyHost, "_transfer", transfer)
-        ino = volume.namespace.create(1, b"file", 0o100644, 0, 0)
-        for _ in range(32):
-            await volume.namespace.append(ino, noise(2**20))
+    async with thirty_two_staged(tmp_path, monkeypatch, transfer) as volume:
         # Alone, after a second alone again, then more with each that got there.
         with trio.fail_after(12):
             while volume.sectors.drain.status().sectors:

@@ -18,9 +18,12 @@ from tests.test_read_now import stored
 STEP = 64 * 1024
 
 
+@pytest.mark.parametrize("in_turns", [True, False])
 @pytest.mark.parametrize("readers", [1, 2, FOLLOWED])
-async def test_each_reader_of_a_file_finds_its_next_sector_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readers: int) -> None:
-    """They take turns in any order, each from somewhere else, with reads at random in between."""
+async def test_each_reader_of_a_file_finds_its_next_sector_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, readers: int, in_turns: bool
+) -> None:
+    """Each from somewhere else; they take turns strictly, or in any order with reads at random in between."""
     each = 4
     data = noise((each * readers + 8) * SECTOR)
     value = await stored(tmp_path, data)
@@ -39,7 +42,7 @@ async def test_each_reader_of_a_file_finds_its_next_sector_asked_for(tmp_path: P
         begun = list(places)
         behind = 0
         while active := [number for number in range(readers) if places[number] < begun[number] + (each - 1) * SECTOR]:
-            number = dice.choice(active)
+            number = min(active, key=lambda number: places[number] - begun[number]) if in_turns else dice.choice(active)
             at = places[number]
             if at > begun[number] + SECTOR:
                 (extent,) = extents_between(volume.store, value, at, at + 1, 1)
@@ -48,7 +51,7 @@ async def test_each_reader_of_a_file_finds_its_next_sector_asked_for(tmp_path: P
             now = values.read_now(value, at, STEP)
             assert (await values.read(value, at, STEP) if now is None else now) == data[at : at + STEP]
             places[number] = at + STEP
-            if dice.random() < 0.5:
+            if not in_turns and dice.random() < 0.5:
                 there = dice.randrange(readers * each * SECTOR, len(data) - 4096)
                 assert await values.read(value, there, 4096) == data[there : there + 4096]
         assert behind >= readers

@@ -33,8 +33,9 @@ class Blocks:
     `through_cache`."""
 
     def __init__(self) -> None:
+        #: The last block of the segment, up to what is used of it, stands at its beginning.
         self._view = memoryview(mmap.mmap(-1, ROOM))
-        #: The last block of the segment, up to what is used of it, stands at the view's beginning.
+        #: False once the filesystem has refused.
         self._works = True
 
     def write(self, segment: Segment, pieces: Sequence[Buffer], end: int) -> bool:
