@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from time import thread_time
 
 import pytest
@@ -21,22 +23,25 @@ from tests.cli_runner import environment, fusefs, init
 from tests.mounting import reap, wait_until
 
 # What the steps of the busy mount below may take. Measured on two cores, 10 runs with nothing beside, and 20 beside three processes that
-# copy and compute, most of them beside another such mount, too: of 3,300 to 10,000 steps 0.6 to 1.8 % took more than 1 ms.
+# copy and compute, most of them beside another such mount, too.
 
-#: Above LIMIT, of all steps: some of the requests of 1 MiB (1.0 to 1.8 ms); slices of what is reclaimed (1.1 ms); and whatever others on
-#: the machine make longer, as CPU time, too, is more beside them.
-SHARE = 0.04
+#: Above LIMIT, of all steps, requests of 1 MiB left out: slices of what is reclaimed (1.1 ms), listings; and whatever others on the machine
+#: make longer, as CPU time, too, is more beside them. 0.05 to 0.4 % were measured.
+SHARE = 0.02
 #: Above twice LIMIT, of small requests, which is where 2 ms more in a rare handler or in a commit show. 1 to 3 were measured: the commit
 #: of 1,500 files by an fsync (2.4 to 4.7 ms); the collector of cycles within a flush (1.7 to 2.6 ms); a listing of them (1.7 to 2.7 ms).
 FEW = 6
-#: Requests of 1 MiB, of which so many are written, and read. What takes long there is to copy, and beside others that copy it takes twice
-#: as long; and shipments that end (3 ms).
+#: Requests of 1 MiB, of which so many are written, and read. What takes long there is to copy, three times in the event loop's thread, so
+#: they may take what `COPIES` such copies take here and now, or twice LIMIT: a machine was met on which nearly each took 1.3 to 2.9 ms.
 LARGE = 200
-#: Above twice LIMIT, of large requests. Mostly none was measured, 23 at most.
+COPIES = 12
+#: Above that. Mostly none was measured, 79 at most.
 FEW_LARGE = LARGE // 2
 #: Above five times LIMIT. None or one was measured: a full collection of cycles, should it fall into these seconds (31 ms:
 #: docs/performance.md), or that commit on a bad day.
 LONG = 2
+#: A machine that is shared takes its cores away for a while, and counts that as CPU time. What is slow by itself is so each time.
+ATTEMPTS = 3
 
 #: `fusefs` with 2 ms more of computing in each call of a coroutine method: MODULE CLASS METHOD ARGUMENTS.
 SLOWED = """
@@ -130,15 +135,23 @@ def small_requests(mountpoint: Path) -> None:
     fusefs("flush", mountpoint)
 
 
-def large_requests(mountpoint: Path) -> None:
-    """Some 50 sectors are written and read: what takes long for each of them would be seen."""
-    large = os.urandom(1 << 20)
+def large_requests(mountpoint: Path) -> float:
+    """Some 50 sectors are written and read: what takes long for each of them would be seen. Returns seconds of CPU time that it took to
+    copy as much as one request, meanwhile: the median."""
+    large, source, target = os.urandom(1 << 20), memoryview(b"1" * (64 << 20)), memoryview(bytearray(64 << 20))
+    copied = []
     with open(mountpoint / "big", "wb", buffering=0) as file:
-        for _ in range(LARGE):
+        for number in range(LARGE):
             file.write(large)
+            # Never what is in a core's cache, as requests are not.
+            at = number % 64 << 20
+            begun = thread_time()
+            target[at : at + (1 << 20)] = source[at : at + (1 << 20)]
+            copied.append(thread_time() - begun)
         os.fsync(file.fileno())
     assert (mountpoint / "big").read_bytes() == large * LARGE
     fusefs("flush", mountpoint)
+    return median(copied)
 
 
 class Said:
@@ -161,43 +174,60 @@ class Said:
         return int(whole[1])
 
 
-def work(mountpoint: Path, said: Said) -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:
-    """Put load on a mount and unmount it; returns the slow steps of small requests and of large ones."""
+@dataclass
+class Slow:
+    """Slow steps of a mount that was under load: seconds of CPU time, and their lines."""
+
+    small: list[tuple[float, str]]
+    large: list[tuple[float, str]]
+    #: Seconds that a copy of as much as a large request took.
+    copy: float
+
+    def check(self, steps: int) -> None:
+        """AssertionError if steps took longer than they may, of so many there were in all."""
+
+        def above(limit: float, slow: list[tuple[float, str]]) -> list[str]:
+            return [line for seconds, line in slow if seconds > limit]
+
+        long = above(5 * LIMIT, self.small + self.large)
+        assert len(long) <= LONG, "\n".join(long)
+        small, large = above(2 * LIMIT, self.small), above(max(2 * LIMIT, COPIES * self.copy), self.large)
+        assert len(small) <= FEW, "\n".join(small)
+        assert len(large) <= FEW_LARGE, f"a copy took {self.copy * 1000:.2f} ms:\n" + "\n".join(large)
+        copying = re.compile("after the handler of (read|write)$")
+        rest = above(LIMIT, self.small + [step for step in self.large if not copying.search(step[1])])
+        assert len(rest) <= SHARE * steps, f"{len(rest)} of {steps}:\n" + "\n".join(rest)
+
+
+def work(mountpoint: Path, said: Said) -> Slow:
+    """Put load on a mount and unmount it."""
     said.steps()
     small_requests(mountpoint)
     of_small = said.steps()
-    large_requests(mountpoint)
+    copy = large_requests(mountpoint)
     of_large = said.steps()
     fusefs("umount", mountpoint)
-    return of_small, of_large
-
-
-def check(of_small: list[tuple[float, str]], of_large: list[tuple[float, str]], steps: int) -> None:
-    """AssertionError if steps took longer than they may."""
-
-    def above(limit: float, slow: list[tuple[float, str]]) -> list[str]:
-        return [line for seconds, line in slow if seconds > limit]
-
-    long = above(5 * LIMIT, of_small + of_large)
-    assert len(long) <= LONG, "\n".join(long)
-    small, large = above(2 * LIMIT, of_small), above(2 * LIMIT, of_large)
-    assert len(small) <= FEW, "\n".join(small)
-    assert len(large) <= FEW_LARGE, "\n".join(large)
-    whole = above(LIMIT, of_small + of_large)
-    assert len(whole) <= SHARE * steps, f"{len(whole)} of {steps}:\n" + "\n".join(whole)
+    return Slow(of_small, of_large, copy)
 
 
 def test_a_busy_mount_gives_the_event_loop_back(tmp_path: Path) -> None:
-    volume, mountpoint, said = tmp_path / "v", tmp_path / "m", Said(tmp_path / "log")
-    mountpoint.mkdir()
-    init(volume)
-    fusefs("mount", volume, mountpoint, "-o", "debug", "--log", said.log)
-    try:
-        slow = work(mountpoint, said)
-    finally:
-        if mount_at(mountpoint) is not None:
-            fusefs("umount", mountpoint)
-    check(*slow, said.all_steps())
+    for attempt in range(1, ATTEMPTS + 1):
+        volume, mountpoint, said = tmp_path / f"v{attempt}", tmp_path / f"m{attempt}", Said(tmp_path / f"log{attempt}")
+        mountpoint.mkdir()
+        init(volume)
+        fusefs("mount", volume, mountpoint, "-o", "debug", "--log", said.log)
+        try:
+            slow = work(mountpoint, said)
+        finally:
+            if mount_at(mountpoint) is not None:
+                fusefs("umount", mountpoint)
+        try:
+            slow.check(said.all_steps())
+        except AssertionError:
+            if attempt == ATTEMPTS:
+                raise
+        else:
+            return
 
 
 @pytest.mark.parametrize(
@@ -224,6 +254,6 @@ def test_two_milliseconds_more_in_a_handler_are_noticed(slowed: tuple[str, str, 
                 child.kill()
                 reap(child, mountpoint)
                 subprocess.run(["fusermount3", "-u", "-z", mountpoint], check=False, capture_output=True)
-    assert any(told in line for part in slow for _, line in part)
+    assert any(told in line for _, line in slow.small + slow.large)
     with pytest.raises(AssertionError, match="slow step"):
-        check(*slow, said.all_steps())
+        slow.check(said.all_steps())
