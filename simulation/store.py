@@ -103,6 +103,8 @@ class SeededRandom:
 class NoThreads:
     """The clock would jump while a thread works: everything happens on the event loop."""
 
+    apart = False
+
     async def run(self, fn: Callable[..., T], *args: object) -> T:
         await trio.lowlevel.checkpoint()
         return fn(*args)

@@ -173,6 +173,9 @@ class VirtualIO:
     def seal_all(self, plaintexts: Sequence[Sequence[Buffer]], sector_id: int) -> list[SealedShard]:  # noqa: ARG002 - the Protocol's
         return _no_bytes()
 
+    async def sealed(self, plaintexts: Sequence[Sequence[Buffer]], sector_id: int) -> list[SealedShard]:  # noqa: ARG002 - the Protocol's
+        return _no_bytes()
+
 
 def _no_bytes() -> NoReturn:
     raise Unavailable("virtual hosts keep no bytes")

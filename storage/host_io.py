@@ -17,7 +17,7 @@ import trio
 
 from storage.contractor import Contractor
 from storage.coprocess.pair import ARENA, DISKS, SEALING
-from storage.coprocess.sealer import Job
+from storage.coprocess.sealer import PIECES, Job
 from storage.epochs import Epochs
 from storage.errors import BadArgument, Corrupt, Expired, NoSpace, NotFound, NotPermitted, Unavailable
 from storage.hosts.holders import decode_holders, holders_key
@@ -400,18 +400,38 @@ class HostIO:
 
     def seal_all(self, plaintexts: Sequence[Sequence[Buffer]], sector_id: int) -> list[SealedShard]:
         """As `seal`, of several under `sector_id` and the ids that follow."""
+        jobs = self._jobs(plaintexts, sector_id)
+        return self._spent(jobs, SEALING.seal_all(jobs))
+
+    def _jobs(self, plaintexts: Sequence[Sequence[Buffer]], sector_id: int) -> list[Job]:
         jobs: list[Job] = []
         for following, data in enumerate(plaintexts, sector_id):
             header = self._epochs.header_for(self._volume_id, following, sum(memoryview(piece).nbytes for piece in data))
             if header.epoch != self._epochs.current.number:
                 raise BadArgument(f"sector {following}: its id was reserved in epoch {header.epoch}, nothing new is sealed under it (I1)")
             jobs.append((self._epochs.key_for(following, self._keys), header, data))
+        return jobs
+
+    def _spent(self, jobs: Sequence[Job], made: Sequence[tuple[Buffer, str]]) -> list[SealedShard]:
         shards: list[SealedShard] = []
-        for (_, header, _), (sealed, root) in zip(jobs, SEALING.seal_all(jobs), strict=True):
+        for (_, header, _), (sealed, root) in zip(jobs, made, strict=True):
             # Before anybody but this function has the sealed bytes.
             self._sealed.spend(header.sector_id, bytes.fromhex(root))
             shards.append(SealedShard(root, header.sector_id, header.plaintext_length, sealed))
         return shards
+
+    async def sealed(self, plaintexts: Sequence[Sequence[Buffer]], sector_id: int) -> list[SealedShard]:
+        """As `seal_all`, beside the event loop. Goes on to its end when it is cancelled."""
+        if self._seams.threads.apart and max(map(len, plaintexts)) <= PIECES:
+            jobs = self._jobs(plaintexts, sector_id)
+            begun = SEALING.begin_sealing(jobs)
+            if begun is not None:
+                # It may be at work in what is held here, and a shard whose root nobody has noted was sealed (I1).
+                with trio.CancelScope(shield=True):
+                    made = begun.end() if await begun.soon() else await self._seams.threads.run(begun.end)
+                if made is not None:
+                    return self._spent(jobs, made)
+        return await self._seams.threads.run(self.seal_all, plaintexts, sector_id)
 
     async def write(self, contract_id: str, data: Buffer, sector_id: int) -> str:
         """Seal and store; durable on the host when it returns the root. The caller never uses `sector_id` for other data (I1)."""

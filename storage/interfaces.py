@@ -539,6 +539,10 @@ class HostIO(Protocol):
         """As `seal`, of several under `sector_id` and the ids that follow."""
         ...
 
+    async def sealed(self, plaintexts: Sequence[Sequence[Buffer]], sector_id: int) -> list[SealedShard]:
+        """As `seal_all`, beside the event loop. Goes on to its end when it is cancelled."""
+        ...
+
     async def write_sealed(self, contract_id: str, shard: SealedShard) -> None:
         """Store a sealed shard under its root; durable on the host when it returns."""
         ...

@@ -54,6 +54,11 @@ class Randomness(Protocol):
 class Threads(Protocol):
     """Where blocking work goes: sealing, file I/O, LMDB commits."""
 
+    @property
+    def apart(self) -> bool:
+        """Does the event loop go on meanwhile? If not (tests whose clock would jump), nothing else may be waited for instead, either."""
+        ...
+
     async def run(self, fn: Callable[..., T], *args: object) -> T:
         """Run `fn(*args)` off the event loop; its result or exception comes back here.
 
@@ -110,6 +115,8 @@ class SystemRandomness:
 
 class WorkerThreads:
     """trio's worker threads, with a limit of their own so that file I/O cannot starve the rest."""
+
+    apart = True
 
     def __init__(self, limit: int = 16) -> None:
         self._limiter = trio.CapacityLimiter(limit)

@@ -144,6 +144,8 @@ class MemoryStore(NoJournal):
 class InlineThreads:
     """Runs the work at once, in the event loop: no real time passes, so MockClock's autojump cannot overtake it."""
 
+    apart = False
+
     def __init__(self) -> None:
         self.calls = 0
 

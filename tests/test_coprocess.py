@@ -27,12 +27,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from storage.abandoned import Abandoned
+from storage.coprocess import asked as asked_of
 from storage.coprocess import client, sealer, serve
 from storage.coprocess.arena import FLAGS, SLOT, SMALL_SLOT, Arena
+from storage.coprocess.asked import Asked, Gone
 from storage.coprocess.client import LEAST
 from storage.coprocess.disks import Disks
 from storage.coprocess.sealer import PIECES, Job, Sealer
-from storage.coprocess.wire import Failed, Put, Read, directory
+from storage.coprocess.wire import Answer, Done, Failed, Put, Read, Request, directory
 from storage.errors import Corrupt, NotFound, Unavailable
 from storage.hosts.directory import DirectoryHost
 from storage.hosts.layout import check_name
@@ -90,13 +92,13 @@ def alive(pid: int) -> bool:
 def asked(coprocess: Both, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kinds of what it is asked for from now on."""
     kinds: list[str] = []
-    ask = coprocess.ask
+    begin = coprocess.begin
 
-    def counted(request: client.Request, held: object, *, limit: int = 0, wanted: Callable[[], None] | None = None) -> client.Done:
+    def counted(request: Request, held: object, *, limit: int = 0, wanted: Callable[[], None] | None = None) -> Asked:
         kinds.append(type(request).__name__)
-        return ask(request, held, limit=limit, wanted=wanted)
+        return begin(request, held, limit=limit, wanted=wanted)
 
-    monkeypatch.setattr(coprocess, "ask", counted)
+    monkeypatch.setattr(coprocess, "begin", counted)
     return kinds
 
 
@@ -269,10 +271,10 @@ async def test_names_whose_flush_failed_there_are_flushed_before_a_superblock(
     await host.put(NAME, sealed)
     assert "v/sectors/aa" not in host._tree._root._doubtful
 
-    def fails(*_: object, **__: object) -> client.Done:
+    def fails(_: Asked) -> Done:
         raise Unavailable("fsync of its directory failed")
 
-    monkeypatch.setattr(coprocess, "ask", fails)
+    monkeypatch.setattr(Asked, "answer", fails)
     with pytest.raises(Unavailable, match="fsync"):
         await host.put(NAME, sealed)
     assert "v/sectors/aa" in host._tree._root._doubtful
@@ -354,7 +356,7 @@ def test_one_that_does_not_answer_is_not_waited_for_for_ever(
 
 async def test_one_that_hangs_does_not_keep_a_host_from_answering(coprocess: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped by a debugger, say. Disks may take as long as they like, so that it is not known by the time an answer takes."""
-    monkeypatch.setattr(client, "LOOK", 1)
+    monkeypatch.setattr(asked_of, "LOOK", 1)
     monkeypatch.setattr(client, "TIMEOUT", 1)
     size = 1 << 20
     host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
@@ -372,7 +374,7 @@ async def test_one_that_hangs_does_not_keep_a_host_from_answering(coprocess: Bot
 
 
 async def test_one_that_waits_for_a_disk_is_waited_for(coprocess: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "LOOK", 1)
+    monkeypatch.setattr(asked_of, "LOOK", 1)
     size, pid = 1 << 20, coprocess.pid
     host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
     sealed, _ = coprocess.seal(KEY, header(size), [noise(size)])
@@ -493,14 +495,14 @@ async def test_after_a_change_it_did_not_end_directories_are_flushed_again(
     def spied(fd: int) -> None:
         flushed.append(os.readlink(f"/proc/self/fd/{fd}"))
 
-    def dies(*_: object, **__: object) -> client.Done:
+    def dies(_: Asked) -> Done:
         (tmp_path / "h" / NAME).unlink()
         (tmp_path / "h" / NAME).parent.rmdir()
         (tmp_path / "h" / NAME).parent.mkdir()
-        raise client.Gone
+        raise Gone
 
     monkeypatch.setattr("storage.hosts.root.sync_directory", spied)
-    monkeypatch.setattr(coprocess, "ask", dies)
+    monkeypatch.setattr(Asked, "answer", dies)
     await host.put(NAME, sealed)
     assert (tmp_path / "h" / NAME).read_bytes() == sealed
     assert str(tmp_path / "h" / "v" / "sectors") in flushed
@@ -533,10 +535,10 @@ def test_whatever_ends_the_waiting_its_memory_is_not_lent_while_it_works_in_it(c
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
 
-    def no_memory(*_: object) -> client.Answer:
+    def no_memory(*_: object) -> Answer:
         raise MemoryError
 
-    monkeypatch.setattr(coprocess, "_received", no_memory)
+    monkeypatch.setattr(Asked, "_received", no_memory)
     with pytest.raises(MemoryError):
         coprocess.seal(KEY, header(size), [noise(size)])
     assert not alive(pid)

@@ -12,13 +12,10 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
-import msgspec
-
-from storage import errors
-from storage.abandoned import Abandoned
 from storage.coprocess.arena import Arena
+from storage.coprocess.asked import Asked, Gone
 from storage.coprocess.process import Process
-from storage.coprocess.wire import MOST, Answer, Done, Failed, Go, Ping, Request, Wanted, decode_answer, encode
+from storage.coprocess.wire import MOST, Done, Ping, Request, encode
 
 log = logging.getLogger("fusefs.coprocess")
 
@@ -26,18 +23,12 @@ log = logging.getLogger("fusefs.coprocess")
 LEAST = 256 * 1024
 #: Seconds in which it seals or opens a sector, or says that it is well, however busy the machine is.
 TIMEOUT = 30
-#: Seconds after which one that is busy with a disk is asked whether it is well.
-LOOK = 10
 #: Seconds until another is started, where one has died or could not be started: twice as many each time, up to an hour.
 PAUSE, PAUSE_MOST = 30.0, 3600.0
 
 
 #: This process is short of something.
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-
-
-class Gone(Exception):
-    """It does not answer: what it was asked for is to be done here."""
 
 
 class Coprocess:
@@ -164,34 +155,34 @@ class Coprocess:
         it, or has not answered within `limit` seconds. 0: for as long as it takes, as a disk may; whoever waits for this thread gives up
         himself, and one that is not well is noticed.
         """
+        return self.begin(request, held, limit=limit, wanted=wanted).answer()
+
+    def begin(self, request: Request, held: object, *, limit: int = 0, wanted: Callable[[], None] | None = None) -> Asked:
+        """As `ask`, up to where the answer is to be waited for. For the event loop, too: nothing here waits. Gone: it was not sent."""
         try:
             packet = encode(request)
         except UnicodeEncodeError as error:
             raise Gone(f"no message can say that: {error}") from error
         process, channel = self._channel()
         try:
-            channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", limit or LOOK, 0))
+            # There is room for it: on a channel there is one at a time.
             channel.send(packet)
-            answer = self._received(process, channel, limit)
-            while isinstance(answer, Wanted):
-                channel.send(encode(Go(wanted is None or _is(wanted))))
-                answer = self._received(process, channel, limit)
-        except (OSError, msgspec.DecodeError) as error:
-            self._give_up(process, channel, str(error), held)
+        except OSError as error:
+            channel.close()
+            with self._lock:
+                self._end(process, str(error))
             raise Gone(str(error)) from error
-        except BaseException as error:
-            self._give_up(process, channel, repr(error), held)
-            raise
+        return Asked(self, process, channel, held, limit, wanted)
+
+    def answered(self, process: Process, channel: socket.socket) -> None:
+        """See `Asker`."""
         process.idle.append(channel)
         if self._process is not process:
             # It was closed meanwhile, and this channel was not among the others.
             process.close()
-        if isinstance(answer, Failed):
-            raise _error(answer)
-        return answer
 
-    def _give_up(self, process: Process, channel: socket.socket, why: str, held: object) -> None:
-        """It has not answered, and may be at work: it ends, before what it works in is used by anybody else."""
+    def give_up(self, process: Process, channel: socket.socket, why: str, held: object) -> None:
+        """See `Asker`."""
         channel.close()
         with self._lock:
             self._end(process, why)
@@ -216,22 +207,8 @@ class Coprocess:
                     self._end(process, str(error))
                 raise Gone(str(error)) from error
 
-    def _received(self, process: Process, channel: socket.socket, limit: int) -> Answer:
-        """OSError: nothing came, or will come."""
-        while True:
-            try:
-                packet = channel.recv(MOST)
-            except BlockingIOError:
-                if limit or not self._is_well(process):
-                    raise OSError(f"no answer within {limit or TIMEOUT} s") from None
-                continue
-            if not packet:
-                raise OSError("it has ended")
-            answer: Answer = decode_answer(packet)
-            return answer
-
-    def _is_well(self, process: Process) -> bool:
-        """Does it answer at all? What hangs on a disk keeps no other channel from answering."""
+    def is_well(self, process: Process) -> bool:
+        """See `Asker`. What hangs on a disk keeps no other channel from answering."""
         with self._lock:
             if self._process is not process:
                 return False
@@ -252,22 +229,3 @@ class Coprocess:
 def several_cores() -> bool:
     """Has this process more than one?"""
     return len(os.sched_getaffinity(0)) > 1
-
-
-def _is(wanted: Callable[[], None]) -> bool:
-    try:
-        wanted()
-    except Abandoned:
-        return False
-    return True
-
-
-def _error(answer: Failed) -> Exception:
-    if answer.kind == Abandoned.__name__:
-        return Abandoned(answer.message)
-    if answer.kind == Gone.__name__:
-        return Gone(answer.message)
-    kind = getattr(errors, answer.kind, None)
-    if isinstance(kind, type) and issubclass(kind, errors.FusefsError):
-        return kind(answer.message)
-    return RuntimeError(answer.message)

@@ -6,7 +6,8 @@ What it does not do its caller does, who has the disk at hand.
 from __future__ import annotations
 
 from storage.abandoned import Tell, Wanted
-from storage.coprocess.client import LEAST, Coprocess, Gone
+from storage.coprocess.asked import Asked, Gone
+from storage.coprocess.client import LEAST, Coprocess
 from storage.coprocess.wire import Directory, Put, Read
 from storage.interfaces import Buffer, RangeOpening
 
@@ -17,32 +18,34 @@ class Disks(Coprocess):
     name = "disks"
     work = "writes to disks"
 
-    def put(self, directory: Directory, parts: list[str], data: Buffer, temporary: str, wanted: Wanted, tell: Tell | None) -> str | None:
-        """As `Tree.put`. None: it is to be done here. Gone: also, and some of it may have been done."""
+    def begin_put(
+        self, directory: Directory, parts: list[str], data: Buffer, temporary: str, wanted: Wanted, tell: Tell | None
+    ) -> Asked | None:
+        """As `Tree.put`, up to where its tag is to be waited for. None: it is to be done here. `tell` is to be told None once it has
+        answered."""
         place = self.arena.place(data) if len(data) >= LEAST else None
         if place is None or not self.start():
             return None
-        flag = None if tell is None else self.arena.flag()
-        if flag is None or tell is None:
-            (tag,) = self.ask(Put(directory, parts, place, temporary, -1), [data], wanted=wanted).names
-            return tag
-        tell(flag.set)
         try:
-            (tag,) = self.ask(Put(directory, parts, place, temporary, flag.at), [data, flag]).names
-        finally:
-            # Before another gets the flag.
-            tell(None)
-        return tag
+            flag = None if tell is None else self.arena.flag()
+            if flag is None or tell is None:
+                return self.begin(Put(directory, parts, place, temporary, -1), [data], wanted=wanted)
+            asked = self.begin(Put(directory, parts, place, temporary, flag.at), [data, flag])
+        except Gone:
+            return None
+        tell(flag.set)
+        return asked
 
-    def read(self, directory: Directory, parts: list[str], offset: int, length: int, step: int, opening: RangeOpening) -> int | None:
-        """As `Tree.get_range_in` with `opening.take`. None: it is to be done here."""
+    def begin_read(
+        self, directory: Directory, parts: list[str], offset: int, length: int, step: int, opening: RangeOpening
+    ) -> Asked | None:
+        """As `Tree.get_range_in` with `opening.take`, up to where it is to be waited for how many bytes there were; `opening.done` is to be
+        called then. None: it is to be done here."""
         place = self.arena.place(opening.target) if length >= LEAST else None
         if place is None or not self.start():
             return None
         request = Read(directory, parts, offset, length, step, place, opening.offset, opening.key, opening.header)
         try:
-            size = self.ask(request, opening.target).size
+            return self.begin(request, opening.target)
         except Gone:
             return None
-        opening.done()
-        return size

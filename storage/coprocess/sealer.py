@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from storage.buffers import aligned
 from storage.coprocess.arena import Arena, Place
-from storage.coprocess.client import LEAST, TIMEOUT, Coprocess, Gone
+from storage.coprocess.asked import Asked, Gone
+from storage.coprocess.client import LEAST, TIMEOUT, Coprocess
 from storage.coprocess.wire import Open, Seal, Shard
 from storage.interfaces import Buffer
 from storage.sealing import ShardHeader, open_blocks_into, root_of, seal, sealed_length
@@ -21,6 +22,24 @@ PIECES = 64
 TOLD = 256
 #: Key, header and plaintext in pieces.
 Job = tuple[bytes, ShardHeader, Sequence[Buffer]]
+
+
+class Sealing:
+    """Shards that are being sealed. `end` is called exactly once, by a thread or, after `soon`, by the event loop."""
+
+    def __init__(self, asked: Asked, sealed: Sequence[memoryview]) -> None:
+        self._asked, self._sealed = asked, sealed
+        #: See `Asked.soon`.
+        self.soon = asked.soon
+
+    def end(self) -> list[tuple[Buffer, str]] | None:
+        """Sealed shards and their roots. None: it is to be done here."""
+        try:
+            roots = self._asked.answer().names
+        except Gone as error:
+            log.debug("sealed here: %s", error)
+            return None
+        return [(sealed.toreadonly(), root) for sealed, root in zip(self._sealed, roots, strict=True)]
 
 
 class Sealer(Coprocess):
@@ -53,9 +72,22 @@ class Sealer(Coprocess):
         return [self._sealed_here(*job) for job in jobs]
 
     def _sealed_there(self, jobs: Sequence[Job]) -> list[tuple[Buffer, str]] | None:
-        held, shards = [], []
+        begun = self._begin(jobs, copying=True)
+        return None if begun is None else begun.end()
+
+    def begin_sealing(self, jobs: Sequence[Job]) -> Sealing | None:
+        """For the event loop: as `seal_all`, up to where it is to be waited for. None: a thread is to do it, as it is not there, it is not
+        worth it, or plaintext would have to be copied."""
+        total = sum(header.plaintext_length for _, header, _ in jobs)
+        return self._begin(jobs, copying=False) if total >= LEAST and self.there else None
+
+    def _begin(self, jobs: Sequence[Job], *, copying: bool) -> Sealing | None:
+        """None: it is to be done here."""
+        held: list[tuple[memoryview, memoryview | None]] = []
+        shards = []
         for key, header, data in jobs:
-            plain, sealed = self._places(data), self.arena.lend(sealed_length(header.plaintext_length))
+            plain = self._places(data, copying=copying)
+            sealed = self.arena.lend(sealed_length(header.plaintext_length))
             target = self.arena.place(sealed)
             if plain is None or target is None or sum(map(len, data)) != header.plaintext_length:
                 return None
@@ -63,22 +95,25 @@ class Sealer(Coprocess):
             held.append((sealed, plain[1]))
             shards.append(Shard(plain[0], target, key, header.encode()))
         try:
-            roots = self.ask(Seal(shards), held, limit=TIMEOUT).names
+            # Plaintext, too: it is not to be lent to another while it is read there.
+            return Sealing(self.begin(Seal(shards), (held, jobs), limit=TIMEOUT), [sealed for sealed, _ in held])
         except Gone as error:
             log.debug("sealed here: %s", error)
             return None
-        return [(sealed.toreadonly(), root) for (sealed, _), root in zip(held, roots, strict=True)]
 
     def _sealed_here(self, key: bytes, header: ShardHeader, data: Sequence[Buffer]) -> tuple[Buffer, str]:
         made = seal(key, header, data, self.arena.lend_private if header.plaintext_length >= LEAST else aligned)
         return made, root_of(made)
 
-    def _places(self, data: Sequence[Buffer]) -> tuple[list[Place | bytes], memoryview | None] | None:
+    def _places(self, data: Sequence[Buffer], *, copying: bool = True) -> tuple[list[Place | bytes], memoryview | None] | None:
         """Where the pieces of `data` stand in the arena, in order; what stands elsewhere is copied there, into what is lent for it, to be
-        held for as long as the places are used; or is told, if it is small. None: there is no room."""
+        held for as long as the places are used; or is told, if it is small. None: there is no room, or some would have to be copied and
+        is not to be."""
         found = [self._place(piece) for piece in data] if len(data) <= PIECES else [None] * len(data)
         missing = [piece for piece, place in zip(data, found, strict=True) if place is None]
         at, copy = 0, None
+        if missing and not copying:
+            return None
         if missing:
             copy = self.arena.lend(sum(map(len, missing)))
             if not self.arena.fill(copy, missing):

@@ -1,13 +1,15 @@
 """The directory host: `dir:/mnt/disk1`. See `tree` for what lies where and what is durable when.
 
-All blocking work is one hop into a thread per call. Calls that hang (a dead network mount, a dying disk) can be given up by cancelling
-them; at most `SLOTS` threads are ever caught in one host, and the one that opens files briefly (see `held`).
+All blocking work is one hop into a thread per call, or none where the coprocess does it and ends soon. Calls that hang (a dead network
+mount, a dying disk) can be given up by cancelling them; at most `SLOTS` threads are ever caught in one host, and the one that opens files
+briefly (see `held`).
 What becomes of changes that were given up: see `slots`.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -64,7 +66,9 @@ class DirectoryHost:
 
     async def get_range_opened(self, name: str, offset: int, length: int, step: int, opening: RangeOpening) -> int:
         """See `interfaces.QuickHost`."""
-        return await self._slots.read(self._tree.get_range_opened, check_name(name), offset, length, step, opening)
+        parts = check_name(name)
+        begin = partial(self._tree.begin_reading, parts, offset, length, step, opening) if self._seams.threads.apart else None
+        return await self._slots.read(self._tree.get_range_opened, parts, offset, length, step, opening, begin=begin)
 
     def get_range_now(self, name: str, offset: int, length: int) -> memoryview | None:
         """See `interfaces.QuickHost`."""
@@ -77,7 +81,9 @@ class DirectoryHost:
     async def put(self, name: str, data: Buffer) -> str:
         parts = check_name(name)
         slot = self._slots.changing(name)
-        return await self._slots.run(slot, self._tree.put, parts, data, self._temporary(), slot.wanted, slot.tell)
+        temporary = self._temporary()
+        begin = partial(self._tree.begin_put, parts, data, temporary, slot.wanted, slot.tell) if self._seams.threads.apart else None
+        return await self._slots.run(slot, self._tree.put, parts, data, temporary, slot.wanted, slot.tell, begin=begin)
 
     async def put_if(self, name: str, data: Buffer, expected: str | None) -> str:
         """As `interfaces.Host`. Cancelled: read what is there, it may have happened."""

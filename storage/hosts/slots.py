@@ -1,7 +1,7 @@
 """Slots: how many threads may work for one host at a time, and what becomes of those whose callers have given up.
 
 A call in a slot can be given up by cancelling it; the slot is free again when the *thread* ends. So one host that hangs never holds more
-than its own threads.
+than its own threads. What a coprocess does takes a slot as well, and a thread only where it does not end soon, or is given up.
 
 Whoever gives up a change does not know whether it happens. It does not, if it hung before its thread began (or before the step that
 counts, where the call asks `Slot.wanted` there), and it is the only change of that object while it hangs: others are refused with
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import trio
 
@@ -20,6 +21,7 @@ from storage.abandoned import Abandoned
 from storage.errors import Unavailable
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 class Slots:
@@ -37,9 +39,9 @@ class Slots:
         """Threads that have not ended, given up or not."""
         return int(self._limiter.borrowed_tokens)
 
-    async def read(self, fn: Callable[..., T], *args: object) -> T:
+    async def read(self, fn: Callable[..., T], *args: object, begin: Callable[[], Begun[T] | None] | None = None) -> T:
         """Run in a slot what changes nothing."""
-        return await self.run(Slot(self._limiter), fn, *args)
+        return await self.run(Slot(self._limiter), fn, *args, begin=begin)
 
     def changing(self, name: str) -> Slot:
         """For a change of that object, with `run`. Unavailable while an earlier one hangs."""
@@ -50,8 +52,9 @@ class Slots:
         if name in self._hanging:
             raise Unavailable(f"host {self._url}: an earlier change of {name} hangs; {self._remedy}")
 
-    async def run(self, slot: Slot, fn: Callable[..., T], *args: object) -> T:
-        """Run in a thread, in that slot. Unavailable: while it waited for the slot, an earlier change of the object has come to hang."""
+    async def run(self, slot: Slot, fn: Callable[..., T], *args: object, begin: Callable[[], Begun[T] | None] | None = None) -> T:
+        """Run in a thread, in that slot; or what `begin` has begun elsewhere, if it has: then a thread waits for its end only where it does
+        not come soon. Unavailable: while it waited for the slot, an earlier change of the object has come to hang."""
         try:
             # The usual case, without a checkpoint.
             self._limiter.acquire_on_behalf_of_nowait(slot)
@@ -60,11 +63,42 @@ class Slots:
         try:
             if slot.name:
                 self._refuse_if_hanging(slot.name)
-            result: T = await self._run(self._url, slot.work, fn, *args)
+            begun = None if begin is None else begin()
+            result: T = await (self._run(self._url, slot.work, fn, *args) if begun is None else self._end(slot, begun))
             return result
         except BaseException:
             slot.give_up()
             raise
+
+    async def _end(self, slot: Slot, begun: Begun[T]) -> T:
+        slot.begin()
+        try:
+            if await begun.soon():
+                # No await from here on.
+                return slot.end(begun.end)
+            result: T = await self._run(self._url, slot.end_in_thread, begun.end)
+            return result
+        except trio.Cancelled:
+            # Somebody has to wait for it: what it works in is lent to nobody else before it ends, and the slot is its until then.
+            slot.give_up()
+            trio.lowlevel.start_thread_soon(partial(slot.end_in_thread, begun.end), _nobody_hears)
+            raise
+
+
+class Begun(Protocol[T_co]):
+    """Work that is done elsewhere."""
+
+    async def soon(self) -> bool:
+        """In the event loop: True once `end` returns at once; False: a thread is to call it."""
+        ...
+
+    def end(self) -> T_co:
+        """Called exactly once, and waits for it."""
+        ...
+
+
+def _nobody_hears(_: object) -> None:
+    return None
 
 
 class Slot:
@@ -80,6 +114,8 @@ class Slot:
         self._lock = threading.Lock()
         self._begun = False
         self._ended = False
+        #: A thread waits for the end of what was begun elsewhere.
+        self._awaited = False
         self._given_up = False
         self._told: Callable[[], None] | None = None
 
@@ -88,6 +124,31 @@ class Slot:
             if self._given_up:
                 raise Abandoned
             self._begun = True
+        return self._work(fn, *args)
+
+    def begin(self) -> None:
+        """In the event loop: the work is done elsewhere from now on."""
+        with self._lock:
+            self._begun = True
+
+    def end(self, end: Callable[[], T]) -> T:
+        """In the event loop: it has been done."""
+        try:
+            return end()
+        finally:
+            with self._lock:
+                self._ended = True
+            self._give_back()
+
+    def end_in_thread(self, end: Callable[[], T]) -> T:
+        """Wait for its end. Abandoned if another thread does."""
+        with self._lock:
+            if self._awaited:
+                raise Abandoned
+            self._awaited = True
+        return self._work(end)
+
+    def _work(self, fn: Callable[..., T], *args: object) -> T:
         try:
             return fn(*args)
         finally:

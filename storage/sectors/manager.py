@@ -167,7 +167,7 @@ class SectorManager:
         self._under_way[upload] = trio.Event()
         tried = False
         try:
-            shards, plaintexts = await self._seams.threads.run(self._seal, sector_id, layout, parts)
+            shards, plaintexts = await self._seal(sector_id, layout, parts)
             if self._staged_first(layout.spec):
                 tried = True
                 if await self._stage(sector_id, replication, layout, shards):
@@ -224,12 +224,22 @@ class SectorManager:
         why = staging.trouble or f"{staging.size:,} of {staging.limit:,} bytes are used"
         return NoSpace(f"staging takes no more until hosts do ({why}; {error})")
 
-    def _seal(self, sector_id: int, layout: Layout, parts: Sequence[Buffer]) -> tuple[list[SealedShard], list[list[Buffer]]]:
-        """The shards, sealed, and their plaintexts. Blocking. Shard i goes under the sector's id + i (I1)."""
-        plaintexts = layout.plaintexts(sector_id, parts)
+    async def _seal(self, sector_id: int, layout: Layout, parts: Sequence[Buffer]) -> tuple[list[SealedShard], list[list[Buffer]]]:
+        """The shards, sealed, and their plaintexts. Shard i goes under the sector's id + i (I1)."""
+        if layout.spec.coded:
+            # To encode takes a while, so there is a thread in any case.
+            shards, plaintexts = await self._seams.threads.run(self._encode_and_seal, sector_id, layout, parts)
+        else:
+            plaintexts = layout.plaintexts(sector_id, parts)
+            shards = await self._host_io.sealed(plaintexts, sector_id)
         # What is less than half full is soon merged with others.
         lasting = 2 * layout.length > self.sector_size
-        return [replace(shard, lasting=lasting) for shard in self._host_io.seal_all(plaintexts, sector_id)], plaintexts
+        return [replace(shard, lasting=lasting) for shard in shards], plaintexts
+
+    def _encode_and_seal(self, sector_id: int, layout: Layout, parts: Sequence[Buffer]) -> tuple[list[SealedShard], list[list[Buffer]]]:
+        """Blocking."""
+        plaintexts = layout.plaintexts(sector_id, parts)
+        return self._host_io.seal_all(plaintexts, sector_id), plaintexts
 
     async def wait_uploads(self, progress: FlushProgress | None = None) -> None:
         """Until none of the copies that are on their way now is any more. Each has the time limit of HostIO. What is in staging is at write
