@@ -41,6 +41,8 @@ class Content:
         self._directories = directories
         self._inheritance = inheritance
         self._numbers = numbers
+        #: A regular file that was written to lately: whoever writes goes on with it, as a rule.
+        self._written: Inode | None = None
         #: One per inode that is being written. Invariant: here exactly while somebody holds it.
         self._locks: dict[int, Turn] = {}
 
@@ -101,13 +103,16 @@ class Content:
         if ino in self._locks:
             return False
         try:
-            inode = self._inodes.regular(ino)
-            stored = self._stored(inode)
-            value, end = inode.rec.value, offset + len(data)
+            inode = self._written
+            if inode is None or inode.ino != ino or inode.gone:
+                inode = self._written = self._inodes.regular(ino)
+            stored = inode.stored if inode.stored >= 0 else self._stored(inode)
+            rec = inode.rec
+            value, end = rec.value, offset + len(data)
             if (
-                inode.rec.map
+                rec.map
                 or not 0 <= offset <= stored < end <= MAX_OFFSET
-                or not self._repeats(value, offset, stored, data)
+                or (offset != stored and not self._repeats(value, offset, stored, data))
                 or not self._values.reserve_now(value, end - stored)
             ):
                 return False

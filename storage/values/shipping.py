@@ -68,6 +68,8 @@ class Shipper:
         self._tails = tails
         self.payload_limit = sectors.sector_size - RESERVE
         self._budget = max(budget, 4 * sectors.sector_size)
+        #: Bytes in buffers from which on they are gathered.
+        self._pressing = self._budget * PRESSURE
         self._flush_interval = flush_interval
         self._default = parse_replication(default_replication)
         #: Invariant: the bytes of all buffers and of all flights that have not landed or been dropped.
@@ -110,7 +112,8 @@ class Shipper:
         return self.pending + TAIL_COST * len(self._tails)
 
     def has_room(self, length: int) -> bool:
-        return self._used + TAIL_COST + length <= self._budget
+        # As `_used`, and one tail more.
+        return self.pending + TAIL_COST * (len(self._tails) + 1) + length <= self._budget
 
     async def wait_room(self, length: int) -> None:
         """Until `length` fits (or nothing is pending, for one append larger than the whole budget)."""
@@ -133,14 +136,23 @@ class Shipper:
 
     def added(self, tail: Tail, length: int) -> None:
         """Bytes were appended to the tail's buffer: cut what fills a sector."""
-        self.kept(tail, length)
+        # As `kept`.
+        self.pending += length
+        self._buffered += length
+        there = tail.buffer.length
+        if there == length and length:
+            self._buffered_tails += 1
+        if there >= self.payload_limit:
+            self._cut(tail)
+        # What is in flight is not to be gathered: else few of those that come meanwhile would make a sector each time.
+        if self._buffered + TAIL_COST * self._buffered_tails > self._pressing:
+            self._gather.set()
+
+    def _cut(self, tail: Tail) -> None:
         while tail.buffer.length >= self.payload_limit:
             cargo = Cargo(tail.replication)
             self._load(cargo, tail, self.payload_limit)
             self._dispatch(cargo)
-        # What is in flight is not to be gathered: else few of those that come meanwhile would make a sector each time.
-        if self._buffered + TAIL_COST * self._buffered_tails > self._budget * PRESSURE:
-            self._gather.set()
 
     def accepted(self, tail: Tail, length: int) -> None:
         """Bytes were appended to the tail's buffer that are nowhere else."""

@@ -18,6 +18,20 @@ _LITTLE = 8 * 1024
 CHUNK = 64 * 1024
 
 
+class Block:
+    """Memory that the coprocess sees, which appends go to one after the other."""
+
+    __slots__ = ("begin", "chunk", "left", "memory")
+
+    def __init__(self, memory: memoryview) -> None:
+        self.memory = memory
+        #: Bytes of it that are not used yet, at its end.
+        self.left = len(memory)
+        #: The last chunk that stands in it, which begins there: it grows while it is a buffer's last.
+        self.begin = 0
+        self.chunk: memoryview | None = None
+
+
 class ChunkBuffer:
     """Appended bytes with random reads. Positions are relative to its own start; taking from the front moves the start."""
 
@@ -50,6 +64,24 @@ class ChunkBuffer:
                 data = bytearray(data)
         self._chunks.append(data)
         self._ends.append(self._taken + self.length + size)
+        self.length += size
+
+    def append_in(self, block: Block, data: Buffer) -> None:
+        """As `append`, with the bytes put where the block has room left for them. What comes one after the other is one chunk: it is told,
+        cut and sealed in one piece."""
+        size, memory = len(data), block.memory
+        start = len(memory) - block.left
+        stop = start + size
+        memory[start:stop] = data
+        block.left -= size
+        chunks = self._chunks
+        if chunks and chunks[-1] is block.chunk:
+            chunks[-1] = block.chunk = memory[block.begin : stop].toreadonly()
+            self._ends[-1] += size
+        else:
+            block.begin, block.chunk = start, memory[start:stop].toreadonly()
+            chunks.append(block.chunk)
+            self._ends.append(self._taken + self.length + size)
         self.length += size
 
     def read(self, position: int, size: int) -> list[Buffer]:
@@ -183,8 +215,8 @@ class Tail:
         #: Few: what the budget of all tails allows for. A deque takes 600 bytes, and most tails are small files without any.
         self.flights: list[Flight] = []
         self.buffer = ChunkBuffer()
-        #: What is left of memory that the coprocess sees, for what comes next.
-        self.block: memoryview | None = None
+        #: Where large appends go.
+        self.block: Block | None = None
 
     @property
     def buffer_start(self) -> int:

@@ -26,7 +26,7 @@ from storage.values.records import VERSION, Extent, ValueRecord, decode_value, d
 from storage.values.rewrite import Rewriter
 from storage.values.shipping import BREATH, Shipper
 from storage.values.streams import Streams
-from storage.values.tail import Flight, Tail
+from storage.values.tail import Block, Flight, Tail
 
 log = logging.getLogger("fusefs.values")
 
@@ -45,6 +45,8 @@ LANDED = 160
 APPEND_KEPT, CREATE_KEPT = 0.5, 0.25
 #: Bytes of appends (and of what stands beside them) for which the journal's room is looked at once.
 ALLOWANCE = 32 * 1024
+#: Large appends for which it is, and what is to be left over besides then, as a share of a segment.
+ALLOWED, STREAM_KEPT = 8, 1.0
 #: Bytes of a tail that a commit puts into the journal although they are in flight. Waiting for a sector of very many small files to come
 #: down takes seconds, and those bytes are hardly any.
 LITTLE = 4096
@@ -278,9 +280,12 @@ class Values:
         cost = length + BESIDE
         if cost > self._allowance:
             # Looked at for several appends at a time: what comes between them is within what is kept.
-            if not self._assured(length + ALLOWANCE, APPEND_KEPT):
+            if length >= LARGE and self._assured(ALLOWED * cost, STREAM_KEPT):
+                self._allowance = ALLOWED * cost
+            elif self._assured(length + ALLOWANCE, APPEND_KEPT):
+                self._allowance = ALLOWANCE + cost
+            else:
                 return False
-            self._allowance = ALLOWANCE + cost
         if not self.shipper.has_room(length):
             return False
         self._allowance -= cost
@@ -356,28 +361,26 @@ class Values:
             record = self._record(value_id)
             tail = self._tails[value_id] = Tail(value_id, record.owner, record.replication, record.sealed)
         offset, size = tail.size, len(data)
-        if size >= LARGE and offset >= STREAM:
-            data = self._shared(tail, data)
-        tail.buffer.append(data)
+        if size < LARGE or offset < STREAM or not self._shared(tail, data, size):
+            tail.buffer.append(data)
         self.shipper.accepted(tail, size)
         return offset
 
-    def _shared(self, tail: Tail, data: Buffer) -> Buffer:
-        """The same bytes, where the coprocess sees them."""
-        size, block = len(data), tail.block
+    def _shared(self, tail: Tail, data: Buffer, size: int) -> bool:
+        """Append to the tail's buffer where the coprocess sees it. False: there is no room there."""
+        block = tail.block
         # What goes into one sector stands together: it is told in fewer places.
-        if block is None or len(block) < size or not tail.buffer.length:
-            tail.block = block = None
+        if block is None or block.left < size or not tail.buffer.length:
+            tail.block = None
             # Few of them, since a little of one is all of it: no more than the budget of tails has room for (I7).
             self._blocks = [lent for lent in self._blocks if lent() is not None]
-            if size <= BLOCK and len(self._blocks) < self._most_blocks:
-                block = ARENA.spare(BLOCK)
-            if block is None:
-                return data
-            self._blocks.append(ref(block.obj))
-        block[:size] = data
-        tail.block = block[size:]
-        return block[:size].toreadonly()
+            memory = ARENA.spare(BLOCK) if size <= BLOCK and len(self._blocks) < self._most_blocks else None
+            if memory is None:
+                return False
+            self._blocks.append(ref(memory.obj))
+            tail.block = block = Block(memory)
+        tail.buffer.append_in(block, data)
+        return True
 
     # ------------------------------------------------------------------------------------------------------------
     # Reading
