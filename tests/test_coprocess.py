@@ -26,9 +26,10 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from storage import VolumeOptions, create_volume, open_volume
 from storage.abandoned import Abandoned
 from storage.coprocess import asked as asked_of
-from storage.coprocess import client, sealer, serve
+from storage.coprocess import client, pair, sealer, serve
 from storage.coprocess.arena import FLAGS, SLOT, SMALL_SLOT, Arena
 from storage.coprocess.asked import Asked, Gone
 from storage.coprocess.client import LEAST
@@ -238,7 +239,64 @@ async def test_what_is_given_up_before_the_rename_does_not_happen(coprocess: Bot
     assert (tmp_path / "h" / NAME).read_bytes() == sealed
 
 
-async def test_a_put_that_is_cancelled_while_it_waits_does_not_happen(coprocess: Both, tmp_path: Path) -> None:
+async def test_while_it_is_well_no_thread_waits_for_it(coprocess: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 1 << 20
+    host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
+    whole = coprocess.arena.lend(size)
+    whole[:] = noise(size)
+
+    async def no_thread(*_: object, **__: object) -> None:
+        raise AssertionError("a thread")
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
+    begun = coprocess.begin_sealing([(KEY, header(size), [whole])])
+    assert begun is not None
+    assert await begun.soon()
+    made = begun.end()
+    assert made is not None
+    assert made[0][0] == seal(KEY, header(size), [noise(size)])
+    await host.put(NAME, made[0][0])
+    await opened(coprocess, host, size)
+    assert (tmp_path / "h" / NAME).read_bytes() == made[0][0]
+    # What would have to be copied first, or is not worth it, is a thread's.
+    assert coprocess.begin_sealing([(KEY, header(size), [noise(size)])]) is None
+    assert coprocess.begin_sealing([(KEY, header(LEAST - 1), [whole[: LEAST - 1]])]) is None
+
+
+async def test_a_sector_of_a_stream_is_sealed_and_put_without_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the whole of it: what is to be written stands where the coprocess sees it."""
+    threads: list[tuple[str, int]] = []
+    run = trio.to_thread.run_sync
+
+    async def noted(fn: Callable[..., object], *args: object, **settings: object) -> object:
+        names = [getattr(each, "__qualname__", "") for each in (fn, *args[:1])]
+        sizes = [memoryview(each).nbytes for each in args if isinstance(each, (bytes, memoryview))]
+        threads.append((" ".join(names), max(sizes, default=0)))
+        return await run(fn, *args, **settings)  # type: ignore[arg-type]
+
+    pair.start()
+    while not (pair.SEALING.start() & pair.DISKS.start()):
+        await trio.sleep(0.01)
+    await create_volume(tmp_path / "v", "pass", hosts=[f"dir:{tmp_path / 'h'}"])
+    async with open_volume(tmp_path / "v", passphrase="pass", options=VolumeOptions(coprocesses=True)) as volume:
+        fd = await volume.files.open("stream", write=True)
+        monkeypatch.setattr(trio.to_thread, "run_sync", noted)
+        for number in range(32):
+            await volume.files.append(fd, noise(1 << 20) if number < 2 else noise((1 << 20) + number)[: 1 << 20])
+        await volume.files.commit(fd)
+        monkeypatch.setattr(trio.to_thread, "run_sync", run)
+        await volume.files.close(fd)
+    large = [name for name, size in threads if "seal" in name or ("put" in name and size >= LEAST)]
+    # The first sector's beginning stands elsewhere: a file that is no stream yet.
+    assert len(large) <= 1, threads
+
+
+@pytest.mark.parametrize("where", ["event loop", "thread"])
+async def test_a_put_that_is_cancelled_while_it_waits_does_not_happen(
+    coprocess: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Whoever waits for it then."""
+    monkeypatch.setattr(asked_of, "SOON", 0.1 if where == "thread" else 60.0)
     size = 1 << 20
     host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
     sealed, _ = coprocess.seal(KEY, header(size), [noise(size)])
@@ -249,6 +307,9 @@ async def test_a_put_that_is_cancelled_while_it_waits_does_not_happen(coprocess:
     with trio.move_on_after(0.5) as scope:
         await host.put(NAME, sealed)
     assert scope.cancelled_caught
+    assert host._slots.at_work == 1
+    with pytest.raises(Unavailable, match="hangs"):
+        await host.put(NAME, sealed)
     os.close(lock)
     with trio.fail_after(20):
         while host._slots.at_work:
@@ -259,6 +320,44 @@ async def test_a_put_that_is_cancelled_while_it_waits_does_not_happen(coprocess:
     # What was raised where nobody heard it may hold on to one.
     gc.collect()
     assert coprocess.arena._memory is not None and len(coprocess.arena._memory.flags) == FLAGS
+
+
+async def test_cancelled_at_any_time_nothing_is_lost_or_given_back_twice(
+    coprocess: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asked_of, "SOON", 0.002)
+    size, dice, free = 1 << 20, random.Random(5), coprocess.arena.free_slots
+    host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
+    whole = [coprocess.seal(KEY, header(size), [noise(size)])[0]]
+    await host.put(NAME, whole[0])
+    pid = coprocess.pid
+
+    async def works(number: int) -> None:
+        for _ in range(25):
+            with trio.move_on_after(dice.uniform(0, 0.012)):
+                if number % 2:
+                    with suppress(Unavailable):  # Its earlier change has not ended yet.
+                        await host.put(NAME + str(number), whole[0])
+                else:
+                    await opened(coprocess, host, size)
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for number in range(4):
+                nursery.start_soon(works, number)
+        while host._slots.at_work:
+            assert 0 < host._slots.at_work <= 4
+            await trio.sleep(0.01)
+        assert host._slots._hanging == []
+        for number in (1, 3):
+            await host.put(NAME + str(number), whole[0])
+            assert (tmp_path / "h" / (NAME + str(number))).read_bytes() == whole[0]
+        await opened(coprocess, host, size)
+    assert coprocess.pid == pid
+    whole.clear()
+    gc.collect()
+    assert coprocess.arena._memory is not None and len(coprocess.arena._memory.flags) == FLAGS
+    assert coprocess.arena.free_slots == free
 
 
 async def test_names_whose_flush_failed_there_are_flushed_before_a_superblock(

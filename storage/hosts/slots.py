@@ -78,10 +78,11 @@ class Slots:
                 return slot.end(begun.end)
             result: T = await self._run(self._url, slot.end_in_thread, begun.end)
             return result
-        except trio.Cancelled:
-            # Somebody has to wait for it: what it works in is lent to nobody else before it ends, and the slot is its until then.
+        except BaseException:
             slot.give_up()
-            trio.lowlevel.start_thread_soon(partial(slot.end_in_thread, begun.end), _nobody_hears)
+            if not slot.ended:
+                # Cancelled: somebody has to wait for it, since what it works in is lent to nobody else before it ends, nor is the slot.
+                trio.lowlevel.start_thread_soon(partial(slot.end_in_thread, begun.end), _nobody_hears)
             raise
 
 
@@ -130,6 +131,12 @@ class Slot:
         """In the event loop: the work is done elsewhere from now on."""
         with self._lock:
             self._begun = True
+
+    @property
+    def ended(self) -> bool:
+        """Has the work ended, well or not?"""
+        with self._lock:
+            return self._ended
 
     def end(self, end: Callable[[], T]) -> T:
         """In the event loop: it has been done."""
