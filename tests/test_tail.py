@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.values.tail import CHUNK, SMALL, ChunkBuffer, Flight, FlightState, Tail
+from storage.interfaces import Buffer
+from storage.values.tail import CHUNK, SMALL, Block, ChunkBuffer, Flight, FlightState, Tail
 
 SIZES = st.one_of(st.integers(0, 40), st.integers(SMALL - 3, SMALL + 3), st.integers(CHUNK - 5, CHUNK + 5))
 
@@ -14,26 +15,48 @@ def _bytes(seed: int, size: int) -> bytes:
     return bytes((seed * 31 + i * 7) & 0xFF for i in range(size))
 
 
-@given(
-    st.lists(
-        st.one_of(st.tuples(st.just("append"), SIZES), st.tuples(st.just("take"), SIZES), st.tuples(st.just("read"), SIZES)), max_size=30
-    )
-)
+STEPS = st.sampled_from(["append", "append in", "take", "read"])
+
+
+@given(st.lists(st.tuples(STEPS, SIZES), max_size=30))
 def test_a_buffer_is_the_concatenation_of_what_was_appended(steps: list[tuple[str, int]]) -> None:
-    buffer, model = ChunkBuffer(), b""
+    """Whether it stands in memory of its own or in a block; and what was taken stays as it is."""
+    buffer, model, taken = ChunkBuffer(), b"", list[tuple[list[Buffer], bytes]]()
+    block = Block(memoryview(bytearray(2 * CHUNK)))
     for seed, (what, size) in enumerate(steps):
         if what == "append":
             data = _bytes(seed, size)
             buffer.append(data)
             model += data
+        elif what == "append in":
+            data = _bytes(seed, size)
+            if block.left < size:
+                block = Block(memoryview(bytearray(2 * CHUNK)))
+            buffer.append_in(block, data)
+            model += data
         elif what == "take":
-            assert b"".join(buffer.take(size)) == model[:size]
+            taken.append((buffer.take(size), model[:size]))
             model = model[size:]
         else:
             start = size % (len(model) + 1)
             assert b"".join(buffer.read(start, size)) == model[start : start + size]
         assert buffer.length == len(model)
     assert b"".join(buffer.read(0, len(model))) == model
+    for pieces, expected in taken:
+        assert b"".join(pieces) == expected
+
+
+def test_what_follows_in_a_block_is_one_chunk_and_cannot_be_written_to() -> None:
+    """Where a sector stands is told by its pieces; and a reader has a view of them."""
+    buffer, block = ChunkBuffer(), Block(memoryview(bytearray(CHUNK)))
+    for number in range(8):
+        buffer.append_in(block, bytes([number]) * 100)
+    (piece,) = buffer.take(700)
+    assert bytes(piece) == b"".join(bytes([number]) * 100 for number in range(7))
+    assert isinstance(piece, memoryview) and piece.readonly
+    buffer.append(b"x" * 100)
+    buffer.append_in(block, b"y" * 100)
+    assert b"".join(buffer.take(300)) == b"\7" * 100 + b"x" * 100 + b"y" * 100
 
 
 def test_what_was_taken_no_longer_changes_when_more_is_appended() -> None:
