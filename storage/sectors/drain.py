@@ -30,10 +30,11 @@ from storage.errors import FusefsError, NoSpace
 from storage.interfaces import FlushProgress, MetadataStore, SealedShard
 from storage.replication import Replication
 from storage.seams import Seams
+from storage.sectors.cuts import Staged
 from storage.sectors.records import VERSION, SectorRecord
 from storage.sectors.redundancy import layout_of
 from storage.sectors.regenerate import Regenerate
-from storage.sectors.staging import Staged, Staging
+from storage.sectors.staging import Staging
 from storage.sectors.upload import Upload, Way
 
 log = logging.getLogger("fusefs.staging")
@@ -149,8 +150,8 @@ class Drain:
         self._lately: deque[tuple[float, int]] = deque()
         self.sent = 0
         staging.on_staged = self._staged
-        staging.on_cut = self.wake
-        staging.stalled = self.stalled
+        staging.cut.on_begun = self.wake
+        staging.cut.stalled = self.stalled
 
     def wake(self) -> None:
         """There is something to send."""
@@ -183,7 +184,7 @@ class Drain:
             progress.bytes_done = before + total - sum(left.values())
             if not self._uploads and self.stalled():
                 return
-            await self._staging.changed()
+            await self._staging.cut.changed()
 
     def stalled(self) -> str:
         """Why nothing gets to the hosts; "" while something does, or will be tried at once."""
@@ -239,13 +240,13 @@ class Drain:
             nursery.start_soon(self._send, entry, nursery)
         self._unreachable = next(iter(unreachable.values()), "")
         if unreachable:
-            self._staging.attempted()
+            self._staging.cut.attempted()
         return LOOK_SECONDS if self._staging.below else RATE_WINDOW
 
     def _held(self, now: float) -> float:
         """Seconds for which a burst of writing still has the machine to itself. No cut waits for that, and staging does not fill up."""
         below = self._staging.below
-        if not below or self._staging.waiting() or 2 * len(below) * below.peekitem(-1)[1].bytes > self._staging.limit:
+        if not below or len(self._staging.cut) or 2 * len(below) * below.peekitem(-1)[1].bytes > self._staging.limit:
             # Once sending has begun, it goes on.
             self._begun = -inf
         quiet = min(max(PAUSES * self._apart, QUIET_LEAST), QUIET)
@@ -288,7 +289,7 @@ class Drain:
             self._sending -= entry.to_send
             now = self._seams.clock.monotonic()
             self._throughput.ended(now, sent, now - started)
-            self._staging.attempted()
+            self._staging.cut.attempted()
             self._wake.set()
 
     async def _upload(self, entry: Staged, nursery: trio.Nursery) -> bool:

@@ -12,9 +12,7 @@ it counts for no replication. What is in it is found by root.
 |---|---|---|
 | `L` + "staged." + sector id u64 | empty | below full replication, and its shards stand in staging |
 
-A *cut* of the history (storage/history/publisher.py) that knows a sector which is only here must not be published before the sector is on
-its write quorum: superblocks never speak of what only this machine has. `begin` notes which sectors those are; one that is freed while a
-cut waits for it stays here, and goes to hosts all the same, until it has got there.
+What a *cut* of the history waits for here, see `cuts`.
 
 Invariants kept here: I2 (`take` returns when the shards are durable), I3 (a shard is dropped only once full replication is durably on
 record), I7 (a limit, and a reserve of the disk that is never used).
@@ -32,13 +30,13 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 from sortedcontainers import SortedDict
 
-from storage.errors import Corrupt, Fenced, FusefsError, NotFound, Unavailable
+from storage.errors import Corrupt, Fenced, FusefsError, NotFound
 from storage.host_io import HostIO
 from storage.hosts.directory import DirectoryHost
 from storage.hosts.identity import claim_identity
@@ -56,6 +54,7 @@ from storage.interfaces import Batch, MetadataStore, SealedShard
 from storage.metadata.keys import LOCAL, SECTOR, prefix_end, read_u64, u64
 from storage.sealing import MAX_SEALED, block_range, sealed_length
 from storage.seams import Seams
+from storage.sectors.cuts import Cut, Staged
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
 from storage.sectors.redundancy import layout_of
 
@@ -65,8 +64,6 @@ DIRECTORY = "staging"
 STAGED = LOCAL + b"staged."
 #: The disk keeps this much free, or a twentieth of it if that is less: the journal and the metadata stand on it too.
 RESERVE = 1024 * 1024 * 1024
-#: Sectors up to this many bytes go before larger ones: they are ends of logs and many small files, and what is published waits for them.
-SMALL = 512 * 1024
 #: Marks looked at in one go.
 SLICE = 500
 #: Seconds between two looks at what can be dropped.
@@ -78,48 +75,6 @@ class _File:
     size: int
     #: Some sector that is below full replication needs it; or it is not known to be durable yet that none does.
     needed: bool = True
-
-
-@dataclass(slots=True, eq=False)
-class Staged:
-    """A sector below full replication whose shards are here."""
-
-    sector_id: int
-    replication: str
-    length: int
-    shards: tuple[ShardRecord, ...]
-    #: On its write quorum of hosts.
-    reached: bool = False
-    #: Freed, while a cut waits for it.
-    gone: bool = False
-    #: Its shards are on their way to hosts.
-    under_way: bool = False
-    #: Not before this monotonic time is it tried.
-    due: float = 0.0
-
-    @property
-    def bytes(self) -> int:
-        """Sealed, of all its distinct shards."""
-        return sum(sealed_length(shard.length) for shard in self.shards)
-
-    @property
-    def to_send(self) -> int:
-        """Sealed bytes on all hosts together."""
-        return self.bytes * layout_of(self.replication, self.length).hosts_each
-
-    @property
-    def rank(self) -> tuple[bool, int]:
-        """Small ones first, then the oldest."""
-        return self.length > SMALL, self.sector_id
-
-
-@dataclass(slots=True)
-class _Cut:
-    """The cut that is to be published next. `missing`: sectors of it that are on too few hosts."""
-
-    missing: set[int] = field(default_factory=set)
-    #: The same, in the order in which they go.
-    order: SortedDict = field(default_factory=SortedDict)
 
 
 class Staging:
@@ -140,7 +95,7 @@ class Staging:
         self._sectors: dict[int, Staged] = {}
         #: Those below write quorum, by rank.
         self.below: SortedDict = SortedDict()
-        self._cut = _Cut()
+        self.cut = Cut(self.path)
         #: Roots that nobody needs once everything applied so far is durable: False, to be kept as cache; True, to be removed.
         self._settling: dict[bytes, bool] = {}
         #: One decision on room at a time.
@@ -149,13 +104,8 @@ class Staging:
         self.losses: dict[int, str] = {}
         #: What the disk said last; "" since it took something.
         self.trouble = ""
-        self._reached = trio.Event()
-        #: Told when there is something new to send, when a cut waits for some of it, and when the last of a cut has got to its hosts.
+        #: Told when there is something new to send.
         self.on_staged: Callable[[], None] = lambda: None
-        self.on_cut: Callable[[], None] = lambda: None
-        self.on_reached: Callable[[], None] = lambda: None
-        #: Why nothing gets to the hosts now; "" while it does, or nothing is to.
-        self.stalled: Callable[[], str] = lambda: ""
 
     async def open(self) -> list[str]:
         """Look what is there. Returns what is wrong: sectors that should be here and are not. Blocks nothing."""
@@ -277,7 +227,7 @@ class Staging:
 
     def following(self, now: float, avoid: Container[str]) -> Staged | None:
         """The next to go to hosts, of those that are due and not of a replication to `avoid`: of the cut, else the first by rank."""
-        orders: tuple[Iterable[Staged], ...] = (self._cut.order.values(), self.below.values())
+        orders: tuple[Iterable[Staged], ...] = (self.cut, self.below.values())
         for order in orders:
             for entry in order:
                 if not entry.under_way and entry.due <= now and entry.replication not in avoid:
@@ -288,8 +238,8 @@ class Staging:
         """Its shards are neither here nor anywhere else: nothing waits for it any more. It is looked for again, now and then."""
         entry.due = due
         self.losses[entry.sector_id] = f"sector {entry.sector_id} is neither in {self.path} nor on a host"
-        self._left_cut(entry)
-        self.attempted()
+        self.cut.left(entry)
+        self.cut.attempted()
         if entry.gone:
             self.below.pop(entry.rank, None)
             self._forget(entry, remove=True)
@@ -448,7 +398,7 @@ class Staging:
         entry.reached = True
         self.losses.pop(sector_id, None)
         self.below.pop(entry.rank, None)
-        self._left_cut(entry)
+        self.cut.left(entry)
         if entry.gone:
             self._forget(entry, remove=True)
 
@@ -458,7 +408,7 @@ class Staging:
         if entry is not None:
             batch.delete(STAGED + u64(sector_id))
             self.below.pop(entry.rank, None)
-            self._left_cut(entry)
+            self.cut.left(entry)
             self._forget(entry, remove=False)
 
     def freed(self, batch: Batch, sector_id: int, record: SectorRecord) -> None:
@@ -468,7 +418,7 @@ class Staging:
             self._settling.update((shard.root, True) for shard in record.shards if shard.root in self._files)
             return
         batch.delete(STAGED + u64(sector_id))
-        if sector_id in self._cut.missing:
+        if sector_id in self.cut:
             # What will be published knows it: it is needed there until a later cut does not.
             entry.gone = True
             return
@@ -489,48 +439,28 @@ class Staging:
 
     def begin(self) -> None:
         """A cut of the history is made now: it waits for what is on too few hosts yet. No await. An earlier one waits no more."""
-        earlier, self._cut = self._cut, _Cut()
-        for sector_id in earlier.missing:
-            entry = self._sectors.get(sector_id)
-            if entry is not None and entry.gone:
+        for entry in list(self.cut):
+            if entry.gone:
                 self.below.pop(entry.rank, None)
                 self._forget(entry, remove=True)
-        for rank, entry in self.below.items():
-            if entry.sector_id in self.losses:
-                continue
-            self._cut.missing.add(entry.sector_id)
-            self._cut.order[rank] = entry
-        if self._cut.missing:
-            self.on_cut()
+        self.cut.begin(entry for entry in self.below.values() if entry.sector_id not in self.losses)
+
+    @property
+    def on_reached(self) -> Callable[[], None]:
+        """See `Cut.on_reached`."""
+        return self.cut.on_reached
+
+    @on_reached.setter
+    def on_reached(self, told: Callable[[], None]) -> None:
+        self.cut.on_reached = told
 
     def waiting(self) -> int:
         """Sectors of the cut that are on too few hosts yet."""
-        return len(self._cut.missing)
+        return len(self.cut)
 
     async def reached_all(self) -> None:
-        """Until none of the cut's is. Unavailable: hosts do not take them now."""
-        while self._cut.missing:
-            why = self.stalled()
-            if why:
-                raise Unavailable(f"sectors in {self.path} and not on enough hosts yet: {len(self._cut.missing):,}: {why}")
-            await self.changed()
-
-    async def changed(self) -> None:
-        """Until a sector has got to its hosts, or an attempt has failed; each attempt has HostIO's time limit."""
-        await self._reached.wait()
-
-    def attempted(self) -> None:
-        """An attempt to bring a sector to its hosts has ended, this way or that."""
-        self._reached.set()
-        self._reached = trio.Event()
-
-    def _left_cut(self, entry: Staged) -> None:
-        if entry.sector_id in self._cut.missing:
-            self._cut.missing.discard(entry.sector_id)
-            self._cut.order.pop(entry.rank, None)
-            self.attempted()
-            if not self._cut.missing:
-                self.on_reached()
+        """See `Cut.reached_all`."""
+        await self.cut.reached_all()
 
     # ------------------------------------------------------------------------------------------------------------
     # Room
