@@ -4,15 +4,16 @@ Why: an interpreter has one lock, and each system call and each block that is se
 put sectors so kept the event loop waiting for as long as it worked (docs/performance.md). A process of its own has its own lock.
 
 Vocabulary: the *arena* is memory all of them see, from which large buffers are lent; a *place* is where in it something stands; a
-*channel* is a socket on which one thread here asks for one thing at a time, and one thread there answers.
+*channel* is a socket on which one thing at a time is asked for here, and one thread there answers.
 
       this process                                              SEALING (serve)
-        a thread: plaintext stands in the arena --- Seal ------>  seals it, in the arena
+        event loop: plaintext stands in the arena - Seal ------>  seals it, in the arena
                                                                 DISKS (serve)
-        a thread: lets the host go on           --- Put ------->  Tree.put, out of the arena      } no lock shared with the event loop
+                  lets the host go on             - Put ------->  Tree.put, out of the arena      } no lock shared with the event loop
                   it is not wanted any more     ==> a flag
-        a thread: waits                         --- Read ------>  Tree.get_range_in, opens, into the arena
+                  goes on with others             - Read ------>  Tree.get_range_in, opens, into the arena
                   a view of the arena           <-- Done -------
+        a thread, where no Done comes soon, it fails, or nobody waits any more: waits, and sees to what is to be done then
 
 Invariants:
 - They are of no consequence: they decide nothing, hold nothing that is not in the arena, and whatever they are asked for can be done here,
@@ -25,7 +26,8 @@ Invariants:
 - Two for each process, however many volumes are open; started with a mount, or else with the first large sector.
 
     arena      memory all of them see                   wire      what they tell each other
-    client     starts one, asks it, and notices when it is gone; `process` is what was started, from its start to its end
+    client     starts one, asks it, and notices when it is gone; `process` is what was started, from its start to its end, and `asked`
+               what it was asked for and has not answered
     sealer, disks     clients: what each of the two is asked for, and what stands in for an answer
     pair       the arena and the two of this process
     serve      their own side; `__main__`: how it begins
