@@ -22,10 +22,11 @@ from storage.metadata.keys import SECTOR, u64
 from storage.replication import parse_replication
 from storage.sealing import BLOCK, HEADER_SIZE, TAG_SIZE
 from storage.seams import Clock, Seams
-from storage.sectors.damage import FEW, PASSES, STUBBORN, STUBBORN_PAUSE, BadRecord, Copy, Damages
+from storage.sectors.damage import BadRecord, Copy, Damages
 from storage.sectors.records import SectorRecord
 from storage.sectors.scrub import INTERVAL as USUAL_INTERVAL
 from storage.sectors.scrub import PassRecord
+from storage.sectors.trust import FEW, PASSES, STUBBORN, STUBBORN_PAUSE
 from storage.volume import Volume
 from storage.wiring import open_volume
 from tests.contract_rig import Volumes, in_virtual_time
@@ -471,7 +472,8 @@ def test_a_host_that_spoils_what_it_gets_keeps_no_other_host_waiting(tmp_path: P
         async with it.mounted() as volume:
             await it.write(volume, 6)
             damages, sectors = volume.damages, sorted(records(volume))
-            damages._relapses[1], damages._relapsed_at[1] = STUBBORN, damages._seams.clock.monotonic()
+            for _ in range(STUBBORN):
+                damages._trust.relapsed(1)
             # Whatever is put there reads as something else; the other host has them all.
             it.opener.faults["mem:a"].lying, it.opener.faults["mem:a"].only = 1.0, shards_only
             for sector in sectors[:5]:
@@ -505,7 +507,7 @@ def test_a_host_is_not_called_failing_for_ever_where_nothing_is_left_to_look_at(
             damages = volume.damages
             for number in range(1, FEW + 1):
                 assert not damages.failing(1)
-                damages._count(1, bad=True)
+                damages._trust.looked(1, bad=True)
                 clock.passed += USUAL_INTERVAL / 3
                 assert bool(damages.failing(1)) is (number == FEW)
             clock.passed += PASSES * USUAL_INTERVAL - USUAL_INTERVAL / 3 - 1

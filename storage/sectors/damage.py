@@ -10,7 +10,7 @@ a second look at the whole of it says so too. A host that is away has no bad cop
 
 While a copy is put right in its place its record does not change, so that a crash at any point costs nothing but the work: the list still
 has it. A record never loses a copy before another has taken its place, and never the last one, whatever hosts answer. A host whose copies
-turn bad again as they are put right (`stubborn`) is left alone, but for one copy at a time and with a pause: it does not keep a scrub from
+turn bad again as they are put right (`trust`) is left alone, but for one copy at a time and with a pause: it does not keep a scrub from
 the others, nor is a volume moved in an hour because a cable is loose.
 
 The list, of this directory alone (`L`), has the key "bad." + sector id u64 + number of the shard u16 + host number u32, and a MessagePack
@@ -28,7 +28,7 @@ from __future__ import annotations
 import enum
 import logging
 import struct
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -51,6 +51,7 @@ from storage.sectors.deleter import Deleter
 from storage.sectors.notes import Notes
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
 from storage.sectors.regenerate import Regenerate
+from storage.sectors.trust import Trust
 
 log = logging.getLogger("fusefs.scrub")
 
@@ -65,16 +66,6 @@ MAX_SUSPECTS = 1_000
 #: Seconds between two looks at the list; until a copy that could not be mended is tried again, doubling to the last.
 INTERVAL = 15.0
 RETRY_FIRST, RETRY_LAST = 15.0, 900.0
-#: So many copies in a row that were put right and are bad again make a host stubborn; seconds, at least, between two of its copies then.
-STUBBORN = 3
-STUBBORN_PAUSE = 10.0
-#: Seconds without another one after which they are forgotten: where all copies have gone to other hosts, none can show that it is well.
-FORGIVEN = 3600.0
-#: A host is failing if, of at least so many copies looked at lately, more than half were bad; counts are halved at `WINDOW`, and forgotten
-#: where no copy was looked at for so many intervals of the scrub: then there is none, unless hosts were away.
-FEW = 8
-WINDOW = 64
-PASSES = 2
 
 _KEY = struct.Struct(">QHI")
 _KEY_LENGTH = len(BAD) + _KEY.size
@@ -199,15 +190,7 @@ class Damages:
         self._later: dict[Copy, tuple[float, float]] = {}
         #: One at a time per sector; an entry lives as long as somebody wants it.
         self._locks: dict[int, tuple[trio.Lock, int]] = {}
-        #: Host -> copies in a row that were bad again after they had been put right.
-        self._relapses: Counter[int] = Counter()
-        #: Host -> monotonic time of the last of them; and, of a stubborn one, until when it is left alone.
-        self._relapsed_at: dict[int, float] = {}
-        self._pausing: dict[int, float] = {}
-        #: Host -> [copies looked at, bad ones] lately; and monotonic time of the last of them.
-        self._seen: dict[int, list[int]] = {}
-        self._seen_at: dict[int, float] = {}
-        self._forgets = max(PASSES * interval, FORGIVEN)
+        self._trust = Trust(seams, interval)
 
     # ------------------------------------------------------------------------------------------------------------
     # Telling
@@ -233,26 +216,8 @@ class Damages:
         return listed | {sector_id for sector_id, _, _ in self._suspects}
 
     def failing(self, host: int) -> str:
-        """Why the host counts as failing; "" if it does not."""
-        if self._seams.clock.monotonic() - self._seen_at.get(host, 0.0) >= self._forgets:
-            self._seen.pop(host, None)
-        looked, bad = self._seen.get(host, (0, 0))
-        if self._stubborn(host):
-            return f"what is put right there is bad again ({self._relapses[host]} times in a row)"
-        return f"{bad} of the last {looked} copies looked at there were bad" if looked >= FEW and 2 * bad > looked else ""
-
-    def _stubborn(self, host: int) -> bool:
-        if self._seams.clock.monotonic() - self._relapsed_at.get(host, 0.0) >= FORGIVEN:
-            self._relapses.pop(host, None)
-        return self._relapses[host] >= STUBBORN
-
-    def _count(self, host: int, *, bad: bool) -> None:
-        seen = self._seen.setdefault(host, [0, 0])
-        seen[0] += 1
-        seen[1] += bad
-        self._seen_at[host] = self._seams.clock.monotonic()
-        if seen[0] >= WINDOW:
-            seen[:] = [seen[0] // 2, seen[1] // 2]
+        """See `Trust.failing`."""
+        return self._trust.failing(host)
 
     # ------------------------------------------------------------------------------------------------------------
     # Looking
@@ -272,7 +237,7 @@ class Damages:
             raise
         except FusefsError as error:
             return Outcome(Found.UNANSWERED, trouble=str(error))
-        self._count(copy.host, bad=False)
+        self._trust.looked(copy.host, bad=False)
         return Outcome(Found.GOOD, size)
 
     async def _look(self, copy: Copy, shard: ShardRecord, *, whole: bool) -> int:
@@ -311,16 +276,16 @@ class Damages:
         except FusefsError as error:
             return Outcome(Found.UNANSWERED, size, trouble=str(error))
         else:
-            self._count(copy.host, bad=False)
+            self._trust.looked(copy.host, bad=False)
             return Outcome(Found.GOOD, size)
         # No await from here to the list: deletions begin with the record.
         if self._named(copy, shard.root) is None:
             return Outcome(Found.GONE, size)
-        self._count(copy.host, bad=True)
+        self._trust.looked(copy.host, bad=True)
         log.warning("%s", why)
         if not self._list(copy, missing=found is Found.MISSING):
             return Outcome(found, size, trouble=f"{MAX_LISTED:,} other copies are bad, and have their turn first")
-        if self._stubborn(copy.host):
+        if self._trust.stubborn(copy.host):
             return Outcome(found, size, trouble=f"host {self._registry.url(copy.host)}: {self.failing(copy.host)}")
         try:
             await self._mend(copy)
@@ -446,11 +411,7 @@ class Damages:
         clock = self._seams.clock.monotonic()
         if self._later.get(copy, (0.0, 0.0))[0] > clock or not self._registry.available(copy.host):
             return False
-        if self._stubborn(copy.host):
-            if now or self._pausing.get(copy.host, 0.0) > clock:
-                return False
-            self._pausing[copy.host] = clock + STUBBORN_PAUSE
-        return True
+        return not (now and self._trust.stubborn(copy.host)) and self._trust.takes_turn(copy.host)
 
     def _failed(self, copy: Copy, error: FusefsError) -> None:
         if self.status.trouble != str(error):
@@ -501,9 +462,8 @@ class Damages:
         try:
             await self._host_io.read_sealed(contract.contract_id, sealed.root, sealed.sector_id, sealed.plaintext_length, named=True)
         except (Corrupt, NotFound) as error:
-            self._relapses[copy.host] += 1
-            self._relapsed_at[copy.host] = self._seams.clock.monotonic()
+            self._trust.relapsed(copy.host)
             # Nothing new should go there either.
             self._hostdb.failed(copy.host, error, ("read", "write"))
             raise
-        self._relapses.pop(copy.host, None)
+        self._trust.kept(copy.host)
