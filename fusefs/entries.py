@@ -19,8 +19,11 @@ def entry_of(attributes: Attributes) -> pyfuse3.EntryAttributes:
 def shown(
     ino: int, mode: int, nlink: int, uid: int, gid: int, rdev: int, size: int, stored: int, atime_ns: int, mtime_ns: int, ctime_ns: int
 ) -> pyfuse3.EntryAttributes:
-    """As `entry_of` what `Attributes` holds. What pyfuse3 has from the beginning is not set: blocks of 4096 bytes, and mostly one name, root
-    and no device; each costs 80 ns, of 600, and a listing is made of these."""
+    """As `entry_of` what `Attributes` holds.
+
+    What pyfuse3 has from the beginning is not set: blocks of 4096 bytes, and mostly one name, root and no device. Each costs 80 ns of 600,
+    and a listing is made of these.
+    """
     entry = pyfuse3.EntryAttributes()
     entry.entry_timeout = CACHE_SECONDS
     entry.attr_timeout = CACHE_SECONDS

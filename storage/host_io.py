@@ -428,7 +428,12 @@ class HostIO:
             if begun is not None:
                 # It may be at work in what is held here, and a shard whose root nobody has noted was sealed (I1).
                 with trio.CancelScope(shield=True):
-                    made = begun.end() if await begun.soon() else await self._seams.threads.run(begun.end)
+                    try:
+                        made = begun.end() if await begun.soon() else await self._seams.threads.run(begun.end)
+                    except BaseException:
+                        # There are no threads to be had, say.
+                        begun.forsake()
+                        raise
                 if made is not None:
                     return self._spent(jobs, made)
         return await self._seams.threads.run(self.seal_all, plaintexts, sector_id)

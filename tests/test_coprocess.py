@@ -34,10 +34,12 @@ from storage.coprocess.arena import FLAGS, SLOT, SMALL_SLOT, Arena
 from storage.coprocess.asked import Asked, Gone
 from storage.coprocess.client import LEAST
 from storage.coprocess.disks import Disks
+from storage.coprocess.process import Process
 from storage.coprocess.sealer import PIECES, Job, Sealer
 from storage.coprocess.wire import Answer, Done, Failed, Put, Read, Request, directory
 from storage.errors import Corrupt, NotFound, Unavailable
 from storage.hosts.directory import DirectoryHost
+from storage.hosts.held import HeldFile
 from storage.hosts.layout import check_name
 from storage.hosts.tree import Tree
 from storage.interfaces import Buffer
@@ -358,6 +360,143 @@ async def test_cancelled_at_any_time_nothing_is_lost_or_given_back_twice(
     gc.collect()
     assert coprocess.arena._memory is not None and len(coprocess.arena._memory.flags) == FLAGS
     assert coprocess.arena.free_slots == free
+
+
+@pytest.mark.parametrize("when", ["soon is over", "cancelled", "sealing"])
+async def test_where_no_thread_can_be_had_nothing_it_works_in_is_lent_again(
+    coprocess: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Nobody can wait for it: it ends, and is not believed to hang for ever."""
+    monkeypatch.setattr(asked_of, "SOON", 60.0 if when == "cancelled" else 0.1)
+    monkeypatch.setattr(client, "PAUSE", 0.0)
+    size = 1 << 20
+    host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
+    whole = coprocess.arena.lend(size)
+    whole[:] = noise(size)
+    sealed, _ = coprocess.seal(KEY, header(size), [whole])
+    await host.put(NAME, sealed)
+    pid = coprocess.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+
+    async def no_thread(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def none_soon(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trio.to_thread, "run_sync", no_thread)
+        patched.setattr(trio.lowlevel, "start_thread_soon", none_soon)
+        if when == "sealing":
+            begun = coprocess.begin_sealing([(KEY, header(size), [whole])])
+            assert begun is not None and not await begun.soon()
+            begun.forsake()
+            begun.forsake()
+        elif when == "cancelled":
+            with trio.move_on_after(0.2) as scope:
+                await host.put(NAME + "2", sealed)
+            assert scope.cancelled_caught
+        else:
+            with pytest.raises(RuntimeError, match="thread"):
+                await host.put(NAME + "2", sealed)
+    assert not alive(pid)
+    assert host._slots.at_work == 0
+    assert host._slots._hanging == []
+    await host.put(NAME + "2", sealed)
+    assert (tmp_path / "h" / (NAME + "2")).read_bytes() == sealed
+
+
+async def test_what_cannot_be_waited_for_by_the_event_loop_is_a_thread_s(
+    coprocess: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel may have no memory for it, or a limit (max_user_watches)."""
+    size = 1 << 20
+    host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
+    sealed, _ = coprocess.seal(KEY, header(size), [noise(size)])
+
+    async def refused(_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trio.lowlevel, "wait_readable", refused)
+        kinds = asked(coprocess, patched)
+        await host.put(NAME, sealed)
+    assert kinds == ["Put"]
+    assert (tmp_path / "h" / NAME).read_bytes() == sealed
+    assert host._slots.at_work == 0
+
+
+async def test_the_event_loop_does_not_wait_for_those_who_wait_for_its_end(
+    coprocess: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs in the kernel is waited for, for a second, by each thread that has given it up: not with the lock."""
+    monkeypatch.setattr(client, "PAUSE", 0.0)
+    size, old = 1 << 20, coprocess._process
+    assert old is not None
+    host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
+    sealed, _ = coprocess.seal(KEY, header(size), [noise(size)])
+    plain, waiting = Process.ended, threading.Semaphore(0)
+    go_on = threading.Event()
+
+    def ended(self: Process, seconds: float = 0.0) -> bool:
+        if self is not old:
+            return plain(self, seconds)
+        if seconds:
+            waiting.release()
+            assert go_on.wait(60)
+        return False
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Process, "ended", ended)
+        threads = [threading.Thread(target=coprocess.give_up, args=(old, old.new_channel(), "no answer", None)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            assert waiting.acquire(timeout=20)
+        bring(coprocess)
+        # In the event loop: it would stand still here.
+        kinds = asked(coprocess, patched)
+        await host.put(NAME, sealed)
+        go_on.set()
+        for thread in threads:
+            thread.join(20)
+    assert kinds == ["Put"]
+    assert old.ended(20)
+
+
+async def test_the_event_loop_starts_no_process_and_closes_no_file(
+    coprocess: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either may take as long as a disk does; of a file that has no name any more even where that does not hang."""
+    size, here, where = 1 << 20, threading.current_thread(), list[tuple[str, bool]]()
+    host = await DirectoryHost.open(str(tmp_path / "h"), Seams(), create=True)
+    sealed, _ = coprocess.seal(KEY, header(size), [noise(size)])
+    plain = subprocess.Popen.__init__
+
+    def started(self: subprocess.Popen[bytes], *args: object, **settings: object) -> None:
+        where.append(("started", threading.current_thread() is here))
+        plain(self, *args, **settings)  # type: ignore[call-overload]
+
+    class Told(HeldFile):
+        __slots__ = ()
+
+        def __del__(self) -> None:
+            where.append(("closed", threading.current_thread() is here))
+            super().__del__()
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", started)
+    monkeypatch.setattr("storage.hosts.tree.HeldFile", Told)
+    await host.put(NAME, sealed)
+    # Held for longer than it is used.
+    await host.get_range(NAME, 0, 100)
+    monkeypatch.setattr("storage.hosts.held.LIFE", 0.0)
+    await host.put(NAME, sealed)
+    coprocess.close()
+    await host.put(NAME, sealed)
+    assert ("closed", False) in where and ("started", False) in where
+    assert not any(loop for _, loop in where), where
+    bring(coprocess)
 
 
 async def test_names_whose_flush_failed_there_are_flushed_before_a_superblock(

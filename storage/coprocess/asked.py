@@ -45,6 +45,10 @@ class Asker(Protocol):
         """It has not answered, and may be at work: it ends, before what it works in is used by anybody else. Blocking."""
         ...
 
+    def forsake(self, process: Process, channel: socket.socket, held: object) -> None:
+        """As `give_up`, without waiting for its end."""
+        ...
+
 
 class Asked:
     """See the module. Made by `Coprocess.begin`. `answer` is called exactly once, by whoever waits for it last; nobody asks on its channel
@@ -58,24 +62,26 @@ class Asked:
         self._held, self._limit, self._wanted = held, limit, wanted
         #: What was received, and has not been looked at by `answer`.
         self._packet: bytes | None = None
+        #: `answer` or `forsake` was called.
+        self._heard = False
 
     async def soon(self) -> bool:
         """For the event loop. True: it has done what it was asked for, and `answer` returns at once. False: not yet, or something went
         wrong: a thread is to call it. Cancelled: a thread is to call it all the same, and nobody needs what it returns."""
         with trio.move_on_after(SOON):
-            await trio.lowlevel.wait_readable(self._channel)
-            # No await from here on.
             try:
+                await trio.lowlevel.wait_readable(self._channel)
+                # No await from here on.
                 self._packet = self._channel.recv(MOST, socket.MSG_DONTWAIT)
                 return type(decode_answer(self._packet)) is Done
             except (OSError, msgspec.DecodeError):
-                # A thread meets it again.
+                # A thread meets it again; or the kernel has no memory to wait for it with.
                 return False
         return False
 
     def answer(self) -> Done:
         """Waits for it, as `Coprocess.ask` does, unless `soon` has."""
-        channel = self._channel
+        channel, self._heard = self._channel, True
         try:
             answer = self._received()
             while isinstance(answer, Wanted):
@@ -91,6 +97,13 @@ class Asked:
         if isinstance(answer, Failed):
             raise _error(answer)
         return answer
+
+    def forsake(self) -> None:
+        """For the event loop, in place of `answer`, where no thread can be had that waits for it: the process ends, and what it may work in
+        is held until it has. Nothing happens where `answer` was called."""
+        if not self._heard:
+            self._heard = True
+            self._asker.forsake(self._process, self._channel, self._held)
 
     def _received(self) -> Answer:
         """OSError: nothing came, or will come."""

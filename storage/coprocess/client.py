@@ -131,10 +131,11 @@ class Coprocess:
         """It ends; it is started again when it is wanted."""
         with self._lock:
             process, self._process = self._process, None
-            if process is not None:
-                process.close()
-                # Killed, it ends at once, unless a disk hangs: then nobody waits for it.
-                if not process.ended(1.0):
+        if process is not None:
+            process.close()
+            # Killed, it ends at once, unless a disk hangs: then nobody waits for it.
+            if not process.ended(1.0):
+                with self._lock:
                     self._ending.append((process, None))
 
     def forget(self) -> None:
@@ -186,19 +187,31 @@ class Coprocess:
         channel.close()
         with self._lock:
             self._end(process, why)
-            if not process.ended(1.0):
-                # It could not be killed, or hangs in the kernel.
+        # Not with the lock, for which the event loop may wait.
+        if not process.ended(1.0):
+            # It could not be killed, or hangs in the kernel.
+            with self._lock:
                 self._ending.append((process, held))
 
-    def _channel(self) -> tuple[Process, socket.socket]:
+    def forsake(self, process: Process, channel: socket.socket, held: object) -> None:
+        """See `Asker`."""
+        channel.close()
         with self._lock:
-            process = self._process
-            if process is None or not process.ready:
-                raise Gone("it is not there")
-            try:
-                return process, process.idle.pop()
-            except IndexError:
-                pass
+            self._end(process, "nobody can wait for it")
+            self._ending.append((process, held))
+
+    def _channel(self) -> tuple[Process, socket.socket]:
+        process = self._process
+        if process is None or not process.ready:
+            raise Gone("it is not there")
+        try:
+            # Without the lock: if the process ends meanwhile, or has, the channel says so.
+            return process, process.idle.pop()
+        except IndexError:
+            pass
+        with self._lock:
+            if self._process is not process:
+                raise Gone("it is not there any more")
             try:
                 return process, process.new_channel()
             except OSError as error:

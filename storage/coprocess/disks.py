@@ -18,13 +18,18 @@ class Disks(Coprocess):
     name = "disks"
     work = "writes to disks"
 
+    def start_for(self, size: int) -> None:
+        """For threads: start it, unless it is there, if it is worth it for so many bytes."""
+        if size >= LEAST:
+            self.start()
+
     def begin_put(
         self, directory: Directory, parts: list[str], data: Buffer, temporary: str, wanted: Wanted, tell: Tell | None
     ) -> Asked | None:
-        """As `Tree.put`, up to where its tag is to be waited for. None: it is to be done here. `tell` is to be told None once it has
-        answered."""
-        place = self.arena.place(data) if len(data) >= LEAST else None
-        if place is None or not self.start():
+        """As `Tree.put`, up to where its tag is to be waited for; also for the event loop. None: it is to be done here. `tell` is to be
+        told None once it has answered."""
+        place = self.arena.place(data) if len(data) >= LEAST and self.there else None
+        if place is None:
             return None
         try:
             flag = None if tell is None else self.arena.flag()
@@ -41,8 +46,8 @@ class Disks(Coprocess):
     ) -> Asked | None:
         """As `Tree.get_range_in` with `opening.take`, up to where it is to be waited for how many bytes there were; `opening.done` is to be
         called then. None: it is to be done here."""
-        place = self.arena.place(opening.target) if length >= LEAST else None
-        if place is None or not self.start():
+        place = self.arena.place(opening.target) if length >= LEAST and self.there else None
+        if place is None:
             return None
         request = Read(directory, parts, offset, length, step, place, opening.offset, opening.key, opening.header)
         try:

@@ -29,8 +29,8 @@ class Sealing:
 
     def __init__(self, asked: Asked, sealed: Sequence[memoryview]) -> None:
         self._asked, self._sealed = asked, sealed
-        #: See `Asked.soon`.
-        self.soon = asked.soon
+        #: See `Asked`.
+        self.soon, self.forsake = asked.soon, asked.forsake
 
     def end(self) -> list[tuple[Buffer, str]] | None:
         """Sealed shards and their roots. None: it is to be done here."""

@@ -30,6 +30,8 @@ class DelegatingTree(Tree):
 
     def get_range_opened(self, parts: list[str], offset: int, length: int, step: int, opening: RangeOpening) -> int:
         """As `get_range_in`, opened."""
+        if self._delegates:
+            DISKS.start_for(length)
         begun = self.begin_reading(parts, offset, length, step, opening)
         return self.get_range_in(parts, offset, length, step, opening.take) if begun is None else begun.end()
 
@@ -41,12 +43,14 @@ class DelegatingTree(Tree):
     def put(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted, tell: Tell | None = None) -> str:
         """As `Tree.put`; failpoints have it done here."""
         self._held.drop("/".join(parts))
+        if self._delegates:
+            DISKS.start_for(len(data))
         begun = self.begin_put(parts, data, temporary, wanted, tell)
         return self.put_here(parts, data, temporary, wanted) if begun is None else begun.end()
 
     def begin_put(self, parts: list[str], data: Buffer, temporary: str, wanted: Wanted, tell: Tell | None) -> Putting | None:
         """As `put`, up to where it is to be waited for; also for the event loop. None: it is to be done here."""
-        if not self._delegates or self._held.find("/".join(parts)) is not None:
+        if not self._delegates or "/".join(parts) in self._held:
             # It is to be let go of, which may take a while.
             return None
         # As where it is done here: until it is known to be flushed, what is listed there may not be durable.
@@ -85,7 +89,7 @@ class DelegatingTree(Tree):
 
     def is_simple(self, parts: list[str], told: Directory) -> bool:
         """Is there nothing that takes a while in `put_there`?"""
-        return told is self._root.told and self._held.find("/".join(parts)) is None
+        return told is self._root.told and "/".join(parts) not in self._held
 
 
 class Reading:
@@ -96,8 +100,8 @@ class Reading:
     ) -> None:
         self._tree, self._asked, self._opening = tree, asked, opening
         self._here = partial(tree.get_range_in, parts, offset, length, step, opening.take)
-        #: See `Asked.soon`.
-        self.soon = asked.soon
+        #: See `Asked`.
+        self.soon, self.forsake = asked.soon, asked.forsake
 
     def end(self) -> int:
         """As `DelegatingTree.get_range_opened`."""
@@ -130,6 +134,13 @@ class Putting:
     async def soon(self) -> bool:
         """See `Asked.soon`."""
         return await self._asked.soon() and self._tree.is_simple(self._parts, self._told)
+
+    def forsake(self) -> None:
+        """See `Asked.forsake`."""
+        self._asked.forsake()
+        self._tree.put_nowhere(self._parts, None)
+        if self._tell is not None:
+            self._tell(None)
 
     def end(self) -> str:
         """As `DelegatingTree.put`."""

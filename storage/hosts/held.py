@@ -55,6 +55,10 @@ class Held:
         file = self._files.get(name)
         return file if file is not None and time.monotonic() - file.opened < LIFE else None
 
+    def __contains__(self, name: str) -> bool:
+        """Is it here, for however long it has been?"""
+        return name in self._files
+
     def hold(self, name: str, file: HeldFile) -> None:
         """From now on `find` finds it, unless nobody could close it in time."""
         with self._lock:

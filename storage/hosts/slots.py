@@ -80,9 +80,13 @@ class Slots:
             return result
         except BaseException:
             slot.give_up()
-            if not slot.ended:
-                # Cancelled: somebody has to wait for it, since what it works in is lent to nobody else before it ends, nor is the slot.
-                trio.lowlevel.start_thread_soon(partial(slot.end_in_thread, begun.end), _nobody_hears)
+            if slot.claim():
+                # Somebody has to wait for it: what it works in is lent to nobody else before it ends, and the slot is its until then.
+                try:
+                    trio.lowlevel.start_thread_soon(partial(slot.work_on, begun.end), _nobody_hears)
+                except RuntimeError:
+                    # There are no threads to be had.
+                    slot.end(begun.forsake)
             raise
 
 
@@ -94,7 +98,11 @@ class Begun(Protocol[T_co]):
         ...
 
     def end(self) -> T_co:
-        """Called exactly once, and waits for it."""
+        """Called once, and waits for it."""
+        ...
+
+    def forsake(self) -> None:
+        """In place of `end`, in the event loop: nobody can wait for it. What it works in is lent to nobody else until it has ended."""
         ...
 
 
@@ -115,7 +123,7 @@ class Slot:
         self._lock = threading.Lock()
         self._begun = False
         self._ended = False
-        #: A thread waits for the end of what was begun elsewhere.
+        #: Somebody waits for the end of what was begun elsewhere; set once.
         self._awaited = False
         self._given_up = False
         self._told: Callable[[], None] | None = None
@@ -125,18 +133,20 @@ class Slot:
             if self._given_up:
                 raise Abandoned
             self._begun = True
-        return self._work(fn, *args)
+        return self.work_on(fn, *args)
 
     def begin(self) -> None:
         """In the event loop: the work is done elsewhere from now on."""
         with self._lock:
             self._begun = True
 
-    @property
-    def ended(self) -> bool:
-        """Has the work ended, well or not?"""
+    def claim(self) -> bool:
+        """Of what was begun elsewhere. True: it has not ended, and who asks is the one who waits for its end from now on."""
         with self._lock:
-            return self._ended
+            if self._ended or self._awaited:
+                return False
+            self._awaited = True
+            return True
 
     def end(self, end: Callable[[], T]) -> T:
         """In the event loop: it has been done."""
@@ -149,13 +159,12 @@ class Slot:
 
     def end_in_thread(self, end: Callable[[], T]) -> T:
         """Wait for its end. Abandoned if another thread does."""
-        with self._lock:
-            if self._awaited:
-                raise Abandoned
-            self._awaited = True
-        return self._work(end)
+        if not self.claim():
+            raise Abandoned
+        return self.work_on(end)
 
-    def _work(self, fn: Callable[..., T], *args: object) -> T:
+    def work_on(self, fn: Callable[..., T], *args: object) -> T:
+        """In a thread: it has begun, and has ended when this returns."""
         try:
             return fn(*args)
         finally:

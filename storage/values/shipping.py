@@ -79,6 +79,8 @@ class Shipper:
         #: Invariant: bytes that neither the journal nor a pending commit has, of all tails (size - journaled), and those tails by value.
         self.unsafe = 0
         self.uncommitted: dict[int, Tail] = {}
+        #: Bytes that appends may bring besides before the journal's room is looked at again.
+        self.granted = 0
         #: Cargos flying or parked.
         self._cargos: set[Cargo] = set()
         #: What hosts said last, while they refuse; None from the next success on.
@@ -105,6 +107,11 @@ class Shipper:
     def unsafe_tails(self) -> int:
         """How many have bytes that neither the journal nor a pending commit has."""
         return len(self.uncommitted)
+
+    @property
+    def spoken_for(self) -> int:
+        """Bytes that the journal is to have room for in any case, whatever else it takes."""
+        return self.unsafe + self.granted
 
     @property
     def _used(self) -> int:
@@ -553,7 +560,9 @@ class Shipper:
         self._relogged_in = self._store.applied_sequence + 1
         for value_id in dict(self._store.pinned_tails()):
             tail = self._tails.get(value_id)
-            if tail is None or not self._store.has_room(0, self.unsafe + tail.journaled - tail.sealed, self.unsafe_tails + 1, RELOG_KEPT):
+            if tail is None or not self._store.has_room(
+                0, self.spoken_for + tail.journaled - tail.sealed, self.unsafe_tails + 1, RELOG_KEPT
+            ):
                 # What cannot be written once more stays where it is.
                 continue
             self.mark(tail, tail.sealed)

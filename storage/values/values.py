@@ -45,8 +45,8 @@ LANDED = 160
 APPEND_KEPT, CREATE_KEPT = 0.5, 0.25
 #: Bytes of appends (and of what stands beside them) for which the journal's room is looked at once.
 ALLOWANCE = 32 * 1024
-#: Large appends for which it is, and what is to be left over besides then, as a share of a segment.
-ALLOWED, STREAM_KEPT = 8, 1.0
+#: The same of large appends, and what is to be left over besides then, as a share of a segment.
+LARGE_ALLOWANCE, STREAM_KEPT = 1024 * 1024, 1.0
 #: Bytes of a tail that a commit puts into the journal although they are in flight. Waiting for a sector of very many small files to come
 #: down takes seconds, and those bytes are hardly any.
 LITTLE = 4096
@@ -116,8 +116,6 @@ class Values:
         self._refused: tuple[FusefsError, float] | None = None
         #: Values freed that had bytes in the journal, and how many of them there were when a commit was begun that was made.
         self._removed = self._removed_durably = 0
-        #: Bytes that may be appended before the journal's room is looked at again.
-        self._allowance = 0
 
     def set_path_of(self, path_of: Callable[[int], bytes | None]) -> None:
         """How sector tables name the owner of a value: wired by the volume, since names stand above values."""
@@ -278,23 +276,25 @@ class Values:
         if self.local_trouble is not None or self._store.failure is not None or self._store.overdue:
             return False
         cost = length + BESIDE
-        if cost > self._allowance:
+        shipper = self.shipper
+        if cost > shipper.granted:
             # Looked at for several appends at a time: what comes between them is within what is kept.
-            if length >= LARGE and self._assured(ALLOWED * cost, STREAM_KEPT):
-                self._allowance = ALLOWED * cost
+            shipper.granted = 0
+            if length >= LARGE and self._assured(cost + LARGE_ALLOWANCE, STREAM_KEPT):
+                shipper.granted = cost + LARGE_ALLOWANCE
             elif self._assured(length + ALLOWANCE, APPEND_KEPT):
-                self._allowance = ALLOWANCE + cost
+                shipper.granted = cost + ALLOWANCE
             else:
                 return False
-        if not self.shipper.has_room(length):
+        if not shipper.has_room(length):
             return False
-        self._allowance -= cost
+        shipper.granted -= cost
         return True
 
     def _assured(self, length: int, kept: float) -> bool:
         """Would everything accepted so far, and `length` bytes more, find room in the journal as it stands on the disk? Arithmetic only."""
         tails = self.shipper.unsafe_tails + 1
-        return self._store.has_room(self._beside(tails), self.shipper.unsafe + length, tails, kept)
+        return self._store.has_room(self._beside(tails), self.shipper.spoken_for + length, tails, kept)
 
     def _beside(self, unsafe: int) -> int:
         """Bytes of operations that tails have yet to bring, of which so many have bytes the journal does not have. What takes them out of a
@@ -304,6 +304,7 @@ class Values:
     async def _wait_room(self, length: int) -> None:
         """Until there is room for `length` bytes in memory, and in the journal (I7: what is accepted can be made durable)."""
         shipper = self.shipper
+        shipper.granted = 0
         deadline = trio.current_time() + ROOM_WAIT
         while True:
             await shipper.wait_room(length)
@@ -333,7 +334,7 @@ class Values:
         """Have the journal's files grow by what `length` bytes need. Returns why they cannot; None: they did, or their limit is reached."""
         tails = self.shipper.unsafe_tails + 1
         try:
-            await self._store.make_room(self._beside(tails), self.shipper.unsafe + length, tails, APPEND_KEPT)
+            await self._store.make_room(self._beside(tails), self.shipper.spoken_for + length, tails, APPEND_KEPT)
         except Fenced:
             raise
         except FusefsError as error:
@@ -660,7 +661,7 @@ class Values:
         self._removed_durably = max(removed, self._removed_durably)
         if self._store.room_to_spare:
             shipper = self.shipper
-            self._store.keep_room(self._beside(shipper.unsafe_tails), shipper.unsafe, shipper.unsafe_tails, APPEND_KEPT)
+            self._store.keep_room(self._beside(shipper.unsafe_tails), shipper.spoken_for, shipper.unsafe_tails, APPEND_KEPT)
 
     def check_room(self) -> None:
         local = self.local_trouble
