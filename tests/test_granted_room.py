@@ -19,17 +19,19 @@ from storage.volume import Volume
 from tests.rig import QUIET, append, host_dirs, make, new_value, noise, opened
 
 MIB = 1024 * 1024
-SEGMENT = 2 * MIB
-OPTIONS = replace(QUIET, journal_segment=SEGMENT, journal_limit=64 * MIB, tail_budget=32 * MIB)
+SEGMENT = 8 * MIB
+OPTIONS = replace(QUIET, journal_segment=SEGMENT, journal_limit=256 * MIB, tail_budget=64 * MIB)
 
 
-async def trim(volume: Volume) -> None:
-    """Segments are at hand for what is written at full rate, and given back when a commit needs them no more."""
+async def stream(volume: Volume) -> None:
+    """Segments are at hand for what is written at full rate, until a commit gives back what it does not need."""
     value = new_value(volume)
     while len(volume.store._journal._prepared) < 6:
         with trio.CancelScope(shield=True):
             await append(volume, value, bytes(MIB))
-    await volume.flush()
+    with trio.fail_after(20):
+        while volume.values.shipper.unsafe > 5 * MIB:
+            await trio.sleep(0.02)
 
 
 def none(_: Volume) -> None:
@@ -61,7 +63,7 @@ async def test_what_is_accepted_at_once_can_be_committed_on_a_full_disk(
     monkeypatch.setattr(values, "ROOM_WAIT", 1.0)
     await make(tmp_path / "v", host_dirs(tmp_path, 1), sector_size=4 * MIB)
     async with opened(tmp_path / "v", options=OPTIONS) as volume:
-        await trim(volume)
+        await stream(volume)
         # Nothing lands from here on: the journal has to take it.
         (tmp_path / "host0").rename(tmp_path / "away")
         value = new_value(volume)
@@ -77,7 +79,7 @@ async def test_what_is_accepted_at_once_can_be_committed_on_a_full_disk(
             between(volume)
             # No await: nothing can be waited for.
             accepted = 0
-            while accepted < 16 * MIB and volume.values.reserve_now(value, size):
+            while accepted < 32 * MIB and volume.values.reserve_now(value, size):
                 volume.values.append_now(value, noise(size))
                 accepted += size
             await volume.values.commit_all()
