@@ -18,6 +18,7 @@ from scripts.benchmarks.report import Run
 from scripts.benchmarks.runner import chosen, measure
 from scripts.benchmarks.seaweed import Seaweed
 from scripts.benchmarks.systems import Fusefs
+from scripts.benchmarks.tables import documents
 from scripts.benchmarks.works import QUICK
 from tests.cli_runner import ROOT
 
@@ -192,3 +193,9 @@ def test_of_times_less_is_better() -> None:
         run.add(system, {"append to seen, us": micros})
     (compared,) = run.comparisons()
     assert (compared["to disk"], compared["to best peer"]) == (0.5, 4.0)
+
+
+def test_the_figures_in_the_documents_are_those_of_the_run_they_name() -> None:
+    """Whoever runs `scripts/bench` again puts them there with scripts/benchmarks/tables.py."""
+    for path, text in documents().items():
+        assert path.read_text() == text, f"{path.name}: python -m scripts.benchmarks.tables"
