@@ -386,7 +386,7 @@ async def test_a_shard_that_went_to_another_host_because_it_could_not_be_recorde
     async with opened(tmp_path / "v") as volume, trio.open_nursery() as nursery:
         sector_id = await volume.sectors.allocate_sector("2+2")
         layout = layout_of("2+2", 1000)
-        shards, _ = volume.sectors._seal(sector_id, layout, [noise(1000)])
+        shards, _ = await volume.sectors._seal(sector_id, layout, [noise(1000)])
         told: list[tuple[bool, list[int]]] = []
 
         def landed(sector_id: int, replication: str, length: int, records: list[ShardRecord], *, full: bool) -> None:

@@ -162,7 +162,11 @@ class SectorManager:
         del self._unused[sector_id]
         # Acquired here, released by whoever ends the last shard: sealed bytes never pile up behind a slow host (I7).
         slot = object()
-        await self._uploads.acquire_on_behalf_of(slot)
+        try:
+            # The usual case, without a checkpoint.
+            self._uploads.acquire_on_behalf_of_nowait(slot)
+        except trio.WouldBlock:
+            await self._uploads.acquire_on_behalf_of(slot)
         upload = Upload(self._way, sector_id, replication, layout, lambda: self._end_upload(upload, slot))
         self._under_way[upload] = trio.Event()
         tried = False
