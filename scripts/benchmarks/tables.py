@@ -2,7 +2,7 @@
 
 python -m scripts.benchmarks.tables
 
-<!-- table: NAME, by scripts/benchmarks/tables.py -->
+<!-- table: NAME, by scripts.benchmarks.tables -->
 ...
 <!-- end -->
 """
@@ -131,7 +131,7 @@ TABLES: dict[str, dict[str, Callable[[Found], str]]] = {
 def filled(text: str, tables: dict[str, Callable[[Found], str]], found: Found) -> str:
     """A document with its tables as the run has them. ValueError: a mark is missing."""
     for name, table in tables.items():
-        begin, end = f"<!-- table: {name}, by scripts/benchmarks/tables.py -->\n", "\n<!-- end -->"
+        begin, end = f"<!-- table: {name}, by scripts.benchmarks.tables -->\n", "\n<!-- end -->"
         before, mark, rest = text.partition(begin)
         _, other, after = rest.partition(end)
         if not mark or not other:
