@@ -51,8 +51,8 @@ class Asker(Protocol):
 
 
 class Asked:
-    """See the module. Made by `Coprocess.begin`. `answer` is called exactly once, by whoever waits for it last; nobody asks on its channel
-    before that has returned."""
+    """See the module. Made by `Coprocess.begin`. `answer` is called exactly once, by whoever waits for it last, or `forsake` in its place;
+    nobody asks on its channel before that has returned."""
 
     def __init__(
         self, asker: Asker, process: Process, channel: socket.socket, held: object, limit: int, wanted: Callable[[], None] | None

@@ -10,9 +10,10 @@ is never reused. An *object* is a named run of bytes on it, replaced whole or no
     directory, memory     implementations of `interfaces.Host`
     faults     a wrapper with the same Protocol, that fails on order
 
-The directory host, from what the event loop asks down to the disk; below `directory` all blocks, and is called in threads:
+The directory host, from what the event loop asks down to the disk; below `directory` all blocks, and is called
+in threads, but for what begins a call in the coprocess:
 
-    directory  a hop into a thread for each call      (slots: how many there are, and changes that were given up)
+    directory  a hop into a thread for each call, or the coprocess      (slots: how many there are, and changes that were given up)
     delegating has the coprocess put and read what is large
     tree       objects as files: read, listed, put, deleted
     held       files that stay open for a second      direct     large pieces of files, past the page cache

@@ -1,4 +1,4 @@
-"""Slots: how many threads may work for one host at a time, and what becomes of those whose callers have given up.
+"""Slots: how many calls may be at work for one host at a time, and what becomes of those whose callers have given up.
 
 A call in a slot can be given up by cancelling it; the slot is free again when the *thread* ends. So one host that hangs never holds more
 than its own threads. What a coprocess does takes a slot as well, and a thread only where it does not end soon, or is given up.
@@ -36,7 +36,7 @@ class Slots:
 
     @property
     def at_work(self) -> int:
-        """Threads that have not ended, given up or not."""
+        """Calls that have not ended, given up or not."""
         return int(self._limiter.borrowed_tokens)
 
     async def read(self, fn: Callable[..., T], *args: object, begin: Callable[[], Begun[T] | None] | None = None) -> T:
@@ -111,7 +111,8 @@ def _nobody_hears(_: object) -> None:
 
 
 class Slot:
-    """One borrowed slot. Given back exactly once: by the thread when it ends, or by the caller if the thread never began."""
+    """One borrowed slot. Given back exactly once: by the thread when it ends, by the event loop when what was begun elsewhere has ended in
+    time, or by the caller if nothing ever began."""
 
     def __init__(self, slots: trio.CapacityLimiter, name: str = "", hanging: list[str] | None = None) -> None:
         """`name` is in `hanging`, which belongs to the event loop, from when the caller gives up until the thread ends."""
