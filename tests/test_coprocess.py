@@ -277,8 +277,9 @@ async def test_a_sector_of_a_stream_is_sealed_and_put_without_a_thread(tmp_path:
         return await run(fn, *args, **settings)  # type: ignore[arg-type]
 
     pair.start()
-    while not (pair.SEALING.start() & pair.DISKS.start()):
-        await trio.sleep(0.01)
+    with trio.fail_after(20):
+        while not (pair.SEALING.start() & pair.DISKS.start()):
+            await trio.sleep(0.01)
     await create_volume(tmp_path / "v", "pass", hosts=[f"dir:{tmp_path / 'h'}"])
     async with open_volume(tmp_path / "v", passphrase="pass", options=VolumeOptions(coprocesses=True)) as volume:
         fd = await volume.files.open("stream", write=True)
