@@ -8,6 +8,7 @@ import errno
 import logging
 import stat
 from collections.abc import Sequence
+from functools import partial
 from itertools import repeat
 from operator import length_hint
 
@@ -164,18 +165,20 @@ class DirectoryHandlers(HandlerBase):
             if count:
                 after = page.cookies[count - 1]
             if not fitted:
-                self.listings.full(ino, after, len(sent))
-                self.receiver.give_way()  # the kernel has enough to do with this reply, and we with the next
+                self._go_on_ahead(ino, after, len(sent))
                 return
             if self.listings.ended:
                 self.listings.done(ino, after)
                 return
             if len(sent) >= FETCH_MOST:
                 # A program that asks for a megabyte gets it in several replies: others have their turn in between.
-                self.listings.full(ino, after, len(sent))
-                self.receiver.give_way()
+                self._go_on_ahead(ino, after, len(sent))
                 return
             page = self.listings.more(ino, after)
+
+    def _go_on_ahead(self, ino: int, after: int, sent: int) -> None:
+        """The kernel has enough to do with this reply, and we with the next."""
+        self.receiver.afterwards(partial(self.listings.go_on, ino, after, sent))
 
     @guarded
     async def releasedir(self, fh: int) -> None:

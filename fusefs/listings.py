@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 
 import pyfuse3
-import trio
 
 from fusefs.entries import shown
 from storage import Listed, Namespace
@@ -26,20 +25,17 @@ NOTHING: Page = Listed((), (), (), ())
 
 
 class Listings:
-    """One mount's. `run` is a task; without it nothing is fetched ahead."""
+    """One mount's."""
 
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
         #: Entries to fetch for the next reply.
         self._count = FETCH_FIRST
-        #: (directory, cookie it goes on after) of the page to fetch; None: none is.
-        self._wanted: tuple[int, int] | None = None
         #: What was fetched ahead: where, the namespace's version then, and whether it reaches to the end. One page: who lists alone is the
         #: usual case.
         self._ahead: tuple[tuple[int, int], int, Page, bool] | None = None
         #: What was given out last reaches to the directory's end.
         self.ended = False
-        self._wake = trio.Event()
 
     def first(self, ino: int, after: int) -> Page:
         """The entries to begin a reply with. Raises as `Namespace.listing`."""
@@ -65,23 +61,13 @@ class Listings:
         """A reply took the last entry, which is at cookie `after`: the kernel asks once more, and is told so."""
         self._ahead = ((ino, after), self._namespace.version, NOTHING, True)
 
-    def full(self, ino: int, after: int, sent: int) -> None:
-        """A reply took `sent` entries, up to cookie `after`: the next will take about as many, and be asked for."""
+    def go_on(self, ino: int, after: int, sent: int) -> None:
+        """A reply took `sent` entries, up to cookie `after`: the next will take about as many, and be asked for. Does not raise."""
         # So that it is found to be full by the entries at hand: one more, and two for "." and ".." which the first reply has besides.
-        self._count = min(max(sent + 3, FETCH_LEAST), FETCH_MOST)
-        self._wanted = (ino, after)
-        self._wake.set()
-
-    async def run(self) -> None:
-        """Until cancelled."""
-        while True:
-            await self._wake.wait()
-            self._wake = trio.Event()
-            if self._wanted is None:
-                continue
-            place, self._wanted = self._wanted, None
-            try:
-                version, page = self._namespace.version, self._page(*place, self._count)
-                self._ahead = (place, version, page, len(page.names) < self._count)
-            except Exception as error:  # noqa: BLE001  whatever it is, the handler that needs the page meets it, and answers
-                log.debug("inode %d could not be listed ahead of need: %s", place[0], error)
+        count = self._count = min(max(sent + 3, FETCH_LEAST), FETCH_MOST)
+        try:
+            version, page = self._namespace.version, self._page(ino, after, count)
+        except Exception as error:  # noqa: BLE001  whatever it is, the handler that needs the page meets it, and answers
+            log.debug("inode %d could not be listed ahead of need: %s", ino, error)
+        else:
+            self._ahead = ((ino, after), version, page, len(page.names) < count)

@@ -163,6 +163,7 @@ class Receiver:
         self._either: Callable[[float], list[tuple[int, int]]] | None = None
         self._runnable = _Runnable()
         self._until = 0.0
+        self._afterwards: Callable[[], None] | None = None
         # With one core, whoever is to send the next request cannot run while it is looked for.
         self._spin = SPIN if len(os.sched_getaffinity(0)) > 1 else 0.0
 
@@ -182,9 +183,11 @@ class Receiver:
         """Has a request come that nobody has received yet?"""
         return self._poll is not None and bool(self._poll(0))
 
-    def give_way(self) -> None:
-        """There is work besides requests: the scheduler gets its pass before the next request is looked for."""
-        self._until = 0.0
+    def afterwards(self, work: Callable[[], None]) -> None:
+        """For a handler: what to do once its answer has been sent, before the next request is looked for, while kernel and program are busy
+        with the answer. It does not raise, and takes less than a step may. Of two the later replaces the earlier: it is what can be left undone.
+        """
+        self._afterwards = work
 
     # ---- what pyfuse3 looks for in its `trio`
 
@@ -200,6 +203,10 @@ class Receiver:
             yield _Nursery(nursery, self._turn)
 
     def wait_readable(self, fd: int) -> Awaitable[None]:
+        work = self._afterwards
+        if work is not None:
+            self._afterwards = None
+            work()
         poll = self._poll
         if poll is not None:
             now = perf_counter()
