@@ -184,9 +184,8 @@ class Receiver:
         return self._poll is not None and bool(self._poll(0))
 
     def afterwards(self, work: Callable[[], None]) -> None:
-        """For a handler: what to do once its answer has been sent, before the next request is looked for, while kernel and program are busy
-        with the answer. It does not raise, and takes less than a step may. Of two the later replaces the earlier: it is what can be left undone.
-        """
+        """For a handler: to be done once its answer has been sent, before the next request is looked for, while kernel and program are busy
+        with the answer. `work` does not raise, takes less than a step may, and may be left undone: of two the later replaces the first."""
         self._afterwards = work
 
     # ---- what pyfuse3 looks for in its `trio`

@@ -31,6 +31,7 @@ from storage.abandoned import Abandoned
 from storage.coprocess import asked as asked_of
 from storage.coprocess import client, pair, sealer, serve
 from storage.coprocess.arena import FLAGS, SLOT, SMALL_SLOT, Arena
+from storage.coprocess.aside import EventLoop
 from storage.coprocess.asked import Asked, Gone
 from storage.coprocess.client import LEAST
 from storage.coprocess.disks import Disks
@@ -229,7 +230,7 @@ async def test_what_is_given_up_before_the_rename_does_not_happen(coprocess: Bot
     if how == "orphaned":
         memory = memoryview(bytearray(2 * size))
         put = Put(host._tree._root.told, check_name(NAME), (0, size), "temporary", size)
-        answer = serve.Channel(socket.socket(), memory, os.getppid() + 1)._answer(put)
+        answer = serve.Channel(socket.socket(), memory, os.getppid() + 1, EventLoop(os.getppid()))._answer(put)
         assert answer == Failed("Abandoned", "")
     else:
         with pytest.raises(Abandoned):
@@ -766,7 +767,7 @@ def test_what_it_has_not_enough_of_is_no_error_of_the_disk(number: int, monkeypa
     request = Read(
         directory("/nowhere", "dir:/nowhere", (0, 0)), ["a"], 64, BLOCK + TAG_SIZE, BLOCK, (0, BLOCK), 0, KEY, header(BLOCK).encode()
     )
-    answer = serve.Channel(socket.socket(), memory, os.getppid())._answer(request)
+    answer = serve.Channel(socket.socket(), memory, os.getppid(), EventLoop(os.getppid()))._answer(request)
     assert isinstance(answer, Failed)
     assert answer.kind == ("Unavailable" if number == errno.EIO else "Gone")
 

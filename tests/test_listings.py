@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pyfuse3
 import pytest
-import trio
-import trio.testing
 
 from fusefs.entries import entry_of
 from fusefs.listings import FETCH_FIRST, FETCH_LEAST, FETCH_MOST, NOTHING, Listings, Page
@@ -68,15 +64,10 @@ def part(page: Page, start: int, stop: int | None = None) -> Page:
     return Page(*(column[start:stop] for column in page))
 
 
-@asynccontextmanager
-async def ahead(rig: Rig) -> AsyncIterator[tuple[Listings, Watched]]:
-    """Listings that run."""
+def ahead(rig: Rig) -> tuple[Listings, Watched]:
+    """Listings, and what they ask."""
     watched = Watched(rig.ns)
-    listings = Listings(watched)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(listings.run)
-        yield listings, watched
-        nursery.cancel_scope.cancel()
+    return Listings(watched), watched
 
 
 def filled(count: int) -> Rig:
@@ -88,18 +79,17 @@ def filled(count: int) -> Rig:
 
 async def test_where_a_reply_was_full_the_next_page_is_there_when_it_is_asked_for() -> None:
     rig = filled(100)
-    async with ahead(rig) as (listings, watched):
-        page = listings.first(ROOT, 0)
-        assert list(page.names) == [b"%03d" % number for number in range(100)]
-        listings.full(ROOT, page.cookies[39], 40)
-        await trio.testing.wait_all_tasks_blocked()
-        # As many as fitted, the dots of a first reply, and the one that shows that it is full.
-        assert watched.asked == [(ROOT, 0, FETCH_FIRST), (ROOT, page.cookies[39], 43)]
-        assert shown(listings.first(ROOT, page.cookies[39])) == shown(part(page, 40, 83))
-        assert len(watched.asked) == 2
-        # It is sent once.
-        assert shown(listings.first(ROOT, page.cookies[39])) == shown(part(page, 40, 83))
-        assert len(watched.asked) == 3
+    listings, watched = ahead(rig)
+    page = listings.first(ROOT, 0)
+    assert list(page.names) == [b"%03d" % number for number in range(100)]
+    listings.go_on(ROOT, page.cookies[39], 40)
+    # As many as fitted, the dots of a first reply, and the one that shows that it is full.
+    assert watched.asked == [(ROOT, 0, FETCH_FIRST), (ROOT, page.cookies[39], 43)]
+    assert shown(listings.first(ROOT, page.cookies[39])) == shown(part(page, 40, 83))
+    assert len(watched.asked) == 2
+    # It is sent once.
+    assert shown(listings.first(ROOT, page.cookies[39])) == shown(part(page, 40, 83))
+    assert len(watched.asked) == 3
 
 
 @pytest.mark.parametrize("change", ["write", "chmod", "create", "unlink", "rename", "truncate", "link"])
@@ -107,98 +97,95 @@ async def test_what_was_fetched_ahead_is_not_sent_once_anything_has_changed(chan
     rig = filled(60)
     ino = rig.ns.lookup(ROOT, b"050")
     await rig.ns.write(rig.ns.lookup(ROOT, b"051"), 0, b"full")
-    async with ahead(rig) as (listings, _):
-        page = listings.first(ROOT, 0)
-        at = page.cookies[39]
-        listings.full(ROOT, at, 40)
-        await trio.testing.wait_all_tasks_blocked()
-        if change == "write":
-            await rig.ns.write(ino, 0, b"more")
-        elif change == "chmod":
-            rig.ns.set_attributes(ino, mode=0o600)
-        elif change == "create":
-            rig.file(b"new")
-        elif change == "unlink":
-            rig.ns.unlink(ROOT, b"050")
-        elif change == "rename":
-            await rig.ns.rename(ROOT, b"050", ROOT, b"renamed")
-        elif change == "truncate":
-            rig.ns.truncate(rig.ns.lookup(ROOT, b"051"), 0)
-        else:
-            rig.ns.link(ino, ROOT, b"another")
-        assert shown(listings.first(ROOT, at)) == listed(rig, ROOT, at, 43) != shown(part(page, 40, 83))
+    listings, _ = ahead(rig)
+    page = listings.first(ROOT, 0)
+    at = page.cookies[39]
+    listings.go_on(ROOT, at, 40)
+    if change == "write":
+        await rig.ns.write(ino, 0, b"more")
+    elif change == "chmod":
+        rig.ns.set_attributes(ino, mode=0o600)
+    elif change == "create":
+        rig.file(b"new")
+    elif change == "unlink":
+        rig.ns.unlink(ROOT, b"050")
+    elif change == "rename":
+        await rig.ns.rename(ROOT, b"050", ROOT, b"renamed")
+    elif change == "truncate":
+        rig.ns.truncate(rig.ns.lookup(ROOT, b"051"), 0)
+    else:
+        rig.ns.link(ino, ROOT, b"another")
+    assert shown(listings.first(ROOT, at)) == listed(rig, ROOT, at, 43) != shown(part(page, 40, 83))
 
 
 async def test_another_place_is_fetched_when_it_is_asked_for() -> None:
     rig = filled(60)
     below = rig.dir(b"sub")
     rig.file(b"x", below)
-    async with ahead(rig) as (listings, _):
-        page = listings.first(ROOT, 0)
-        listings.full(ROOT, page.cookies[39], 40)
-        await trio.testing.wait_all_tasks_blocked()
-        assert list(listings.first(below, 0).names) == [b"x"]
-        assert shown(listings.first(ROOT, page.cookies[9])) == listed(rig, ROOT, page.cookies[9], 43)
+    listings, _ = ahead(rig)
+    page = listings.first(ROOT, 0)
+    listings.go_on(ROOT, page.cookies[39], 40)
+    assert list(listings.first(below, 0).names) == [b"x"]
+    assert shown(listings.first(ROOT, page.cookies[9])) == listed(rig, ROOT, page.cookies[9], 43)
 
 
 async def test_how_much_is_fetched_follows_how_much_fits_within_bounds() -> None:
     rig = filled(5)
-    async with ahead(rig) as (listings, watched):
-        for sent, wanted in ((0, FETCH_LEAST), (100, 103), (1_000_000, FETCH_MOST)):
-            listings.full(ROOT, 1, sent)
-            await trio.testing.wait_all_tasks_blocked()
-            assert watched.asked[-1] == (ROOT, 1, wanted)
+    listings, watched = ahead(rig)
+    for sent, wanted in ((0, FETCH_LEAST), (100, 103), (1_000_000, FETCH_MOST)):
+        listings.go_on(ROOT, 1, sent)
+        assert watched.asked[-1] == (ROOT, 1, wanted)
 
 
 async def test_what_cannot_be_listed_is_said_when_it_is_asked_for_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = filled(60)
-    async with ahead(rig) as (listings, watched):
-        page = listings.first(ROOT, 0)
-        with monkeypatch.context() as context:
+    listings, watched = ahead(rig)
+    page = listings.first(ROOT, 0)
+    with monkeypatch.context() as context:
 
-            def broken(ino: int, after: int, limit: int, show: Any) -> Any:
-                raise ZeroDivisionError("a bug, on purpose")
+        def broken(ino: int, after: int, limit: int, show: Any) -> Any:
+            raise ZeroDivisionError("a bug, on purpose")
 
-            context.setattr(watched, "listing", broken)
-            listings.full(ROOT, page.cookies[39], 40)
-            await trio.testing.wait_all_tasks_blocked()
-            with pytest.raises(ZeroDivisionError):
-                listings.first(ROOT, page.cookies[39])
-        assert shown(listings.first(ROOT, page.cookies[39])) == shown(part(page, 40))
+        context.setattr(watched, "listing", broken)
+        listings.go_on(ROOT, page.cookies[39], 40)
+        with pytest.raises(ZeroDivisionError):
+            listings.first(ROOT, page.cookies[39])
+    assert shown(listings.first(ROOT, page.cookies[39])) == shown(part(page, 40))
 
 
 async def test_the_end_is_known_when_it_is_reached_and_what_comes_after_it_is_seen() -> None:
     rig = filled(60)
-    async with ahead(rig) as (listings, watched):
-        page = listings.first(ROOT, 0)
-        assert listings.ended
-        listings.done(ROOT, page.cookies[-1])
-        assert listings.first(ROOT, page.cookies[-1]) == NOTHING
-        assert len(watched.asked) == 1
-        listings.done(ROOT, page.cookies[-1])
-        rig.file(b"later")
-        assert list(listings.first(ROOT, page.cookies[-1]).names) == [b"later"]
-        # A page as long as was asked for may be followed by others.
-        listings.full(ROOT, 0, 27)
-        await trio.testing.wait_all_tasks_blocked()
-        assert len(listings.first(ROOT, 0).names) == FETCH_LEAST
-        assert not listings.ended
-        assert len(listings.more(ROOT, page.cookies[29]).names) == FETCH_LEAST
-        assert not listings.ended
-        assert listings.more(ROOT, page.cookies[59]).names[0] == b"later"
-        assert listings.ended
+    listings, watched = ahead(rig)
+    page = listings.first(ROOT, 0)
+    assert listings.ended
+    listings.done(ROOT, page.cookies[-1])
+    assert listings.first(ROOT, page.cookies[-1]) == NOTHING
+    assert len(watched.asked) == 1
+    listings.done(ROOT, page.cookies[-1])
+    rig.file(b"later")
+    assert list(listings.first(ROOT, page.cookies[-1]).names) == [b"later"]
+    # A page as long as was asked for may be followed by others.
+    listings.go_on(ROOT, 0, 27)
+    assert len(listings.first(ROOT, 0).names) == FETCH_LEAST
+    assert not listings.ended
+    assert len(listings.more(ROOT, page.cookies[29]).names) == FETCH_LEAST
+    assert not listings.ended
+    assert listings.more(ROOT, page.cookies[59]).names[0] == b"later"
+    assert listings.ended
 
 
-async def test_a_page_fetched_ahead_is_not_the_end_because_another_reply_took_more() -> None:
+async def test_of_two_that_list_the_later_has_its_page_and_the_other_loses_nothing() -> None:
     rig = filled(100)
-    async with ahead(rig) as (listings, _):
-        page = listings.first(ROOT, 0)
-        listings.full(ROOT, page.cookies[9], 30)
-        await trio.testing.wait_all_tasks_blocked()
-        # Of another directory, by somebody with larger replies; its page is not fetched yet.
-        listings.full(ROOT, 0, 1000)
-        assert shown(listings.first(ROOT, page.cookies[9])) == shown(part(page, 10, 43))
-        assert not listings.ended
+    listings, watched = ahead(rig)
+    page = listings.first(ROOT, 0)
+    listings.go_on(ROOT, page.cookies[9], 30)
+    listings.go_on(ROOT, page.cookies[49], 30)
+    asked = len(watched.asked)
+    assert shown(listings.first(ROOT, page.cookies[49])) == shown(part(page, 50, 83))
+    assert len(watched.asked) == asked
+    assert not listings.ended
+    assert shown(listings.first(ROOT, page.cookies[9])) == shown(part(page, 10, 43))
+    assert not listings.ended
 
 
 # ---- readdir: what a reply takes is pinned, once for each entry, and nothing else is (R4)

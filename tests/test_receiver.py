@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pyfuse3
+import pytest
 import trio
 import trio.testing
 
@@ -35,6 +36,8 @@ class Names(pyfuse3.Operations):
         self.receiver = Receiver()
         self.asked = trio.Event()
         self.go = trio.Event()
+        #: What looking for "after" leaves to be done.
+        self.done = threading.Event()
 
     def _entry(self, ino: int) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
@@ -55,6 +58,9 @@ class Names(pyfuse3.Operations):
         # Not here: the kernel asks for one name of a directory at a time.
         slow = name.startswith(b"slow")
         number = name.removeprefix(b"slow")
+        if name == b"after":
+            self.receiver.afterwards(self.done.set)
+            raise pyfuse3.FUSEError(errno.ENOENT)
         if not number.isdigit():
             raise pyfuse3.FUSEError(errno.ENOENT)
         return self._entry((SLOW if slow else 1000) + int(number))
@@ -249,3 +255,27 @@ async def test_one_who_was_cancelled_is_not_woken() -> None:
     turn.pass_on()
     with trio.fail_after(LIMIT):
         await wait()
+
+
+async def test_what_is_left_for_afterwards_is_done_though_no_other_request_comes(tmp_path: Path) -> None:
+    async with served(tmp_path) as operations:
+        for _ in range(3):
+            with pytest.raises(FileNotFoundError):
+                await trio.to_thread.run_sync(os.stat, tmp_path / "after")
+            assert await trio.to_thread.run_sync(operations.done.wait, LIMIT)
+            operations.done.clear()
+        # Once.
+        await trio.to_thread.run_sync(os.stat, tmp_path / "1")
+        assert not operations.done.is_set()
+
+
+def test_afterwards_comes_before_the_next_request_is_looked_for() -> None:
+    """The later of two replaces the earlier, and neither comes twice."""
+    receiver = Receiver()
+    done: list[str] = []
+    receiver.afterwards(lambda: done.append("earlier"))
+    receiver.afterwards(lambda: done.append("later"))
+    for _ in range(2):
+        # The first step of waiting: nothing is awaited here.
+        receiver.wait_readable(-1).close()  # type: ignore[attr-defined]
+        assert done == ["later"]

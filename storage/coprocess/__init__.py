@@ -23,6 +23,7 @@ Invariants:
 - They end with this process, whatever that ends by: their channels are closed then.
 - They know what they are told with each request, keys included, and nothing else: no passphrase, no credentials. Who may look into one of
   the processes (root, and their user as far as ptrace(2) is allowed; the arena, by /proc/PID/fd, in any case) may look into the others.
+- They keep off the core on which the event loop is at work (`aside`).
 - Two for each process, however many volumes are open; started with a mount, or else with the first large sector.
 
     arena      memory all of them see                   wire      what they tell each other
@@ -30,5 +31,5 @@ Invariants:
                what it was asked for and has not answered
     sealer, disks     clients: what each of the two is asked for, and what stands in for an answer
     pair       the arena and the two of this process
-    serve      their own side; `__main__`: how it begins
+    serve      their own side, `aside`: on which cores; `__main__`: how it begins
 """

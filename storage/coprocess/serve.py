@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 
 from storage.abandoned import Abandoned
 from storage.coprocess.arena import Place
+from storage.coprocess.aside import Aside, EventLoop, Loop
 from storage.coprocess.wire import (
     MOST,
     Answer,
@@ -56,15 +57,17 @@ def _open_into(key: bytes, expected: ShardHeader, first: int, blocks: memoryview
 class Channel:
     """One thread's."""
 
-    def __init__(self, channel: socket.socket, memory: memoryview, parent: int) -> None:
+    def __init__(self, channel: socket.socket, memory: memoryview, parent: int, loop: Loop) -> None:
         self._channel, self._memory = channel, memory
-        self._parent = parent
+        self._parent, self._loop = parent, loop
 
     def serve(self) -> None:
         """Until the other end is closed, by whatever: then nobody waits for what is being done, either."""
+        aside = Aside(self._loop)
         try:
             with self._channel:
                 while packet := self._channel.recv(MOST):
+                    aside.step()
                     request = decode_request(packet)
                     if isinstance(request, Go):
                         break  # asked for nothing
@@ -140,6 +143,7 @@ def serve(control: socket.socket, memory: int, size: int, parent: int) -> None:
     gc.freeze()
     mapped = memoryview(mmap.mmap(memory, size, mmap.MAP_SHARED))
     os.close(memory)
+    loop = EventLoop(parent)
     with control:
         control.send(encode(Done()))
         while True:
@@ -150,7 +154,7 @@ def serve(control: socket.socket, memory: int, size: int, parent: int) -> None:
             if not packet:
                 break
             for descriptor in descriptors:
-                channel = Channel(socket.socket(fileno=descriptor), mapped, parent)
+                channel = Channel(socket.socket(fileno=descriptor), mapped, parent, loop)
                 threading.Thread(target=channel.serve, daemon=True).start()
     # Nobody is left to be told of what threads are still doing.
     os._exit(0)
