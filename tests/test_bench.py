@@ -17,7 +17,7 @@ from scripts.benchmarks.processes import has_argument, memory, serving
 from scripts.benchmarks.report import Run
 from scripts.benchmarks.runner import chosen, measure
 from scripts.benchmarks.seaweed import Seaweed
-from scripts.benchmarks.systems import Fusefs
+from scripts.benchmarks.systems import Fusefs, keep_apart
 from scripts.benchmarks.tables import documents
 from scripts.benchmarks.works import QUICK
 from tests.cli_runner import ROOT
@@ -50,6 +50,22 @@ def test_a_quick_run_measures_the_disk_and_fusefs_alike_and_leaves_nothing(tmp_p
     assert found["survives"] == {"fusefs": True}
     assert found["syncs"]["fusefs"] in (True, None)
     assert found["memory"]["fusefs"] > 1 << 20
+
+
+def test_the_least_that_a_sealed_write_can_be_is_measured_beside_it(tmp_path: Path) -> None:
+    """And what it put on the disk were whole sectors, of which it leaves nothing."""
+    found = benchmarked(tmp_path, "--system", "pipeline", "--system", "null", "--group", "file")
+    assert {name: set(rates) for name, rates in found["rates"].items()} == {
+        name: {"write 1 MiB", "write 128 KiB"} for name in ("null", "pipeline")
+    }
+    assert found["rates"]["pipeline"]["write 128 KiB"][0] < found["rates"]["null"]["write 128 KiB"][0]
+
+
+def test_what_is_made_in_a_directory_is_kept_apart_where_the_filesystem_can(tmp_path: Path) -> None:
+    kind = subprocess.run(["findmnt", "-n", "-o", "FSTYPE", "-T", tmp_path], capture_output=True, text=True, check=True).stdout.strip()
+    keep_apart(tmp_path)
+    flags = subprocess.run(["lsattr", "-d", tmp_path], capture_output=True, text=True, check=False).stdout.split()
+    assert not kind.startswith("ext") or "T" in flags[0]
 
 
 def test_a_volume_on_seaweedfs_is_measured_beside_obstore_alone_and_the_cluster_is_gone_afterwards(tmp_path: Path) -> None:

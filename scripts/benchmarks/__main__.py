@@ -17,7 +17,7 @@ from rich.console import Console
 
 from scripts.benchmarks import markdown, report, runner
 from scripts.benchmarks.seaweed import Seaweed
-from scripts.benchmarks.systems import ROOT
+from scripts.benchmarks.systems import ROOT, keep_apart
 from scripts.benchmarks.works import GROUPS, QUICK, Sizes
 
 
@@ -54,6 +54,7 @@ def main(
     # As Ctrl-C: what is mounted is unmounted on the way out.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     base = Path(tempfile.mkdtemp(prefix="fusefs-bench-", dir=disk))
+    keep_apart(base)
     sizes = QUICK if quick else Sizes()
     works = groups or tuple(GROUPS)
     seaweed = Seaweed(base)

@@ -16,7 +16,7 @@ from scripts.benchmarks import growth, ladder, syncing
 from scripts.benchmarks.processes import Peak
 from scripts.benchmarks.report import Run
 from scripts.benchmarks.seaweed import FusefsSeaweed, ObstoreAlone, Seaweed
-from scripts.benchmarks.systems import ON_SEAWEEDFS, PEERS, Disk, Failed, Fusefs, Null, System, run
+from scripts.benchmarks.systems import ON_SEAWEEDFS, PEERS, Disk, Failed, Fusefs, Null, Pipeline, System, run
 from scripts.benchmarks.works import GROUPS, Sizes
 from storage.errors import FusefsError
 
@@ -26,7 +26,15 @@ Say = Callable[[str], None]
 def everything(base: Path, seaweed: Seaweed) -> list[System]:
     """All there is to measure."""
     ours = [Fusefs(base), Fusefs(base, 'fusefs "2"', "2", 2), Fusefs(base, 'fusefs "4+2"', "4+2", 6)]
-    return [Disk(base), Null(base), *ours, *(peer(base) for peer in PEERS), FusefsSeaweed(base, seaweed), ObstoreAlone(base, seaweed)]
+    return [
+        Disk(base),
+        Null(base),
+        Pipeline(base),
+        *ours,
+        *(peer(base) for peer in PEERS),
+        FusefsSeaweed(base, seaweed),
+        ObstoreAlone(base, seaweed),
+    ]
 
 
 def chosen(base: Path, seaweed: Seaweed, names: Sequence[str], groups: Sequence[str]) -> list[System]:

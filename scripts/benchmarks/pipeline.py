@@ -1,0 +1,157 @@
+"""The least that a sealed write can be on pyfuse3: a null filesystem that takes what is written into sectors, which other processes seal
+and put on the disk. Run as `python -m scripts.benchmarks.pipeline MOUNTPOINT DIRECTORY`.
+
+    event loop -- number of a slot --> sealing: AES-256-GCM, a block at a time; BLAKE3 of it all
+         ^                                |
+         |                                v
+         +------- the same number -- putting (two): a file past the page cache, fsync
+
+It has the receiver, the blocks and the sectors of fusefs, and keeps off the event loop's core as that does; nothing else: no metadata, no
+journal, no hosts, no errors, and nobody could read what it wrote. What this does not reach of a disk's rate, fusefs cannot.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyfuse3
+import trio
+from blake3 import blake3
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from fusefs.receiver import Receiver
+from scripts.benchmarks.nullfs import NullOperations
+from storage.coprocess.aside import Aside, EventLoop
+from storage.sealing import BLOCK
+
+SECTOR = 4 << 20
+SLOTS = 8
+PUTTING = 2
+
+
+class Pipeline(NullOperations):
+    """See the module. One program writes, one file after the other."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._directory = directory
+        #: Plaintext, then what it is sealed into; touched now, since memory that is new costs more than what is done to it.
+        self._memory = memoryview(mmap.mmap(-1, 2 * SLOTS * SECTOR))
+        for at in range(0, len(self._memory), mmap.PAGESIZE):
+            self._memory[at] = 0
+        self._free = list(range(SLOTS))
+        self._slot, self._at = self._free.pop(), 0
+        self._back = trio.Event()
+        plain, self._filled = os.pipe()
+        sealed, into = os.pipe()
+        self._done, done = os.pipe()
+        _forked(lambda aside: self._seal(plain, into, aside), self._filled)
+        for number in range(PUTTING):
+            _forked(lambda aside, number=number: self._put(sealed, done, number, aside), self._filled, into)  # type: ignore[misc]
+        for end in (plain, sealed, into, done):
+            os.close(end)
+
+    # ---- in the others
+
+    def _slots(self, number: int) -> tuple[memoryview, memoryview]:
+        start = number * SECTOR
+        return self._memory[start : start + SECTOR], self._memory[start + SLOTS * SECTOR :][:SECTOR]
+
+    def _seal(self, source: int, target: int, aside: Aside) -> None:
+        cipher, count = AESGCM(os.urandom(32)), 0
+        while number := os.read(source, 1):
+            aside.step()
+            plain, sealed = self._slots(number[0])
+            for at in range(0, SECTOR, BLOCK):
+                count += 1
+                # Without the tag, so that what is put is a whole sector.
+                sealed[at : at + BLOCK] = cipher.encrypt(count.to_bytes(12, "big"), plain[at : at + BLOCK], None)[:BLOCK]
+            blake3(sealed).digest()
+            os.write(target, number)
+
+    def _put(self, source: int, target: int, mine: int, aside: Aside) -> None:
+        count = 0
+        while number := os.read(source, 1):
+            aside.step()
+            count += 1
+            fd = os.open(self._directory / f"{mine}-{count}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o600)
+            try:
+                os.write(fd, self._slots(number[0])[1])
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.write(target, number)
+
+    # ---- in the event loop
+
+    async def returned(self) -> None:
+        """A task: slots come back. Until cancelled."""
+        while True:
+            await trio.lowlevel.wait_readable(self._done)
+            self._free += os.read(self._done, SLOTS)
+            self._back.set()
+
+    async def _wait(self, free: int) -> None:
+        while len(self._free) < free:
+            self._back = trio.Event()
+            await self._back.wait()
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        size = len(buf)
+        start = self._slot * SECTOR + self._at
+        self._memory[start : start + size] = buf
+        self._at += size
+        if self._at + size > SECTOR:
+            os.write(self._filled, bytes([self._slot]))
+            await self._wait(1)
+            self._slot, self._at = self._free.pop(0), 0
+        return await super().write(fh, off, buf)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:  # noqa: ARG002
+        await self._wait(SLOTS - 1)
+
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        for path in self._directory.iterdir():
+            path.unlink()
+        await super().unlink(parent_inode, name, ctx)
+
+
+def _forked(work: Callable[[Aside], None], *not_its: int) -> None:
+    """In a process of its own, which ends when nobody can send to it any more."""
+    parent = os.getpid()
+    if os.fork():
+        return
+    try:
+        for end in not_its:
+            os.close(end)
+        work(Aside(EventLoop(parent)))
+    finally:
+        os._exit(0)
+
+
+async def _served(operations: Pipeline) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(operations.returned)
+        with Receiver().receiving():
+            await pyfuse3.main()
+        nursery.cancel_scope.cancel()
+
+
+def main() -> None:
+    """Serve until it is unmounted."""
+    mountpoint, directory = sys.argv[1], Path(sys.argv[2])
+    directory.mkdir(exist_ok=True)
+    operations = Pipeline(directory)
+    pyfuse3.init(operations, mountpoint, {"default_permissions", "fsname=pipeline", "subtype=null", "allow_other"})
+    try:
+        trio.run(_served, operations)
+    finally:
+        pyfuse3.close(unmount=True)
+
+
+if __name__ == "__main__":
+    main()
