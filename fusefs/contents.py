@@ -96,27 +96,18 @@ class ContentHandlers(HandlerBase):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         handle = self.handles.get(fh)  # perhaps not the handle that was written to, with cached handles: only the inode counts
         inode = handle.inode
-        lock = inode.write_lock
-        if lock.locked():
-            await lock.acquire()
-        else:
-            lock.acquire_nowait()  # the usual case, without a checkpoint
         try:
-            # R3. Also where it begins within the file: the kernel may have dropped what was refused, and have read its page anew, with
-            # zeros.
-            if inode.taint is not None and off + len(buf) > self.namespace.attributes(inode.ino).size:
-                raise pyfuse3.FUSEError(inode.taint)
-            try:
-                if not self.namespace.write_now(inode.ino, off, buf):
-                    await self.namespace.write(inode.ino, off, buf)
-            except FusefsError as error:
-                self.coherence.write_refused(inode, off, len(buf), errno_of(error))
-                raise
-            except Exception:
-                self.coherence.write_refused(inode, off, len(buf), errno.EIO)
-                raise
-        finally:
-            lock.release()
+            # NO AWAIT between the look at the lock and the end of the write: nobody comes between, and it need not be taken.
+            if inode.write_lock.locked() or not self._write_now(inode, off, buf):
+                await self._write_in_turn(inode, off, buf)
+        except pyfuse3.FUSEError:
+            raise
+        except FusefsError as error:
+            self.coherence.write_refused(inode, off, len(buf), errno_of(error))
+            raise
+        except Exception:
+            self.coherence.write_refused(inode, off, len(buf), errno.EIO)
+            raise
         if not inode.cached_writers:
             inode.written_ns = self.volume.seams.clock.time_ns()
             if handle.clears_setuid:
@@ -124,6 +115,25 @@ class ContentHandlers(HandlerBase):
         if not self.kernel_drops_pages and (inode.readers or inode.cached_writers) and not handle.cached:
             await self.kernel.invalidate(inode.ino)
         return len(buf)
+
+    def _write_now(self, inode: OpenInode, off: int, buf: bytes) -> bool:
+        """False: it has to wait for something. Who calls it has the lock, or knows that nobody has."""
+        # R3. Also where it begins within the file: the kernel may have dropped what was refused, and have read its page anew, with zeros.
+        if inode.taint is not None and off + len(buf) > self.namespace.attributes(inode.ino).size:
+            raise pyfuse3.FUSEError(inode.taint)
+        return self.namespace.write_now(inode.ino, off, buf)
+
+    async def _write_in_turn(self, inode: OpenInode, off: int, buf: bytes) -> None:
+        lock = inode.write_lock
+        if lock.locked():
+            await lock.acquire()
+        else:
+            lock.acquire_nowait()  # without a checkpoint
+        try:
+            if not self._write_now(inode, off, buf):
+                await self.namespace.write(inode.ino, off, buf)
+        finally:
+            lock.release()
 
     def _clear_setuid(self, handle: Handle) -> None:
         handle.clears_setuid = False

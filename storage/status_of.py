@@ -143,8 +143,8 @@ def status_of(volume: Volume) -> VolumeStatus:
 def _staging(volume: Volume) -> StagingStatus:
     now, staging = volume.sectors.drain.status(), volume.staging
     left = now.bytes / now.rate if now.rate else None
-    trouble = now.trouble or staging.trouble or next(iter(staging.losses.values()), "")
-    return StagingStatus(now.sectors, now.bytes, now.rate, left, staging.size, staging.limit, trouble)
+    trouble = now.trouble or staging.files.trouble or next(iter(staging.losses.values()), "")
+    return StagingStatus(now.sectors, now.bytes, now.rate, left, staging.files.size, staging.files.limit, trouble)
 
 
 def repair_status_of(volume: Volume) -> RepairStatus:

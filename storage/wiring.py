@@ -350,7 +350,7 @@ async def _wire(
     with trio.move_on_after(RENEW_LIMIT):
         await volume.renewal.looked.wait()
     nursery.start_soon(volume.sectors.drain.run)
-    nursery.start_soon(volume.staging.run)
+    nursery.start_soon(volume.staging.files.run)
     nursery.start_soon(volume.reconciler.run)
     nursery.start_soon(volume.damages.run)
     nursery.start_soon(volume.scrubber.run)
@@ -574,7 +574,7 @@ async def check_servable(volume: Volume) -> None:
         for key, raw in found:
             sector_id = read_u64(key, 1)
             record = await volume.strays.locate(sector_id, decode_sector(raw, sector_id))
-            if record.live and not can_be_read(record, here, volume.staging.has):
+            if record.live and not can_be_read(record, here, volume.staging.files.has):
                 lost += 1
                 if lost <= MAX_NAMED:
                     unreadable.add(sector_id)

@@ -380,7 +380,7 @@ class Script:
         await self.flush()
         await take_over(self.volume.store)
         await self.delete_freed()
-        await self.volume.staging.tidy()
+        await self.volume.staging.files.tidy()
         await self.sweep()
         await self.append("log", 100)
 

@@ -8,7 +8,7 @@ import select
 import stat
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import trio.testing
 
 from fusefs.guard import guarded
 from fusefs.mountpoint import unmount_while_serving
-from fusefs.receiver import Receiver, Turn, events_of_trio
+from fusefs.receiver import Receiver, Turn, deadlines_of_trio, events_of_trio
 
 LIMIT = 20
 #: Inodes from here on are slow.
@@ -255,6 +255,24 @@ async def test_one_who_was_cancelled_is_not_woken() -> None:
     turn.pass_on()
     with trio.fail_after(LIMIT):
         await wait()
+
+
+async def test_the_next_deadline_is_what_trio_says_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds in (5.0, 0.5, 50.0):
+        with trio.move_on_after(seconds):
+            await trio.lowlevel.checkpoint()
+            for asked in (deadlines_of_trio(), _without_trios_own(monkeypatch)):
+                assert abs(asked() - trio.lowlevel.current_statistics().seconds_to_next_deadline) < 0.1
+                assert asked() <= seconds
+    # Nobody waits for anything that ends by itself.
+    assert deadlines_of_trio()() == trio.lowlevel.current_statistics().seconds_to_next_deadline == float("inf")
+
+
+def _without_trios_own(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
+    """Another version of trio, which keeps them elsewhere."""
+    with monkeypatch.context() as context:
+        context.setattr(trio._core._run, "GLOBAL_RUN_CONTEXT", object())
+        return deadlines_of_trio()
 
 
 async def test_what_is_left_for_afterwards_is_done_though_no_other_request_comes(tmp_path: Path) -> None:

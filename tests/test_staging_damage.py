@@ -219,13 +219,13 @@ async def test_a_read_that_meets_a_damaged_cached_shard_asks_hosts_and_removes_i
     await story.begin(gone=lambda _: False)
     async with story.made.opened() as volume:
         await until(lambda: not staged_marks(volume))
-        await volume.staging.tidy()
+        await volume.staging.files.tidy()
     async with story.made.opened() as volume:
         (path,) = story.files()
         harm(path)
         assert await read(volume, b"harmed") == story.content[b"harmed"]
         assert not path.exists()
-        assert volume.staging.size == sum(file.stat().st_size for file in story.made.path.glob("staging/volumes/*/sectors/*/*"))
+        assert volume.staging.files.size == sum(file.stat().st_size for file in story.made.path.glob("staging/volumes/*/sectors/*/*"))
 
 
 async def test_what_hosts_have_lost_is_made_again_of_what_is_cached(tmp_path: Path, autojump_clock: object) -> None:

@@ -97,9 +97,9 @@ async def sealed_again(patient: Patient, sector_id: int, record: SectorRecord, i
 
 async def _stored(patient: Patient, sector_id: int, shard: ShardRecord, good: list[int]) -> SealedShard:
     """From staging, or from a host. Corrupt, Unavailable."""
-    if patient.staging is not None and patient.staging.has(shard.root):
+    if patient.staging is not None and patient.staging.files.has(shard.root):
         try:
-            return await patient.staging.sealed(shard)
+            return await patient.staging.files.sealed(shard)
         except FusefsError as error:
             log.info("sector %d: %s", sector_id, error)
     return await _fetch(patient, sector_id, shard, good)

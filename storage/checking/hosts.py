@@ -289,7 +289,9 @@ async def _conclude_sector(patient: Patient, seen: _Seen, sector_id: int, record
 def _there(patient: Patient, record: SectorRecord, good: list[list[int]]) -> int:
     """How many of its shards are on a host where they are good, or in staging."""
     staging = patient.staging
-    return sum(1 for shard, hosts in zip(record.shards, good, strict=True) if hosts or (staging is not None and staging.has(shard.root)))
+    return sum(
+        1 for shard, hosts in zip(record.shards, good, strict=True) if hosts or (staging is not None and staging.files.has(shard.root))
+    )
 
 
 async def _few(patient: Patient, seen: _Seen, sector_id: int, record: SectorRecord, good: list[list[int]], readable: bool) -> None:

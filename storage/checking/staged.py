@@ -27,9 +27,9 @@ async def find_damaged(patient: Patient, staging: Staging, record: SectorRecord,
     size alone is looked at."""
     damaged: dict[int, str] = {}
     for index, shard in enumerate(record.shards):
-        if staging.has(shard.root) and (data or not staging.is_whole_length(shard)):
+        if staging.files.has(shard.root) and (data or not staging.files.is_whole_length(shard)):
             try:
-                await staging.sealed(shard)
+                await staging.files.sealed(shard)
             except (Corrupt, NotFound) as error:
                 damaged[index] = str(error)
             except FusefsError as error:
@@ -42,12 +42,12 @@ async def conclude_waiting(patient: Patient, staging: Staging, sector_id: int, r
     """A sector that is on too few hosts yet, by its record. Returns whether all of it is here, and whether it can be read."""
     bad = await find_damaged(patient, staging, record, data=data)
     for index, shard in enumerate(record.shards):
-        if not staging.has(shard.root):
+        if not staging.files.has(shard.root):
             bad.setdefault(index, f"shard {shard.root.hex()[:12]} is not in {staging.path}")
     if not bad:
         return True, True
     good = await _whereabouts(patient, sector_id, record)
-    there = sum(1 for shard in record.shards if staging.has(shard.root))
+    there = sum(1 for shard in record.shards if staging.files.has(shard.root))
     for index, why in bad.items():
         what = f"it is on too few hosts yet, and {why}"
         try:
@@ -78,7 +78,7 @@ async def conclude_cached(patient: Patient, staging: Staging, sector_id: int, re
         told, repaired = "", False
         if patient.repair:
             try:
-                await staging.remove(shard.root)
+                await staging.files.remove(shard.root)
                 told, repaired = "; it was only cached, and is removed", True
             except FusefsError as error:
                 told = f" ({error})"
@@ -95,7 +95,7 @@ async def _put_back(patient: Patient, staging: Staging, sector_id: int, what: st
     told, repaired = "", False
     if patient.repair:
         try:
-            await staging.put_back(sealed)
+            await staging.files.put_back(sealed)
             told, repaired = "; it is there again, made of what hosts have", True
         except FusefsError as error:
             told = f" ({error})"

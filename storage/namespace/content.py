@@ -116,8 +116,9 @@ class Content:
                 or not self._values.reserve_now(value, end - stored)
             ):
                 return False
-            # As `_put`, of a file without holes.
-            self._inodes.relieve()
+            # As `_put`, of a file without holes. Of one that is dirty already there will be no more of them.
+            if not inode.dirty:
+                self._inodes.relieve()
             at = self._values.append_now(value, data if offset == stored else data[stored - offset :])
             if at != stored:
                 raise RuntimeError(f"value {value}: bytes for offset {stored} went to {at}")

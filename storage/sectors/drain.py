@@ -246,7 +246,7 @@ class Drain:
     def _held(self, now: float) -> float:
         """Seconds for which a burst of writing still has the machine to itself. No cut waits for that, and staging does not fill up."""
         below = self._staging.below
-        if not below or len(self._staging.cut) or 2 * len(below) * below.peekitem(-1)[1].bytes > self._staging.limit:
+        if not below or len(self._staging.cut) or 2 * len(below) * below.peekitem(-1)[1].bytes > self._staging.files.limit:
             # Once sending has begun, it goes on.
             self._begun = -inf
         quiet = min(max(PAUSES * self._apart, QUIET_LEAST), QUIET)

@@ -201,7 +201,7 @@ class SectorManager:
 
     def _staged_first(self, spec: Replication) -> bool:
         """Where a host is remote, or too few can be reached. Not while hosts are full: then who writes is to know at once."""
-        if not self.staging.limit or self.drain.full:
+        if not self.staging.files.limit or self.drain.full:
             return False
         try:
             return any(map(self._placement.remote, self._placement.candidates(spec)[: spec.hosts_needed]))
@@ -210,22 +210,22 @@ class SectorManager:
 
     async def _stage(self, sector_id: int, replication: str, layout: Layout, shards: Sequence[SealedShard]) -> bool:
         """True: the sector is durable in staging, on record, and goes to its hosts from there (I2)."""
-        if not await self.staging.take(shards):
+        if not await self.staging.files.take(shards):
             return False
         there = [ShardRecord(shard.sector_id, shard.plaintext_length, bytes.fromhex(shard.root), []) for shard in shards]
         try:
             self._landed(sector_id, replication, layout.length, there, full=False, staged=True)
         except BaseException:
-            self.staging.release(shards)
+            self.staging.files.release(shards)
             raise
         return True
 
     def _refused(self, error: Unavailable) -> FusefsError:
         """Why a sector is stored nowhere: neither on hosts nor, for want of room, in staging."""
         staging = self.staging
-        if not staging.limit or not staging.below:
+        if not staging.files.limit or not staging.below:
             return error
-        why = staging.trouble or f"{staging.size:,} of {staging.limit:,} bytes are used"
+        why = staging.files.trouble or f"{staging.files.size:,} of {staging.files.limit:,} bytes are used"
         return NoSpace(f"staging takes no more until hosts do ({why}; {error})")
 
     async def _seal(self, sector_id: int, layout: Layout, parts: Sequence[Buffer]) -> tuple[list[SealedShard], list[list[Buffer]]]:

@@ -43,9 +43,9 @@ class Regenerator:
         shard = record.shards[index]
         error: FusefsError | None = None
         staging = self._shards.staging
-        if staging is not None and staging.has(shard.root):
+        if staging is not None and staging.files.has(shard.root):
             try:
-                return await staging.sealed(shard)
+                return await staging.files.sealed(shard)
             except FusefsError as failed:
                 error = failed
         # Another is asked as well where one fails, hangs or is slow. It counts as no read, so that those who wait have what is saved up.

@@ -74,7 +74,7 @@ class ShardReader:
 
     def is_staged(self, root: bytes) -> bool:
         """Is it on the local disk, on its way to hosts or as a copy?"""
-        return self.staging is not None and self.staging.has(root)
+        return self.staging is not None and self.staging.files.has(root)
 
     async def read_shard(self, sector_id: int, record: SectorRecord, number: int) -> bytes:
         """A whole shard's plaintext: as stored, its root verified, or made of others. Corrupt, Unavailable."""
@@ -164,7 +164,7 @@ class ShardReader:
         if self.staging is None or not self.is_staged(wanted.record.shards[number].root):
             return None
         try:
-            return await self.staging.read(wanted.record.shards[number], wanted.first, wanted.length)
+            return await self.staging.files.read(wanted.record.shards[number], wanted.first, wanted.length)
         except FusefsError as error:
             log.warning("sector %d: what is staged of it cannot be used: %s", wanted.sector_id, error)
             return None

@@ -37,7 +37,7 @@ class Strays:
 
     def is_stray(self, record: SectorRecord) -> bool:
         """Does its record, with what is here, name too few shards to read it?"""
-        there = sum(1 for shard in record.shards if shard.hosts or self._staging.has(shard.root))
+        there = sum(1 for shard in record.shards if shard.hosts or self._staging.files.has(shard.root))
         return there < len(record.shards) and there < layout_of(record.replication, record.length).needed
 
     async def locate(self, sector_id: int, record: SectorRecord) -> SectorRecord:
