@@ -103,6 +103,25 @@ def test_all_cores_but_that_one_and_all_again() -> None:
     assert of_a_thread(work) == [ALL, ALL - {min(ALL)}, ALL - {max(ALL)}, ALL, ALL]
 
 
+@several
+def test_what_others_say_it_may_use_holds() -> None:
+    """With taskset(1), while it is away, and while it is not."""
+
+    def work() -> list[set[int]]:
+        loop, found = At(min(ALL)), []
+        aside = Aside(loop)
+        aside.step()
+        for only, core in (({max(ALL)}, None), (ALL, min(ALL)), ({min(ALL)}, None), ({min(ALL)}, min(ALL))):
+            os.sched_setaffinity(0, only)
+            loop.at = core
+            aside.step()
+            found.append(os.sched_getaffinity(0))
+        return found
+
+    # In the first, what was set is what it was told to use already: nobody can see the difference.
+    assert of_a_thread(work)[1:] == [ALL - {min(ALL)}, {min(ALL)}, {min(ALL)}]
+
+
 def test_who_has_one_core_keeps_it() -> None:
     def work() -> set[int]:
         os.sched_setaffinity(0, {min(ALL)})

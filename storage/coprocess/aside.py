@@ -63,9 +63,9 @@ class Aside:
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        #: What it may use, as this process was started.
-        self._cores = os.sched_getaffinity(0)
         self._away_from: int | None = None
+        #: What it may use, as it was started or as somebody has said since; and what it was last told to use.
+        self._cores = self._using = os.sched_getaffinity(0)
 
     def step(self) -> None:
         """Away from the event loop, if that is at work; else back. With one core nothing happens. Does not raise."""
@@ -74,9 +74,14 @@ class Aside:
             return
         self._away_from = core
         try:
+            using = os.sched_getaffinity(0)
+            if using != self._using:
+                # taskset(1), or a cpuset.
+                self._cores = using
             os.sched_setaffinity(0, self._cores - {core} or self._cores)
+            self._using = os.sched_getaffinity(0)
         except OSError:
-            # Fewer cores are left to this process than when it began: the kernel has seen to that.
+            # It may not, or has other cores by now: the kernel has seen to that.
             return
 
 
