@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
+from storage.coprocess import aside
 from storage.coprocess.aside import LOOK, Aside, EventLoop
 from storage.coprocess.serve import Channel
 from storage.coprocess.wire import MOST, Done, Ping, decode_answer, encode
 
 ALL = os.sched_getaffinity(0)
-several = pytest.mark.skipif(len(ALL) < 2, reason="with one core there is nowhere else")
+several = pytest.mark.skipif(len(ALL) < 2, reason="cannot change: with one core there is nowhere else")
 
 
 @contextmanager
@@ -64,7 +65,9 @@ class At:
 
 
 @pytest.mark.parametrize("core", [min(ALL), max(ALL)])
-def test_where_it_is_at_work_is_seen(core: int) -> None:
+def test_where_it_is_at_work_is_seen(core: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Others may want the core as well.
+    monkeypatch.setattr(aside, "BUSY", 0.02)
     with process("exec('while True: pass')", core) as busy:
         loop = EventLoop(busy.pid)
         assert seen(loop, core)
@@ -92,11 +95,11 @@ def test_one_that_waits_or_has_ended_is_in_nobodys_way() -> None:
 def test_all_cores_but_that_one_and_all_again() -> None:
     def work() -> list[set[int]]:
         loop = At(None)
-        aside = Aside(loop)
+        beside = Aside(loop, os.getpid())
         found = []
         for core in (None, min(ALL), max(ALL), None, 10_000):
             loop.at = core
-            aside.step()
+            beside.step()
             found.append(os.sched_getaffinity(0))
         return found
 
@@ -104,43 +107,47 @@ def test_all_cores_but_that_one_and_all_again() -> None:
 
 
 @several
-def test_what_others_say_it_may_use_holds() -> None:
-    """With taskset(1), while it is away, and while it is not."""
+def test_what_others_say_its_process_may_use_holds() -> None:
+    """taskset(1), a cpuset: also while it is away, and again when they take it back. `process` stands in for its own."""
+    first, last = min(ALL), max(ALL)
 
-    def work() -> list[set[int]]:
-        loop, found = At(min(ALL)), []
-        aside = Aside(loop)
-        aside.step()
-        for only, core in (({max(ALL)}, None), (ALL, min(ALL)), ({min(ALL)}, None), ({min(ALL)}, min(ALL))):
+    def work(whose: int) -> list[set[int]]:
+        loop, found = At(None), []
+        beside = Aside(loop, whose)
+        for only, core in ((ALL, first), ({last}, None), ({last}, last), (ALL, first), ({first}, None), ({first}, first), (ALL, None)):
+            os.sched_setaffinity(whose, only)
             os.sched_setaffinity(0, only)
             loop.at = core
-            aside.step()
+            beside.step()
             found.append(os.sched_getaffinity(0))
         return found
 
-    # In the first, what was set is what it was told to use already: nobody can see the difference.
-    assert of_a_thread(work)[1:] == [ALL - {min(ALL)}, {min(ALL)}, {min(ALL)}]
+    with process("time.sleep(600)", first) as other:
+        found = of_a_thread(lambda: work(other.pid))
+    assert found == [ALL - {first}, {last}, {last}, ALL - {first}, {first}, {first}, ALL]
 
 
 def test_who_has_one_core_keeps_it() -> None:
-    def work() -> set[int]:
-        os.sched_setaffinity(0, {min(ALL)})
-        Aside(At(min(ALL))).step()
+    def work(whose: int) -> set[int]:
+        Aside(At(min(ALL)), whose).step()
         return os.sched_getaffinity(0)
 
-    assert of_a_thread(work) == {min(ALL)}
+    with process("time.sleep(600)", min(ALL)) as other:
+        os.sched_setaffinity(other.pid, {min(ALL)})
+        assert of_a_thread(lambda: work(other.pid)) == {min(ALL)}
 
 
 def test_what_the_kernel_refuses_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a container that may not, or has other cores by now."""
 
-    def refuse(_: int, __: object) -> None:
+    def refuse(*_: object) -> None:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(os, "sched_setaffinity", refuse)
-    aside = Aside(At(min(ALL)))
-    aside.step()
-    aside.step()
+    for what in ("sched_setaffinity", "sched_getaffinity"):
+        monkeypatch.setattr(os, what, refuse)
+        beside = Aside(At(min(ALL)), os.getpid())
+        beside.step()
+        beside.step()
 
 
 @several

@@ -12,6 +12,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from storage.history.host_side import GENERATIONS, HostSide
+from storage.history.publisher import COMPARE_SECONDS
 from storage.hosts.faults import Faults, shards_only
 from storage.hosts.memory import forget_memory_hosts, memory_content
 from storage.status import HostStatus
@@ -190,3 +192,71 @@ async def test_of_two_failure_domains_one_goes(tmp_path: Path, autojump_clock: M
         await world.settled()
         await world.compare()
     await world.checked()
+
+
+# ---- what a host lost of the metadata, and does not say
+
+
+def _metadata(url: str) -> dict[str, bytes]:
+    """The metadata objects it has, by name."""
+    return {name: data for name, data in memory_content(url.removeprefix("mem:")).objects.items() if "/metadata/" in name}
+
+
+@pytest.mark.parametrize("how", ["removed", "cut off"])
+@pytest.mark.parametrize("urls", [[BAD], URLS], ids=["one host", "every host"])
+async def test_metadata_that_hosts_lost_in_silence_are_there_again(
+    tmp_path: Path, autojump_clock: MockClock, how: str, urls: list[str]
+) -> None:
+    """A disk lost what it had acknowledged, and nobody has a reason to look: nothing is written any more."""
+    world = World(tmp_path, URLS, "2", seed=9)
+    await world.make()
+    async with world.opened() as volume:
+        await world.work(60)
+        await volume.flush()
+        await volume.publish()
+        for url in urls:
+            objects = memory_content(url.removeprefix("mem:")).objects
+            names = list(_metadata(url))
+            assert names
+            for name in names:
+                if how == "removed":
+                    del objects[name]
+                else:
+                    objects[name] = objects[name][:-1]
+        await trio.sleep(1.5 * COMPARE_SECONDS)
+        there = [_metadata(url) for url in URLS]
+        assert there[0]
+        assert there[0] == there[1] == there[2]
+        if len(urls) > 1:
+            # A checkpoint is there in its place. The generation before named what nobody has any more; it goes with the next ones.
+            for _ in range(GENERATIONS):
+                await world.write()
+                await volume.flush()
+                await volume.publish()
+    await world.checked()
+    async with world.opened():
+        await world.compare()
+
+
+async def test_whether_hosts_have_their_metadata_is_looked_at_seldom(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day of nothing: a list each hour from each host, and no object is sent."""
+    asked: list[int] = []
+    look_again = HostSide.look_again
+
+    async def counted(side: HostSide) -> None:
+        asked.append(side.number)
+        await look_again(side)
+
+    monkeypatch.setattr(HostSide, "look_again", counted)
+    world = World(tmp_path, URLS, "2", seed=9)
+    await world.make()
+    async with world.opened() as volume:
+        await world.work(20)
+        await volume.flush()
+        await volume.publish()
+        before = {url: _metadata(url) for url in URLS}
+        await trio.sleep(86_400)
+        assert {url: _metadata(url) for url in URLS} == before
+    assert 20 * len(URLS) < len(asked) <= 24 * len(URLS)

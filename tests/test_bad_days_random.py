@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 from trio.testing import MockClock
 
+from storage.history.publisher import COMPARE_SECONDS
 from storage.hosts.faults import Faults, shards_only
 from storage.hosts.memory import forget_memory_hosts, memory_content
 from tests.bad_days import World
@@ -96,6 +98,9 @@ async def test_bad_days_of_several_hosts(tmp_path: Path, autojump_clock: MockClo
                 await world.work(chance.choice((20, 60, 200)))
             world.heal()
             await world.work(20)
+            await world.settled()
+            # What a host lost of the metadata without a word shows only then.
+            await trio.sleep(1.5 * COMPARE_SECONDS)
             await world.settled()
             await world.compare()
         await world.checked()

@@ -53,7 +53,6 @@ def test_a_quick_run_measures_the_disk_and_fusefs_alike_and_leaves_nothing(tmp_p
 
 
 def test_the_least_that_a_sealed_write_can_be_is_measured_beside_it(tmp_path: Path) -> None:
-    """And what it put on the disk were whole sectors, of which it leaves nothing."""
     found = benchmarked(tmp_path, "--system", "pipeline", "--system", "null", "--group", "file")
     assert {name: set(rates) for name, rates in found["rates"].items()} == {
         name: {"write 1 MiB", "write 128 KiB"} for name in ("null", "pipeline")

@@ -526,6 +526,10 @@ async def test_too_many_dirty_records_go_to_the_store_early(monkeypatch: pytest.
     for ino in inos:
         await rig.ns.append(ino, b"x")
         assert len(rig.ns._inodes._dirty) <= 6
+    for offset in (1, 2):
+        for ino in inos:
+            assert rig.ns.write_now(ino, offset, b"x")
+            assert len(rig.ns._inodes._dirty) <= 6
 
 
 async def test_rmdir_needs_an_empty_directory() -> None:

@@ -290,10 +290,16 @@ async def test_what_is_left_for_afterwards_is_done_though_no_other_request_comes
 def test_afterwards_comes_before_the_next_request_is_looked_for() -> None:
     """The later of two replaces the earlier, and neither comes twice."""
     receiver = Receiver()
-    done: list[str] = []
-    receiver.afterwards(lambda: done.append("earlier"))
-    receiver.afterwards(lambda: done.append("later"))
-    for _ in range(2):
-        # The first step of waiting: nothing is awaited here.
-        receiver.wait_readable(-1).close()  # type: ignore[attr-defined]
-        assert done == ["later"]
+    order: list[str] = []
+
+    def poll(_: float) -> list[tuple[int, int]]:
+        order.append("looked for")
+        return [(0, select.POLLIN)]
+
+    # A burst is under way.
+    receiver._poll, receiver._until = poll, float("inf")
+    receiver.afterwards(lambda: order.append("earlier"))
+    receiver.afterwards(lambda: order.append("later"))
+    receiver.wait_readable(-1)
+    receiver.wait_readable(-1)
+    assert order == ["later", "looked for", "looked for"]

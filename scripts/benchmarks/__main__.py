@@ -54,11 +54,11 @@ def main(
     # As Ctrl-C: what is mounted is unmounted on the way out.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     base = Path(tempfile.mkdtemp(prefix="fusefs-bench-", dir=disk))
-    keep_apart(base)
     sizes = QUICK if quick else Sizes()
     works = groups or tuple(GROUPS)
     seaweed = Seaweed(base)
     try:
+        keep_apart(base)
         try:
             chosen = runner.chosen(base, seaweed, systems, works)
             result = runner.measure(chosen, rounds, works, sizes, say, lambda so_far: _write(so_far, output, say))

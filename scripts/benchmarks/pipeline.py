@@ -1,34 +1,36 @@
 """The least that a sealed write can be on pyfuse3: a null filesystem that takes what is written into sectors, which other processes seal
 and put on the disk. Run as `python -m scripts.benchmarks.pipeline MOUNTPOINT DIRECTORY`.
 
-    event loop -- number of a slot --> sealing: AES-256-GCM, a block at a time; BLAKE3 of it all
+    event loop -- number of a slot --> sealing: AES-256-GCM, a block at a time, and BLAKE3 of it all, by storage.sealing
          ^                                |
          |                                v
          +------- the same number -- putting (two): a file past the page cache, fsync
 
 It has the receiver, the blocks and the sectors of fusefs, and keeps off the event loop's core as that does; nothing else: no metadata, no
-journal, no hosts, no errors, and nobody could read what it wrote. What this does not reach of a disk's rate, fusefs cannot.
+journal, no hosts, no errors, and nobody could read what it wrote. What this does not reach of a disk's rate, fusefs hardly can.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pyfuse3
 import trio
-from blake3 import blake3
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fusefs.receiver import Receiver
 from scripts.benchmarks.nullfs import NullOperations
 from storage.coprocess.aside import Aside, EventLoop
-from storage.sealing import BLOCK
+from storage.sealing import ShardHeader, root_of, seal, sealed_length
 
 SECTOR = 4 << 20
+#: Of a sealed one, and of its file: whole pages, for O_DIRECT.
+SEALED = -(-sealed_length(SECTOR) // mmap.PAGESIZE) * mmap.PAGESIZE
 SLOTS = 8
 PUTTING = 2
 
@@ -40,7 +42,7 @@ class Pipeline(NullOperations):
         super().__init__()
         self._directory = directory
         #: Plaintext, then what it is sealed into; touched now, since memory that is new costs more than what is done to it.
-        self._memory = memoryview(mmap.mmap(-1, 2 * SLOTS * SECTOR))
+        self._memory = memoryview(mmap.mmap(-1, SLOTS * (SECTOR + SEALED)))
         for at in range(0, len(self._memory), mmap.PAGESIZE):
             self._memory[at] = 0
         self._free = list(range(SLOTS))
@@ -49,28 +51,27 @@ class Pipeline(NullOperations):
         plain, self._filled = os.pipe()
         sealed, into = os.pipe()
         self._done, done = os.pipe()
-        _forked(lambda aside: self._seal(plain, into, aside), self._filled)
+        ends = {plain, self._filled, sealed, into, self._done, done}
+        _forked(lambda aside: self._seal(plain, into, aside), ends - {plain, into})
         for number in range(PUTTING):
-            _forked(lambda aside, number=number: self._put(sealed, done, number, aside), self._filled, into)  # type: ignore[misc]
+            _forked(lambda aside, number=number: self._put(sealed, done, number, aside), ends - {sealed, done})  # type: ignore[misc]
         for end in (plain, sealed, into, done):
             os.close(end)
 
     # ---- in the others
 
-    def _slots(self, number: int) -> tuple[memoryview, memoryview]:
-        start = number * SECTOR
-        return self._memory[start : start + SECTOR], self._memory[start + SLOTS * SECTOR :][:SECTOR]
+    def _slot_of(self, number: int) -> tuple[memoryview, memoryview]:
+        """Plaintext, and what it is sealed into."""
+        begin = SLOTS * SECTOR + number * SEALED
+        return self._memory[number * SECTOR : (number + 1) * SECTOR], self._memory[begin : begin + SEALED]
 
     def _seal(self, source: int, target: int, aside: Aside) -> None:
-        cipher, count = AESGCM(os.urandom(32)), 0
+        key, volume, count = os.urandom(32), os.urandom(16), 0
         while number := os.read(source, 1):
             aside.step()
-            plain, sealed = self._slots(number[0])
-            for at in range(0, SECTOR, BLOCK):
-                count += 1
-                # Without the tag, so that what is put is a whole sector.
-                sealed[at : at + BLOCK] = cipher.encrypt(count.to_bytes(12, "big"), plain[at : at + BLOCK], None)[:BLOCK]
-            blake3(sealed).digest()
+            count += 1
+            plain, sealed = self._slot_of(number[0])
+            root_of(seal(key, ShardHeader(volume, volume, 1, SECTOR, count), [plain], lambda size, sealed=sealed: sealed[:size]))  # type: ignore[misc]
             os.write(target, number)
 
     def _put(self, source: int, target: int, mine: int, aside: Aside) -> None:
@@ -80,7 +81,8 @@ class Pipeline(NullOperations):
             count += 1
             fd = os.open(self._directory / f"{mine}-{count}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o600)
             try:
-                os.write(fd, self._slots(number[0])[1])
+                if os.write(fd, self._slot_of(number[0])[1]) != SEALED:
+                    raise OSError("a sector was not written whole")
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -91,8 +93,12 @@ class Pipeline(NullOperations):
     async def returned(self) -> None:
         """A task: slots come back. Until cancelled."""
         while True:
+            # Ends with the mount.
             await trio.lowlevel.wait_readable(self._done)
-            self._free += os.read(self._done, SLOTS)
+            back = os.read(self._done, SLOTS)
+            if not back:
+                raise RuntimeError("the processes that seal and put have ended")
+            self._free += back
             self._back.set()
 
     async def _wait(self, free: int) -> None:
@@ -120,15 +126,18 @@ class Pipeline(NullOperations):
         await super().unlink(parent_inode, name, ctx)
 
 
-def _forked(work: Callable[[Aside], None], *not_its: int) -> None:
-    """In a process of its own, which ends when nobody can send to it any more."""
+def _forked(work: Callable[[Aside], None], not_its: set[int]) -> None:
+    """In a process of its own, which ends when nobody can send to it any more. If it fails, so does the mount: nobody waits for it."""
     parent = os.getpid()
     if os.fork():
         return
     try:
         for end in not_its:
             os.close(end)
-        work(Aside(EventLoop(parent)))
+        work(Aside(EventLoop(parent), os.getpid()))
+    except BaseException:  # noqa: BLE001  a forked child goes no further, whatever it is
+        traceback.print_exc()
+        os.kill(parent, signal.SIGKILL)
     finally:
         os._exit(0)
 

@@ -61,11 +61,11 @@ class EventLoop:
 class Aside:
     """One thread's cores. For that thread only."""
 
-    def __init__(self, loop: Loop) -> None:
-        self._loop = loop
+    def __init__(self, loop: Loop, process: int) -> None:
+        """`process`: its own. The main thread, which never goes aside, has all cores there are: what taskset(1), a cpuset or hotplug say
+        shows there, whatever this thread has been told since."""
+        self._loop, self._process = loop, process
         self._away_from: int | None = None
-        #: What it may use, as it was started or as somebody has said since; and what it was last told to use.
-        self._cores = self._using = os.sched_getaffinity(0)
 
     def step(self) -> None:
         """Away from the event loop, if that is at work; else back. With one core nothing happens. Does not raise."""
@@ -74,12 +74,8 @@ class Aside:
             return
         self._away_from = core
         try:
-            using = os.sched_getaffinity(0)
-            if using != self._using:
-                # taskset(1), or a cpuset.
-                self._cores = using
-            os.sched_setaffinity(0, self._cores - {core} or self._cores)
-            self._using = os.sched_getaffinity(0)
+            cores = os.sched_getaffinity(self._process)
+            os.sched_setaffinity(0, cores - {core} or cores)
         except OSError:
             # It may not, or has other cores by now: the kernel has seen to that.
             return

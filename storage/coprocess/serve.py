@@ -63,7 +63,7 @@ class Channel:
 
     def serve(self) -> None:
         """Until the other end is closed, by whatever: then nobody waits for what is being done, either."""
-        aside = Aside(self._loop)
+        aside = Aside(self._loop, os.getpid())
         try:
             with self._channel:
                 while packet := self._channel.recv(MOST):

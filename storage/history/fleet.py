@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 from blake3 import blake3
@@ -17,6 +17,7 @@ from storage.hosts.registry import HostRegistry
 from storage.interfaces import Batch, MetadataStore
 from storage.metadata.keys import LOST, prefix_end, read_u32, u32, u64
 from storage.seams import Seams
+from storage.wording import counted
 
 log = logging.getLogger("fusefs.history")
 
@@ -183,6 +184,22 @@ class Fleet:
         if not any(side.has(sealed.ref) for side in self.sides()):
             raise Unavailable(f"no host takes metadata ({self.troubles()})")
         self._held.placed(sealed.ref.name)
+
+    async def make_whole(self, generation: int, refs: Sequence[Ref]) -> None:
+        """Hosts that keep the superblock of this generation get again what it names and they have lost, or cut off: a disk can lose what it
+        acknowledged, and say nothing. Names and sizes are compared; what is damaged within shows when it is read, and to `fusefs check`."""
+
+        async def look(side: HostSide) -> None:
+            if not side.examined or side.generation != generation:
+                return  # It is looked at when it is brought up to date.
+            await side.look_again()
+            lost = [ref for ref in refs if not side.has(ref)]
+            if lost:
+                log.warning("history: host %s has lost %s; it gets them again", self.url(side), counted(len(lost), "metadata object"))
+            for ref in lost:
+                await side.place(ref, self.fetch)
+
+        await self.on_each(self.sides(), look)
 
     # ------------------------------------------------------------------------------------------------------------
     # The gate for deletions (I3): see HistoryGate

@@ -141,11 +141,10 @@ class HostSide:
             except Corrupt as error:
                 notes.append(str(error))
         self._say(notes)
-        with self._request(host):
-            level = await host.level(metadata_prefix(self._volume_id))
+        present = await self._objects(host)
         self.highest = max((found.block.generation for found in opened.values()), default=0)
         self.top, self._listed = slots.top, slots.numbers
-        self.present = {name: size for name, size in level.objects.items() if writer_of(name) is not None}
+        self.present = present
         lineage = self._lineage()
         self.newest = next(iter(opened.values()), None)
         self.foreign = self.newest if self.newest is not None and not self._known(lineage, self.newest.block) else None
@@ -158,6 +157,16 @@ class HostSide:
         self.kept.sort(key=lambda kept: -kept.slot)
         self.examined = True
         self.trouble, self.failed = "", False
+
+    async def look_again(self) -> None:
+        """Which metadata objects are there now: what a host acknowledged it need not have. Unavailable."""
+        self.present = await self._objects(self._registry.get(self.number))
+        self.failed = False
+
+    async def _objects(self, host: Host) -> dict[str, int]:
+        with self._request(host):
+            level = await host.level(metadata_prefix(self._volume_id))
+        return {name: size for name, size in level.objects.items() if writer_of(name) is not None}
 
     def _say(self, notes: list[str]) -> None:
         """Once, not at every look."""
@@ -207,10 +216,7 @@ class HostSide:
         """
         host = self._registry.get(self.number)
         if self.failed:
-            with self._request(host):
-                level = await host.level(metadata_prefix(self._volume_id))
-            self.present = {name: size for name, size in level.objects.items() if writer_of(name) is not None}
-            self.failed = False
+            await self.look_again()
         for ref in refs:
             await self.place(ref, fetch)
         slot = self.top + 1

@@ -46,6 +46,8 @@ log = logging.getLogger("fusefs.history")
 
 #: A checkpoint is due when the log has outgrown half of the last one, and this many bytes.
 MIN_LOG = 256 * 1024
+#: Seconds between two looks at whether hosts still have the metadata objects that they acknowledged: one request to each.
+COMPARE_SECONDS = 3600.0
 #: Seconds between two looks at hosts that are behind, while there is nothing new to publish.
 CATCH_UP_SECONDS = 15.0
 #: Bytes of objects that are on no host yet, at most (I7).
@@ -133,6 +135,8 @@ class Publisher:
         self._held = False
         #: When hosts were last asked, on the monotonic clock, whether another machine has gone on, while a cut was held.
         self._watched = 0.0
+        #: When it was last looked at whether hosts have all that they should, on the monotonic clock.
+        self._compared = seams.clock.monotonic()
         #: The one that hosts are to have.
         self._current: Superblock | None = None
         self._current_refs: list[Ref] = []
@@ -294,6 +298,23 @@ class Publisher:
         await self._refresh_keys()
         if self.dirty or self._any_behind():
             await self.publish(wait=False)
+        await self._compare()
+
+    async def _compare(self) -> None:
+        """Now and then: what hosts have lost they get again; where none has it any more, a checkpoint does. Fenced."""
+        now = self._seams.clock.monotonic()
+        if now - self._compared < COMPARE_SECONDS:
+            return
+        self._compared = now
+        async with self._lock:
+            current, refs = self._current, self._current_refs
+            if current is None or self.fenced is not None:
+                return
+            await self.fleet.make_whole(current.generation, refs)
+            self._look_for_lost(refs)
+            if self._gap:
+                self._again = True
+                self.want()
 
     def _any_behind(self) -> bool:
         """Is there a host that could be brought up to date now?"""
