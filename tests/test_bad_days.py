@@ -16,6 +16,7 @@ from storage.history.host_side import GENERATIONS, HostSide
 from storage.history.publisher import COMPARE_SECONDS
 from storage.hosts.faults import Faults, shards_only
 from storage.hosts.memory import forget_memory_hosts, memory_content
+from storage.interfaces import Host
 from storage.status import HostStatus
 from tests.bad_days import SECTOR, World
 from tests.complete import records
@@ -260,3 +261,29 @@ async def test_whether_hosts_have_their_metadata_is_looked_at_seldom(
         await trio.sleep(86_400)
         assert {url: _metadata(url) for url in URLS} == before
     assert 20 * len(URLS) < len(asked) <= 24 * len(URLS)
+
+
+async def test_what_is_put_while_a_host_lists_what_it_has_counts(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is written beside it."""
+    world = World(tmp_path, URLS, "2", seed=9)
+    await world.make()
+    async with world.opened() as volume:
+        await volume.publish()
+        assert volume.publisher is not None
+        side = volume.publisher.fleet.sides()[0]
+        objects = HostSide._objects
+
+        async def slow(self: HostSide, host: Host) -> dict[str, int]:
+            there = await objects(self, host)
+            self.present["put meanwhile"] = 7
+            return there
+
+        monkeypatch.setattr(HostSide, "_objects", slow)
+        side.present["lost"] = 8
+        before = dict(side.present)
+        await side.look_again()
+        assert side.present == {name: size for name, size in before.items() if name != "lost"} | {"put meanwhile": 7}
+        monkeypatch.undo()
+        await side.look_again()

@@ -160,7 +160,10 @@ class HostSide:
 
     async def look_again(self) -> None:
         """Which metadata objects are there now: what a host acknowledged it need not have. Unavailable."""
-        self.present = await self._objects(self._registry.get(self.number))
+        known = set(self.present)
+        there = await self._objects(self._registry.get(self.number))
+        # What a checkpoint has put there meanwhile need not be on the list.
+        self.present = there | {name: size for name, size in self.present.items() if name not in known}
         self.failed = False
 
     async def _objects(self, host: Host) -> dict[str, int]:
