@@ -124,13 +124,15 @@ class ContentHandlers(HandlerBase):
         return self.namespace.write_now(inode.ino, off, buf)
 
     async def _write_in_turn(self, inode: OpenInode, off: int, buf: bytes) -> None:
+        """Right after `write` looked at the lock: where nobody has it, `_write_now` was tried."""
         lock = inode.write_lock
-        if lock.locked():
-            await lock.acquire()
-        else:
+        tried = not lock.locked()
+        if tried:
             lock.acquire_nowait()  # without a checkpoint
+        else:
+            await lock.acquire()
         try:
-            if not self._write_now(inode, off, buf):
+            if tried or not self._write_now(inode, off, buf):
                 await self.namespace.write(inode.ino, off, buf)
         finally:
             lock.release()

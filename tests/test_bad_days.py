@@ -18,6 +18,7 @@ from storage.hosts.faults import Faults, shards_only
 from storage.hosts.memory import forget_memory_hosts, memory_content
 from storage.interfaces import Host
 from storage.status import HostStatus
+from storage.volume import Volume
 from tests.bad_days import SECTOR, World
 from tests.complete import records
 from tests.rig import noise
@@ -203,18 +204,25 @@ def _metadata(url: str) -> dict[str, bytes]:
     return {name: data for name, data in memory_content(url.removeprefix("mem:")).objects.items() if "/metadata/" in name}
 
 
-@pytest.mark.parametrize("how", ["removed", "cut off"])
-@pytest.mark.parametrize("urls", [[BAD], URLS], ids=["one host", "every host"])
-async def test_metadata_that_hosts_lost_in_silence_are_there_again(
-    tmp_path: Path, autojump_clock: MockClock, how: str, urls: list[str]
-) -> None:
-    """A disk lost what it had acknowledged, and nobody has a reason to look: nothing is written any more."""
+@asynccontextmanager
+async def published(tmp_path: Path) -> AsyncIterator[tuple[World, Volume]]:
+    """Everything is on the hosts, and nobody writes any more."""
     world = World(tmp_path, URLS, "2", seed=9)
     await world.make()
     async with world.opened() as volume:
         await world.work(60)
         await volume.flush()
         await volume.publish()
+        yield world, volume
+
+
+@pytest.mark.parametrize("how", ["removed", "cut off"])
+@pytest.mark.parametrize("urls", [[BAD], URLS], ids=["one host", "every host"])
+async def test_metadata_that_hosts_lost_in_silence_are_there_again(
+    tmp_path: Path, autojump_clock: MockClock, how: str, urls: list[str]
+) -> None:
+    """A disk lost what it had acknowledged, and nobody has a reason to look: nothing is written any more."""
+    async with published(tmp_path) as (world, volume):
         for url in urls:
             objects = memory_content(url.removeprefix("mem:")).objects
             names = list(_metadata(url))
@@ -251,12 +259,7 @@ async def test_whether_hosts_have_their_metadata_is_looked_at_seldom(
         await look_again(side)
 
     monkeypatch.setattr(HostSide, "look_again", counted)
-    world = World(tmp_path, URLS, "2", seed=9)
-    await world.make()
-    async with world.opened() as volume:
-        await world.work(20)
-        await volume.flush()
-        await volume.publish()
+    async with published(tmp_path):
         before = {url: _metadata(url) for url in URLS}
         await trio.sleep(86_400)
         assert {url: _metadata(url) for url in URLS} == before
@@ -267,10 +270,7 @@ async def test_what_is_put_while_a_host_lists_what_it_has_counts(
     tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint is written beside it."""
-    world = World(tmp_path, URLS, "2", seed=9)
-    await world.make()
-    async with world.opened() as volume:
-        await volume.publish()
+    async with published(tmp_path) as (_, volume):
         assert volume.publisher is not None
         side = volume.publisher.fleet.sides()[0]
         objects = HostSide._objects

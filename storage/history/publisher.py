@@ -301,7 +301,7 @@ class Publisher:
         await self._compare()
 
     async def _compare(self) -> None:
-        """Now and then: what hosts have lost they get again; where none has it any more, a checkpoint does. Fenced."""
+        """Now and then: what hosts have lost they get again; where none has it any more, a checkpoint makes up for it."""
         now = self._seams.clock.monotonic()
         if now - self._compared < COMPARE_SECONDS:
             return
