@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pyfuse3
@@ -238,6 +239,22 @@ async def test_what_a_reply_took_is_pinned_once_for_each_entry(monkeypatch: pyte
     await read(operations, monkeypatch, 0, 12)
     expected.update(rig.ns.lookup(ROOT, b"%03d" % number) for number in range(10))
     assert rig.ns._lifetime._pins == expected
+
+
+async def test_a_full_reply_leaves_the_next_page_to_be_fetched_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    operations = handlers(filled(100))
+    watched = Watched(operations.namespace)
+    operations.listings = Listings(watched)
+    work: list[Callable[[], None]] = []
+    monkeypatch.setattr(operations.receiver, "afterwards", work.append)
+    took = await read(operations, monkeypatch, 0, 40)
+    asked = len(watched.asked)
+    for each in work:
+        each()
+    assert len(watched.asked) == asked + 1
+    # It is at hand when it is asked for.
+    assert len(await read(operations, monkeypatch, took[-1][2], 40)) == 40
+    assert len(watched.asked) == asked + 1
 
 
 async def test_a_reply_with_room_for_all_takes_no_longer_than_a_step_may(monkeypatch: pytest.MonkeyPatch) -> None:
