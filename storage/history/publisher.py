@@ -5,7 +5,8 @@
         on a majority of the hosts that can do that, and re-read there as the newest: published (I5)
         another history on a majority: fenced. On a minority, while a majority is ours: passed over with a higher generation.
 
-One round at a time; a host that was away is brought up to date when it is back. Also here: the gate for deletions (I3).
+One round at a time; a host that was away is brought up to date when it is back, and one that lost metadata objects without a word within
+an hour. Also here: the gate for deletions (I3).
 
 A cut that knows sectors which are only in staging is *held* until they are on their write quorum: else, with this machine lost, what was
 published would lack bytes that an earlier superblock had, as tails or in sectors that were merged since. No further cut is made
