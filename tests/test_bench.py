@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 
+from scripts.benchmarks import growth, ladder
 from scripts.benchmarks.markdown import page
 from scripts.benchmarks.processes import has_argument, memory, serving
 from scripts.benchmarks.report import Run
-from scripts.benchmarks.runner import chosen, measure
+from scripts.benchmarks.runner import add_growth, chosen, measure
 from scripts.benchmarks.seaweed import Seaweed
-from scripts.benchmarks.systems import Fusefs, keep_apart
+from scripts.benchmarks.syncing import is_flush, survives_kill
+from scripts.benchmarks.systems import Failed, Fusefs, keep_apart
 from scripts.benchmarks.tables import documents
 from scripts.benchmarks.works import QUICK
+from storage.coprocess import pair
 from tests.cli_runner import ROOT
 
 
@@ -58,6 +61,91 @@ def test_the_least_that_a_sealed_write_can_be_is_measured_beside_it(tmp_path: Pa
         name: {"write 1 MiB", "write 128 KiB"} for name in ("null", "pipeline")
     }
     assert found["rates"]["pipeline"]["write 128 KiB"][0] < found["rates"]["null"]["write 128 KiB"][0]
+
+
+def test_the_least_that_an_append_with_fsync_can_be_is_measured_beside_it(tmp_path: Path) -> None:
+    found = benchmarked(tmp_path, "--system", "sealed log", "--system", "null", "--group", "appends")
+    least, null = found["rates"]["sealed log"], found["rates"]["null"]
+    assert set(least) == set(null)
+    assert least["append 200 B + fsync"][0] < null["append 200 B + fsync"][0]
+
+
+def test_every_part_is_measured_alone_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "SECONDS", 0.01)
+    place = tmp_path / "parts"
+    place.mkdir()
+    found = ladder.parts(place)
+    for part in ("AES-256-GCM", "BLAKE3", "fdatasync", "into a thread", "coprocess", "LMDB", "MessagePack"):
+        assert any(part in name and rate > 0 for name, rate in found.items()), part
+    assert os.listdir(place) in ([], ["lmdb"])
+    assert pair.SEALING.pid is None
+
+
+class Forgetful(Fusefs):
+    """Loses a log's acknowledged lines, or a large file, when it is killed."""
+
+    lost = ""
+
+    def mount(self) -> None:
+        super().mount()
+        self._wait(mounted=True)
+        # Not there at the first mount.
+        with suppress(FileNotFoundError):
+            os.truncate(self.path / self.lost, 0)
+
+
+@pytest.mark.parametrize("lost", ["killed", "killed-large", "killed-log3"])
+def test_what_a_kill_loses_is_found(tmp_path: Path, lost: str) -> None:
+    system = Forgetful(tmp_path)
+    system.lost = lost
+    try:
+        system.start()
+        assert not survives_kill(system)
+        assert os.listdir(system.path) == [], "what was made to find it out is gone"
+    finally:
+        system.stop()
+
+
+def test_a_write_is_a_flush_where_the_file_was_opened_so_or_it_is_told_to(tmp_path: Path) -> None:
+    plain, synchronous = (os.open(tmp_path / str(flag), os.O_WRONLY | os.O_CREAT | flag) for flag in (0, os.O_DSYNC))
+    me = os.getpid()
+    try:
+        assert is_flush(f"{me} fdatasync({plain}) = 0") and is_flush(f"{me}  sync() = 0")
+        assert is_flush(f'{me} pwrite64({synchronous}, ""..., 10, 0) = 10') and not is_flush(f'{me} pwrite64({plain}, ""..., 10, 0) = 10')
+        assert is_flush(f"{me} pwritev2({plain}, [...], 1, 0, RWF_DSYNC) = 10") and not is_flush(
+            f"{me} pwritev2({plain}, [...], 1, 0, 0) = 10"
+        )
+        assert not is_flush("+++ exited with 0 +++") and not is_flush(f"{me} <... write resumed>) = 3")
+    finally:
+        os.close(plain)
+        os.close(synchronous)
+
+
+def test_of_growing_volumes_what_was_measured_before_one_failed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+
+    class Told(growth.Grown):
+        """Two turns of the larger one go well."""
+
+        def start(self) -> None:
+            pass
+
+        unmount = stop = start
+
+        def turn(self) -> dict[str, float]:
+            turns.append(self.files)
+            if self.files == 7 and turns.count(7) > 2:
+                raise Failed("it is full")
+            return {"mount, s": float(len(turns))}
+
+    monkeypatch.setattr(growth, "Grown", Told)
+    monkeypatch.setattr(growth, "appended", lambda base, total: {f"{total} appends": {"first tenth, appends/s": 1.0}})
+    run = Run({})
+    add_growth(run, tmp_path, [3, 7], 10, lambda _: None)
+    assert turns == [3, 7, 3, 7, 3, 7, 3, 3]
+    assert run.growth["7 files"]["mount, s"] == 3.0 and run.growth["3 files"]["mount, s"] == 5.0
+    assert run.growth["10 appends"] == {"first tenth, appends/s": 1.0}
+    assert run.left_out == {"7 files": "turn 3 of 5: it is full"}
 
 
 def test_what_is_made_in_a_directory_is_kept_apart_where_the_filesystem_can(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from statistics import median
 import trio
 
 from scripts.benchmarks import processes
-from scripts.benchmarks.systems import PASSPHRASE, REST, Fusefs, drop_caches
+from scripts.benchmarks.systems import PASSPHRASE, REST, Failed, Fusefs, drop_caches
+from storage.errors import FusefsError
 
 #: Entries of the directories that are listed.
 SMALL = 1000
@@ -74,26 +75,40 @@ class Grown(Fusefs):
         return results
 
 
-def grown(base: Path, counts: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Of volumes with so many files: seconds to mount and to unmount, entries a second listed, MiB of memory afterwards.
+def grown(base: Path, counts: Sequence[int]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Of volumes with so many files: seconds to mount and to unmount, entries a second listed, MiB of memory afterwards; and why of those
+    that are not among them.
 
-    Each volume in its turn, and so on; medians of `TURNS`.
+    Each volume in its turn, and so on; medians of `TURNS`, or of those there were before one failed.
     """
+    left_out: dict[str, str] = {}
+    found: dict[str, list[dict[str, float]]] = {}
+    making: dict[str, float] = {}
     with ExitStack() as volumes:
         systems = [Grown(base, count) for count in dict.fromkeys(counts)]
         for system in systems:
             volumes.callback(system.stop)
-            system.start()
-            system.unmount()
-        found: dict[str, list[dict[str, float]]] = {}
-        for _ in range(TURNS):
+        for turn in range(TURNS + 1):
             for system in systems:
-                found.setdefault(f"{system.files} files", []).append(system.turn())
-        making = {f"{system.files} files": system.making for system in systems}
-    return {
-        title: {"memory while it is made, MiB": making[title] / 2**20, **{what: median(turn[what] for turn in turns) for what in turns[0]}}
+                title = f"{system.files} files"
+                if title in left_out:
+                    continue
+                try:
+                    if turn == 0:
+                        system.start()
+                        system.unmount()
+                        making[title] = system.making / 2**20
+                    else:
+                        found.setdefault(title, []).append(system.turn())
+                except (Failed, FusefsError, OSError) as error:
+                    # The others, and what was measured before, stay worth having.
+                    left_out[title] = f"{f'turn {turn} of {TURNS}' if turn else 'making it'}: {error}"
+    medians = {
+        title: {"memory while it is made, MiB": making[title], **{what: median(turn[what] for turn in turns) for what in turns[0]}}
         for title, turns in found.items()
+        if turns
     }
+    return medians, left_out
 
 
 def appended(base: Path, total: int) -> dict[str, dict[str, float]]:

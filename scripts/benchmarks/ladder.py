@@ -8,12 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import blake3
+import lmdb
+import msgspec
 import trio
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from scripts.benchmarks.systems import Failed
 from scripts.benchmarks.works import MIB, Results, Sizes
+from storage.coprocess import pair
+from storage.coprocess.wire import Ping
 
 SECONDS = 0.5
+#: Of records: put into LMDB in one transaction, looked up together.
+RECORDS = 200
 
 
 def rate(work: Callable[[], object], amount: float) -> float:
@@ -55,10 +62,66 @@ def parts(base: Path) -> Results:
             "write 4 MiB + fdatasync": rate(whole, 4),
             "write 512 B + fdatasync, calls": rate(append, 1),
             "hops into a thread, calls": trio.run(hops),
+            "asking a coprocess, calls": _asked(),
+            **_database(base / "lmdb"),
+            **_messagepack(),
         }
     finally:
         os.close(fd)
         os.unlink(base / "part")
+
+
+def _asked() -> float:
+    """Requests a second that a coprocess answers which has nothing else to do. What is asked does nothing."""
+    sealing = pair.SEALING
+    deadline = time.monotonic() + 10
+    try:
+        while not sealing.start():
+            if not sealing.wanted:
+                return 0.0  # One core: nobody is asked.
+            if time.monotonic() > deadline:
+                raise Failed("the process that seals did not start within 10 s")
+            time.sleep(0.01)
+        return rate(lambda: sealing.ask(Ping(), None), 1)
+    finally:
+        pair.close()
+
+
+def _database(directory: Path) -> Results:
+    """LMDB, which is in memory then: records put in one transaction that is not flushed, and got again, as a takeover and a listing do."""
+    pairs = [(b"i" + number.to_bytes(8, "big"), os.urandom(80)) for number in range(100 * RECORDS)]
+    keys = [key for key, _ in pairs[: 100 * RECORDS : 100]]
+    with lmdb.open(os.fspath(directory), map_size=64 * MIB, sync=False, metasync=False) as env:
+
+        def put() -> None:
+            with env.begin(write=True) as changes, changes.cursor() as cursor:
+                cursor.putmulti(pairs[:RECORDS])
+
+        with env.begin(write=True) as changes, changes.cursor() as cursor:
+            cursor.putmulti(pairs)
+        with env.begin() as snapshot, snapshot.cursor() as cursor:
+            return {
+                "LMDB: records put": rate(put, RECORDS),
+                "LMDB: records got": rate(lambda: cursor.getmulti(keys), RECORDS),
+            }
+
+
+def _messagepack() -> Results:
+    """A record of twelve numbers, as an inode's is, there and back."""
+    record = (1, 0o100644, 1, 0, 0, 0, 77, 4096, time.time_ns(), time.time_ns(), time.time_ns(), 0)
+    encode = msgspec.msgpack.Encoder().encode
+    raw = encode(record)
+    decode = msgspec.msgpack.Decoder(tuple[int, ...]).decode
+
+    def there() -> None:
+        for _ in range(RECORDS):
+            encode(record)
+
+    def back() -> None:
+        for _ in range(RECORDS):
+            decode(raw)
+
+    return {"MessagePack: records encoded": rate(there, RECORDS), "MessagePack: records decoded": rate(back, RECORDS)}
 
 
 def library(base: Path, sizes: Sizes) -> Results:

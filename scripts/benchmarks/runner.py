@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from scripts.benchmarks import growth, ladder, syncing
 from scripts.benchmarks.processes import Peak
 from scripts.benchmarks.report import Run
 from scripts.benchmarks.seaweed import FusefsSeaweed, ObstoreAlone, Seaweed
-from scripts.benchmarks.systems import ON_SEAWEEDFS, PEERS, Disk, Failed, Fusefs, Null, Pipeline, System, run
+from scripts.benchmarks.systems import ON_SEAWEEDFS, PEERS, Disk, Failed, Fusefs, Null, Pipeline, SealedLog, System, run
 from scripts.benchmarks.works import GROUPS, Sizes
-from storage.errors import FusefsError
 
 Say = Callable[[str], None]
 
@@ -30,6 +28,7 @@ def everything(base: Path, seaweed: Seaweed) -> list[System]:
         Disk(base),
         Null(base),
         Pipeline(base),
+        SealedLog(base),
         *ours,
         *(peer(base) for peer in PEERS),
         FusefsSeaweed(base, seaweed),
@@ -124,14 +123,13 @@ def add_ladder(result: Run, base: Path, sizes: Sizes) -> None:
 
 def add_growth(result: Run, base: Path, counts: Sequence[int], appends: int, say: Say) -> None:
     """What must not grow."""
-    works: dict[str, Callable[[], dict[str, dict[str, float]]]] = {
-        f"volumes with {', '.join(map(str, counts))} files": partial(growth.grown, base, counts),
-        f"{appends} appends": partial(growth.appended, base, appends),
-    }
-    for name, work in works.items():
-        try:
-            result.growth |= work()
-        except (Failed, FusefsError, OSError) as error:
-            # What was measured before stays worth having.
-            result.left_out[name] = str(error)
-        say(name)
+    found, left_out = growth.grown(base, counts)
+    result.growth |= found
+    result.left_out |= left_out
+    say(f"volumes with {', '.join(map(str, counts))} files")
+    try:
+        result.growth |= growth.appended(base, appends)
+    except (Failed, OSError) as error:
+        # What was measured before stays worth having.
+        result.left_out[f"{appends} appends"] = str(error)
+    say(f"{appends} appends")

@@ -1,22 +1,32 @@
-"""Does fsync reach the disk? Found out in the run itself, in two ways: by system calls, and by a kill -9."""
+"""Does fsync reach the disk? Found out in the run itself, in two ways: by system calls, and by a kill -9 in the middle of work."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 from scripts.benchmarks.systems import Failed, System, is_mounted
 
-#: System calls that make the disk write.
-FLUSHES = "fsync,fdatasync,sync_file_range,msync,syncfs,sync"
+#: System calls that make the disk write, and those that do where the file was opened so, or they are told to.
+FLUSHES = ("fsync", "fdatasync", "sync_file_range", "msync", "syncfs", "sync")
+WRITES = ("write", "writev", "pwrite64", "pwritev", "pwritev2")
+#: What strace(1) writes with -f -o: the thread, the call, and its first argument where that is a descriptor.
+_CALL = re.compile(r"^(\d+) +(\w+)\((\d+)?")
+#: Writers that are at work when the processes are killed, and for how many seconds they have been.
+WRITERS, AT_WORK = 4, 0.5
 
 
 def flushes(system: System) -> bool | None:
-    """Do its processes flush anything while a program appends and fsyncs? None: it cannot be found out (no strace)."""
+    """Do its processes flush anything while a program appends and fsyncs? None: it cannot be found out (no strace).
+
+    What goes by io_uring is not seen."""
     pids = system.processes()
     if not pids or shutil.which("strace") is None:
         return None
@@ -24,7 +34,7 @@ def flushes(system: System) -> bool | None:
     output = system.base / "strace"
     tracer = subprocess.Popen(
         # Without signals: programs in Go send themselves many, which are no flushes.
-        ["strace", "-f", "-e", f"trace={FLUSHES}", "-e", "signal=none", "-o", output, *attached],
+        ["strace", "-f", "-s", "0", "-e", f"trace={','.join(FLUSHES + WRITES)}", "-e", "signal=none", "-o", output, *attached],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -38,7 +48,9 @@ def flushes(system: System) -> bool | None:
             before = output.stat().st_size
             os.fsync(fd)
             time.sleep(0.02)
-            marks.append(output.stat().st_size > before)
+            with open(output, encoding="ascii", errors="replace") as calls:
+                calls.seek(before)
+                marks.append(any(map(is_flush, calls)))
         os.close(fd)
         os.unlink(path)
     finally:
@@ -48,28 +60,93 @@ def flushes(system: System) -> bool | None:
     return all(marks)
 
 
+def is_flush(line: str) -> bool:
+    """Does this line of strace's tell of a call after which the disk has what it wrote?"""
+    found = _CALL.match(line)
+    if found is None:
+        return False
+    thread, call, fd = found.groups()
+    if call in FLUSHES:
+        return True
+    return call in WRITES and ("RWF_DSYNC" in line or "RWF_SYNC" in line or (fd is not None and _is_synchronous(thread, fd)))
+
+
+def _is_synchronous(thread: str, fd: str) -> bool:
+    """Was the file opened so that each write of it is a flush?"""
+    try:
+        said = Path(f"/proc/{thread}/fdinfo/{fd}").read_text(encoding="ascii")
+    except OSError:
+        return False
+    flags = re.search(r"^flags:\s+([0-7]+)", said, re.MULTILINE)
+    return flags is not None and bool(int(flags[1], 8) & os.O_DSYNC)
+
+
+class Writer(threading.Thread):
+    """Appends lines that say their number, each with fsync, until that fails."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(daemon=True)
+        self.path = path
+        #: Lines whose fsync has returned.
+        self.acknowledged = 0
+
+    def run(self) -> None:
+        # Whoever served it is killed, as it should be.
+        with suppress(OSError):
+            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                while True:
+                    os.write(fd, self.line(self.acknowledged))
+                    os.fsync(fd)
+                    self.acknowledged += 1
+            finally:
+                os.close(fd)
+
+    def line(self, number: int) -> bytes:
+        """Of different lengths, so that not each stands in a place where another could stand."""
+        return b"%s %d %s\n" % (os.fsencode(self.path.name), number, b"x" * (number % 300))
+
+    def survived(self) -> bool:
+        """Is all that was acknowledged there?"""
+        wanted = b"".join(map(self.line, range(self.acknowledged)))
+        with open(self.path, "rb") as file:
+            return file.read(len(wanted)) == wanted
+
+
 def survives_kill(system: System) -> bool:
-    """Is what was fsync'd there after its processes were killed and it was mounted again?"""
-    path = system.path / "killed"
-    content = os.urandom(300_000)
+    """Is what was fsync'd there after its processes were killed and it was mounted again? A file that nobody writes to any more, one that
+    is long and was made with a few large writes, and logs that are being written to with fsync for each line."""
+    path, large = system.path / "killed", system.path / "killed-large"
+    content, much = os.urandom(300_000), os.urandom(1 << 20)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.write(fd, content[:200_000])
     os.fsync(fd)
     os.write(fd, content[200_000:])
     os.fsync(fd)
+    other = os.open(large, os.O_WRONLY | os.O_CREAT, 0o644)
+    for _ in range(9):
+        os.write(other, much)
+    os.fsync(other)
+    writers = [Writer(system.path / f"killed-log{number}") for number in range(WRITERS)]
+    for writer in writers:
+        writer.start()
+    time.sleep(AT_WORK)
     system.kill()
-    with suppress(OSError):
-        # Nobody answers any more, as it should be.
-        os.close(fd)
+    for opened in (fd, other):
+        with suppress(OSError):
+            # Nobody answers any more, as it should be.
+            os.close(opened)
     if is_mounted(system.mountpoint):
         subprocess.run(["umount", "-l", system.mountpoint], check=False, capture_output=True)
+    for writer in writers:
+        writer.join(10)
     time.sleep(0.3)
     try:
         system.mount()
         system._wait(mounted=True)
-        with open(path, "rb") as file:
-            survived = file.read() == content
-        os.unlink(path)
+        survived = path.read_bytes() == content and large.read_bytes() == 9 * much and all(writer.survived() for writer in writers)
+        for made in (path, large, *(writer.path for writer in writers)):
+            os.unlink(made)
     except (Failed, OSError):
         return False
-    return survived
+    return survived and all(writer.acknowledged and not writer.is_alive() for writer in writers)

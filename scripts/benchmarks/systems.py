@@ -272,6 +272,16 @@ class Pipeline(Null):
         return [sys.executable, "-m", "scripts.benchmarks.pipeline", str(self.mountpoint), str(self.base / "sectors")]
 
 
+class SealedLog(Null):
+    """`sealedlog`: the least that an append with fsync can be."""
+
+    name = "sealed log"
+    groups = frozenset({"appends"})
+
+    def _command(self) -> list[str]:
+        return [sys.executable, "-m", "scripts.benchmarks.sealedlog", str(self.mountpoint), str(self.base / "log.d")]
+
+
 class Fusefs(System):
     """This checkout. `hosts`: URLs, or how many directories to make."""
 
