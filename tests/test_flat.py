@@ -62,13 +62,13 @@ async def test_an_append_costs_what_the_first_ones_did(tmp_path: Path) -> None:
                 size += len(line)
 
         costs = []
-        for _ in range(3):
+        for _ in range(5):
             # As many as fill two of the chunks that appends are gathered in.
             costs.append(bytecodes(lambda: appended(1300)))
             for _ in range(20):
                 appended(1000)
                 await names.commit(ino)
-        assert costs[-1] <= 1.02 * costs[0], costs
+        assert max(costs) <= 1.02 * costs[0], costs
 
 
 async def filled(volume: Volume, name: bytes, count: int) -> int:
