@@ -86,8 +86,8 @@ def status_of(volume: Volume) -> VolumeStatus:
             )
         )
     urls = {record.number: record.url for record in volume.hosts.records()}
-    trouble, local = volume.values.shipper.trouble, volume.values.local_trouble
-    shown = (local, volume.values.full, trouble, volume.store.trouble)
+    trouble, local = volume.values.shipper.trouble, volume.values.admission.local_trouble
+    shown = (local, volume.values.admission.full, trouble, volume.store.trouble)
     # Of what was removed meanwhile nothing is pending.
     logged = min(volume.values.logged_bytes(), volume.values.pending_bytes)
     fenced = volume.publisher is not None and failure is not None and volume.publisher.fenced == failure

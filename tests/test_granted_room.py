@@ -14,7 +14,7 @@ import trio
 from storage.errors import NoSpace
 from storage.interfaces import Batch
 from storage.metadata import journal, room
-from storage.values import values
+from storage.values import admission
 from storage.volume import Volume
 from tests.rig import QUIET, append, host_dirs, make, new_value, noise, opened
 
@@ -50,17 +50,17 @@ def changes(volume: Volume) -> None:
         batch = Batch()
         batch.put(b"other%d" % number, bytes(400))
         volume.store.apply(batch)
-        if not volume.store.has_room(0, 0, 0, values.CREATE_KEPT):
+        if not volume.store.has_room(0, 0, 0, admission.CREATE_KEPT):
             return
 
 
 @pytest.mark.parametrize("between", [none, changes])
-@pytest.mark.parametrize("size", [values.LARGE, 128 * 1024, MIB, 4 * MIB])
+@pytest.mark.parametrize("size", [admission.LARGE, 128 * 1024, MIB, 4 * MIB])
 async def test_what_is_accepted_at_once_can_be_committed_on_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, between: Callable[[Volume], None]
 ) -> None:
     monkeypatch.setattr(room, "ROOM_WAIT", 1.0)
-    monkeypatch.setattr(values, "ROOM_WAIT", 1.0)
+    monkeypatch.setattr(admission, "ROOM_WAIT", 1.0)
     await make(tmp_path / "v", host_dirs(tmp_path, 1), sector_size=4 * MIB)
     async with opened(tmp_path / "v", options=OPTIONS) as volume:
         await stream(volume)

@@ -182,7 +182,7 @@ async def test_what_lands_while_the_journal_is_full_is_committed_in_parts(tmp_pa
 async def test_a_journal_full_of_tails_is_emptied_once_hosts_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then what lands is all that makes room for the commit, which landing so may not wait for."""
     monkeypatch.setattr(room, "ROOM_WAIT", 1.0)
-    monkeypatch.setattr("storage.values.values.ROOM_WAIT", 1.0)
+    monkeypatch.setattr("storage.values.admission.ROOM_WAIT", 1.0)
     options = replace(OPTIONS, tail_budget=16 * 1024 * 1024)
     await make(tmp_path / "v", ["mem:wedge"], sector_size=1 << 20)
     content = memory_content("wedge")
@@ -302,10 +302,10 @@ async def test_a_commit_passes_over_what_is_in_the_journal_already(tmp_path: Pat
                 apply(batch, tails)
 
             volume.store.apply = counted  # type: ignore[method-assign]
-            commit_store = volume.values._commit_store
-            volume.values._commit_store = trio.lowlevel.checkpoint  # type: ignore[method-assign]
+            commit_store = volume.values.admission.commit
+            volume.values.admission.commit = trio.lowlevel.checkpoint  # type: ignore[method-assign]
             await volume.values.commit_all()
-            volume.values._commit_store = commit_store  # type: ignore[method-assign]
+            volume.values.admission.commit = commit_store  # type: ignore[method-assign]
             # The last one alone.
             assert handed == 1
             assert turns < 10
@@ -361,7 +361,7 @@ async def test_whatever_is_changed_while_the_journal_is_full_all_is_well_once_ho
 ) -> None:
     """Changes are taken as long as a commit could take them, and refused then."""
     monkeypatch.setattr(room, "ROOM_WAIT", 1.0)
-    monkeypatch.setattr("storage.values.values.ROOM_WAIT", 1.0)
+    monkeypatch.setattr("storage.values.admission.ROOM_WAIT", 1.0)
     await make(tmp_path / "v", ["mem:ch"])
     content = memory_content("ch")
     async with opened(tmp_path / "v", options=replace(OPTIONS, tail_budget=16 * 1024 * 1024)) as volume:
@@ -395,7 +395,7 @@ async def test_what_was_removed_is_committed_whatever_else_was_changed_while_hos
 ) -> None:
     """Only removing helps then; and without that commit the journal would stay full of what is gone."""
     monkeypatch.setattr(room, "ROOM_WAIT", 1.0)
-    monkeypatch.setattr("storage.values.values.ROOM_WAIT", 1.0)
+    monkeypatch.setattr("storage.values.admission.ROOM_WAIT", 1.0)
     await make(tmp_path / "v", ["mem:rc"])
     content = memory_content("rc")
     async with opened(tmp_path / "v", options=replace(OPTIONS, tail_budget=16 * 1024 * 1024)) as volume:
@@ -428,7 +428,7 @@ async def test_removing_is_never_refused_for_hosts_that_take_nothing_nor_is_its_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "ROOM_WAIT", 2.0)
-    monkeypatch.setattr("storage.values.values.ROOM_WAIT", 2.0)
+    monkeypatch.setattr("storage.values.admission.ROOM_WAIT", 2.0)
     await make(tmp_path / "v", ["mem:rm"])
     content = memory_content("rm")
     async with opened(tmp_path / "v", options=replace(OPTIONS, tail_budget=16 * 1024 * 1024)) as volume:
@@ -457,7 +457,7 @@ async def test_commits_that_hardly_empty_a_full_journal_leave_room_for_the_one_t
     """Each has one removal and very many other changes, and may stand beyond the limit; the oldest tails stay. Once they had used up all
     that is beyond it, nothing could be committed any more: not what landed, nor that everything was removed."""
     monkeypatch.setattr(room, "ROOM_WAIT", 0.2)
-    monkeypatch.setattr("storage.values.values.ROOM_WAIT", 0.2)
+    monkeypatch.setattr("storage.values.admission.ROOM_WAIT", 0.2)
     options = replace(OPTIONS, journal_segment=64 * 1024, journal_limit=512 * 1024)
     await make(tmp_path / "v", [f"mem:hardly-{helps}"])
     content = memory_content(f"hardly-{helps}")

@@ -61,15 +61,15 @@ async def test_what_is_removed_while_a_commit_is_written_may_use_the_reserve_too
 
         with monkeypatch.context() as patch:
             patch.setattr(volume.store, "commit", meanwhile)
-            await volume.values._commit_store()
+            await volume.values.admission.commit()
         full = FullFor(volume, monkeypatch)
-        await volume.values._commit_store()
+        await volume.values.admission.commit()
         assert full.asked == [False, True]
         # Once that is durable, nothing is removed that what comes next could point to.
         volume.values.set_replication(batch := Batch(), third, "2")
         volume.store.apply(batch)
         with pytest.raises(NoSpace):
-            await volume.values._commit_store()
+            await volume.values.admission.commit()
         assert full.asked == [False, True, False]
         monkeypatch.undo()
         await volume.commit()
@@ -93,7 +93,7 @@ async def test_what_was_removed_is_not_taken_for_committed_where_only_the_databa
             await volume.values.keep_pace(removing=True)
         with monkeypatch.context() as patch:
             full = FullFor(volume, patch)
-            await volume.values._commit_store()
+            await volume.values.admission.commit()
         assert full.asked == [False, True]
 
 

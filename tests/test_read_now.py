@@ -24,8 +24,8 @@ from storage.sectors.reader import AHEAD, AHEAD_NEAR, AT_ONCE, PREFETCHES
 from storage.sectors.shards import TOGETHER, ShardReader
 from storage.values import places
 from storage.values.places import Places
+from storage.values.reading import EXTENTS_AHEAD
 from storage.values.records import Extent, extents_between
-from storage.values.values import EXTENTS_AHEAD
 from tests.rig import QUIET, append, free, host_dirs, make, new_value, noise, opened
 from tests.rig import SECTOR as SECTOR_SIZE
 from tests.test_redundancy import watch_fetches
@@ -296,9 +296,9 @@ async def test_what_follows_is_the_same_whatever_of_it_is_remembered(tmp_path: P
         for _ in range(300):
             first, count = chance.randrange(len(extents) + 1), chance.randrange(1, 12)
             at = extents[first].offset if first < len(extents) else extents[-1].end
-            assert values._following(value, at, count) == extents[first : first + count]
+            assert values._reader._following(value, at, count) == extents[first : first + count]
             if chance.random() < 0.1:
-                values._places.forget(value)
+                values._reader.forget(value)
 
 
 @pytest.mark.parametrize("shared", [True, False])

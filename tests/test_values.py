@@ -19,10 +19,10 @@ from storage.interfaces import Batch, SealedShard
 from storage.metadata.keys import EXTENT, FREED, GARBAGE, SECTOR, prefix_end
 from storage.metadata.store import Store
 from storage.sectors.upload import Upload
+from storage.values.blocks import LARGE
 from storage.values.packing import parse_table
 from storage.values.records import extents_between
 from storage.values.tail import Cargo, Flight
-from storage.values.values import LARGE
 from storage.volume import Volume
 from tests.rig import QUIET, append, contents, free, host_dirs, make, new_value, noise, opened, published
 from tests.rig import SECTOR as SECTOR_SIZE
@@ -412,7 +412,7 @@ async def test_bytes_that_are_in_sectors_are_let_go_without_the_collector_of_cyc
 async def test_a_long_value_comes_back_wherever_its_bytes_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
     """What is appended in large pieces goes where another process can seal it, as far as there is room, and is never written over."""
     arena = Arena(slots=slots)
-    monkeypatch.setattr("storage.values.values.ARENA", arena)
+    monkeypatch.setattr("storage.values.blocks.ARENA", arena)
     path, dice, model = tmp_path / "v", random.Random(slots), {1: b"", 2: b""}
     await make(path, host_dirs(tmp_path, 1), sector_size=1 << 20)
     async with opened(path) as volume:

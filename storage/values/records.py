@@ -14,7 +14,7 @@ from typing import Annotated
 
 import msgspec
 
-from storage.errors import BadArgument, Corrupt
+from storage.errors import BadArgument, Corrupt, NotFound
 from storage.interfaces import MetadataReader
 from storage.metadata.keys import EXTENT, VALUE, read_u64, u64
 from storage.metadata.together import as_array
@@ -56,6 +56,14 @@ def decode_value(raw: bytes, value_id: int) -> ValueRecord:
     except BadArgument as error:
         raise Corrupt(f"metadata of value {value_id} is damaged ({error}); run fusefs check") from error
     return record
+
+
+def find_value(store: MetadataReader, value_id: int) -> ValueRecord:
+    """NotFound if there is no such value; Corrupt."""
+    raw = store.get(value_key(value_id))
+    if raw is None:
+        raise NotFound(f"value {value_id} does not exist")
+    return decode_value(raw, value_id)
 
 
 def decode_values(raws: Sequence[bytes], value_ids: Sequence[int]) -> list[ValueRecord]:
