@@ -169,7 +169,7 @@ async def with_layers(
 def _published(volume: Volume, publisher: Publisher) -> None:
     """A majority of the hosts has a new superblock."""
     volume.deleter.wake()
-    if publisher.published_all:
+    if publisher.draft.published_all:
         # Else what was cut last is held, and the superblock speaks of what was ready before.
         volume.values.log_published()
 

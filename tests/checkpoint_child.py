@@ -67,19 +67,19 @@ async def measure(base: Path) -> dict[str, float]:
         publisher = volume.publisher
         assert publisher is not None
         await publisher.publish()
-        while publisher._writing is not None:
-            await publisher._writing.wait()
+        while publisher.draft.writing is not None:
+            await publisher.draft.writing.wait()
         before = anonymous()
         started, cpu = time.monotonic(), time.process_time()
         slowest = 0.0
         with Peak() as peak:
-            publisher._begin_checkpoint()
-            while publisher._writing is not None:
+            publisher.draft.begin_checkpoint()
+            while publisher.draft.writing is not None:
                 # How long the event loop is ever held up: what a program on the mount would wait.
                 last = time.monotonic()
                 await trio.sleep(0.002)
                 slowest = max(slowest, time.monotonic() - last)
-        base_checkpoint = publisher._base
+        base_checkpoint = publisher.draft.base
         assert base_checkpoint is not None
         return {
             "files": volume.namespace.regular_files(),

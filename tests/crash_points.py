@@ -301,9 +301,9 @@ class Script:
         assert publisher is not None
         async with publisher._lock:
             await publisher._look()
-            await publisher._cut()
-            publisher._begin_checkpoint()
-            writing = publisher._writing
+            await publisher.draft.cut()
+            publisher.draft.begin_checkpoint()
+            writing = publisher.draft.writing
         if writing is not None:
             await writing.wait()
 

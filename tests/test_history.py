@@ -88,7 +88,7 @@ async def test_every_host_has_two_generations_and_every_object_they_name(tmp_pat
             named = {ref.name for entry in body.log for ref in entry.parts} | {body.checkpoint.name if body.checkpoint else ""}
             have = {name.rsplit("/", 1)[1] for name in metadata(url, volume)}
             assert named <= have
-            assert block.sequence == publisher.sequence == volume.store.published
+            assert block.sequence == publisher.draft.sequence == volume.store.published
             # Eight of a level become one: thirty rounds are a handful of entries.
             assert len(body.log) < 16
             assert len(have) < 40
@@ -144,19 +144,19 @@ async def test_a_checkpoint_replaces_a_log_that_has_outgrown_it(tmp_path: Path, 
     await make(tmp_path / "v", [url])
     async with opened(tmp_path / "v") as volume:
         publisher = publisher_of(volume)
-        first = publisher._base
+        first = publisher.draft.base
         for i in range(60):
             await write(volume, f"a file with a name of some length {i:05}", noise(50))
             await publisher.publish()
-            if publisher._writing is not None:
-                await publisher._writing.wait()
-        assert publisher._base is not first
-        assert publisher._base is not None
-        assert len(publisher._base.chunks) > 3
-        assert publisher._log.size <= max(4096, publisher._base.stored // 2) + 3000
+            if publisher.draft.writing is not None:
+                await publisher.draft.writing.wait()
+        assert publisher.draft.base is not first
+        assert publisher.draft.base is not None
+        assert len(publisher.draft.base.chunks) > 3
+        assert publisher.draft.log.size <= max(4096, publisher.draft.base.stored // 2) + 3000
         await publisher.publish()
         await publisher.publish()
-        assert len(metadata(url, volume)) <= 2 * (len(publisher._base.chunks) + 40)
+        assert len(metadata(url, volume)) <= 2 * (len(publisher.draft.base.chunks) + 40)
 
 
 async def test_a_checkpoint_broken_off_leaves_nothing_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,23 +170,23 @@ async def test_a_checkpoint_broken_off_leaves_nothing_for_long(tmp_path: Path, m
         for i in range(40):
             await write(volume, f"file{i}", b"x")
         await publisher.publish()
-        writing = publisher._begin_checkpoint()
+        writing = publisher.draft.begin_checkpoint()
         assert writing is None
         for _ in range(200):
             await trio.lowlevel.checkpoint()
-            if publisher._next is not None and len(publisher._next.chunks) > 2:
+            if publisher.draft.next is not None and len(publisher.draft.next.chunks) > 2:
                 opener.faults[url].gone = "away"
                 break
             await trio.sleep(0.005)
-        while publisher._writing is not None:
-            await publisher._writing.wait()
+        while publisher.draft.writing is not None:
+            await publisher.draft.writing.wait()
             await trio.lowlevel.checkpoint()
         opener.faults[url].gone = None
         await volume.hosts.retry_once()
         for i in range(4):
             await write(volume, f"more{i}", b"y")
             await publisher.publish()
-        named = {ref.name for ref in publisher._refs()}
+        named = {ref.name for ref in publisher.draft.refs()}
         have = {name.rsplit("/", 1)[1] for name in metadata(url, volume)}
         assert len(have - named) <= 3
 
@@ -340,7 +340,7 @@ async def test_without_a_majority_it_writes_and_catches_up(tmp_path: Path) -> No
             opener.faults[url].gone = None
         await volume.hosts.retry_once()
         await published(volume)
-        assert publisher_of(volume).published_all
+        assert publisher_of(volume).draft.published_all
         assert len({newest(url) for url in urls}) == 1
 
 
@@ -434,11 +434,11 @@ async def test_after_a_kill_the_log_goes_on_without_a_new_checkpoint(tmp_path: P
         volume.publisher = None
     async with opened(tmp_path / "killed") as volume:
         publisher = publisher_of(volume)
-        base = publisher._base
+        base = publisher.draft.base
         assert base is not None
         await publisher.publish()
-        assert publisher._base is base
-        assert publisher.published_all
+        assert publisher.draft.base is base
+        assert publisher.draft.published_all
 
 
 async def test_a_host_away_at_the_opening_is_gone_on_with_later(tmp_path: Path) -> None:
@@ -455,7 +455,7 @@ async def test_a_host_away_at_the_opening_is_gone_on_with_later(tmp_path: Path) 
         (tmp_path / "away").rename(tmp_path / "host0")
         await volume.hosts.retry_once()
         await published(volume)
-        assert publisher_of(volume).published_all
+        assert publisher_of(volume).draft.published_all
 
 
 async def test_a_changed_passphrase_is_on_the_hosts_after_a_flush(tmp_path: Path) -> None:
@@ -541,7 +541,7 @@ async def test_a_name_alone_is_no_superblock(tmp_path: Path) -> None:
         for i in range(3):
             await write(volume, f"file{i}", b"x")
             await publisher_of(volume).publish()
-        assert publisher_of(volume).published_all
+        assert publisher_of(volume).draft.published_all
         assert "none can stand above" in publisher_of(volume).fleet.troubles()
         assert len({newest(url) for url in urls[1:]}) == 1
     async with opened(tmp_path / "v") as volume:
@@ -557,7 +557,7 @@ async def test_a_damaged_newest_superblock_is_passed(tmp_path: Path) -> None:
     async with opened(tmp_path / "v") as volume:
         await write(volume, "file", b"x")
         await publisher_of(volume).publish()
-        assert publisher_of(volume).published_all
+        assert publisher_of(volume).draft.published_all
 
 
 async def test_a_superblock_of_a_newer_fusefs_is_not_taken_for_damage(tmp_path: Path) -> None:
@@ -595,7 +595,7 @@ async def test_a_tail_that_landed_after_the_cut_stays_in_a_merged_entry(tmp_path
     async with opened(tmp_path / "v") as volume:
         publisher = publisher_of(volume)
         await publisher.publish()
-        while not publisher._log.entries or publisher._log.entries[-1].level == 0:
+        while not publisher.draft.log.entries or publisher.draft.log.entries[-1].level == 0:
             await write(volume, f"before{publisher.generation}", b"x")
             await publisher.publish()
         fd = await volume.files.open("file", write=True)
@@ -608,9 +608,9 @@ async def test_a_tail_that_landed_after_the_cut_stays_in_a_merged_entry(tmp_path
                 await publisher.publish()
         # As if the sector landed between the cut and the merge.
         async with publisher._lock:
-            await publisher._cut()
+            await publisher.draft.cut()
             await volume.values.flush()
-            await publisher._log.merge(publisher.fleet.fetch)
+            await publisher.draft.log.merge(publisher.fleet.fetch)
             await publisher._round()
         volume.publisher = None
         shutil.rmtree(tmp_path / "v" / "metadata")

@@ -310,7 +310,7 @@ async def test_hosts_alone_show_the_newest_superblock_and_nothing_is_put_there(t
                 assert await content(view, "d/f") == flushed + logged
                 with pytest.raises(NotFound):
                     await content(view, "g")
-                assert f"commit {volume.publisher.sequence} of 20" in view.view
+                assert f"commit {volume.publisher.draft.sequence} of 20" in view.view
                 assert (await view.status()).pending_bytes == 0
                 # No contents on the local disk in the clear.
                 assert not any(logged[:64] in data for _, data in everything(tmp_path / "scratch").values())

@@ -9,6 +9,7 @@ Words
 | entry, delta | what changed between two cuts: newest values of keys, and tail bytes that are in no sector |
 | log | the entries since the checkpoint's scan began |
 | checkpoint | all records, scanned in slices of different moments; with the log on top, the exact state as of the last cut |
+| draft | what is to be published: checkpoint, log, and what of them is *ready* to be named, or *held* |
 | superblock | names checkpoint and log, keys, hosts and epochs; a generation of its own each time |
 | claim | a superblock that only says that a new epoch has begun |
 | lineage, point | a history, and a moment in one; another lineage's superblock is foreign |
@@ -20,7 +21,7 @@ Picture
                  tails not in sectors ---+                    checkpoint, in the background, when the log has outgrown half of the last
 
 Modules: `objects`, `superblock` (formats), `ancestry` (which history goes on from which), `reading` (what a host says), `host_side` (one
-host), `log`, `checkpoint`, `publisher` (rounds, fencing, the gate for deletions), `restore` (back into a directory).
+host), `log`, `checkpoint`, `draft` (cuts), `publisher` (rounds, fencing, the gate for deletions), `restore` (back into a directory).
 
 Invariants kept here: I1 (objects and superblocks have random nonces), I3 (`Publisher.released_sequence`, `confirm`), I4 (objects before the
 superblock that names them, on each host; two generations; tails of an entry are those of its cut), I5 (majority, conditional puts re-read,

@@ -8,18 +8,14 @@
 One round at a time; a host that was away is brought up to date when it is back, and one that lost metadata objects without a word within
 an hour. Also here: the gate for deletions (I3).
 
-A cut that knows sectors which are only in staging is *held* until they are on their write quorum: else, with this machine lost, what was
-published would lack bytes that an earlier superblock had, as tails or in sectors that were merged since. No further cut is made
-meanwhile, so that steady writing does not put the end off; superblocks that are needed for another reason (a new host, other key slots,
-a host that was behind) name what was *ready* last.
+What is cut, what superblocks may name of it, and checkpoints: `draft`.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import trio
@@ -28,12 +24,13 @@ from storage.config import VolumeConfig, encode_config
 from storage.epochs import Epochs
 from storage.errors import BadArgument, Fenced, FusefsError, Unavailable
 from storage.history.ancestry import Lineage, point_of
-from storage.history.checkpoint import Checkpoint, write_checkpoint
+from storage.history.checkpoint import Checkpoint
+from storage.history.draft import Draft, Ready, TakeTails
 from storage.history.fleet import Fleet
 from storage.history.host_side import HostSide
 from storage.history.log import Log, TailWanted
-from storage.history.objects import INDEX, Delta, Ref, SealedObject, Tail, Writer, decode_index, open_object
-from storage.history.superblock import BODY_VERSION, Body, KnownEpoch, KnownHost, LogEntry, Superblock, encode_superblock
+from storage.history.objects import INDEX, Ref, Writer, decode_index, open_object
+from storage.history.superblock import BODY_VERSION, Body, KnownEpoch, KnownHost, Superblock, encode_superblock
 from storage.hosts.registry import HostRegistry
 from storage.interfaces import Backlog, Batch
 from storage.keyfile import KEY_FILE, KeyFile, load_keyfile
@@ -45,31 +42,12 @@ from storage.wording import counted
 
 log = logging.getLogger("fusefs.history")
 
-#: A checkpoint is due when the log has outgrown half of the last one, and this many bytes.
-MIN_LOG = 256 * 1024
 #: Seconds between two looks at whether hosts still have the metadata objects that they acknowledged: one request to each.
 COMPARE_SECONDS = 3600.0
 #: Seconds between two looks at hosts that are behind, while there is nothing new to publish.
 CATCH_UP_SECONDS = 15.0
-#: Bytes of objects that are on no host yet, at most (I7).
-MAX_UNPLACED = 64 * 1024 * 1024
 #: Superblocks tried in one round, each with a higher generation, where others write at the same time.
 ATTEMPTS = 4
-
-#: The tail bytes that are in no sector and were not given before; with True all of them. No await inside.
-TakeTails = Callable[[bool], list[Tail]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """What superblocks may name: every sector it knows is on its write quorum."""
-
-    base: Checkpoint
-    entries: Sequence[LogEntry]
-    sequence: int
-
-    def refs(self) -> list[Ref]:
-        return [*self.base.refs(), *(ref for entry in self.entries for ref in entry.parts)]
 
 
 class Publisher:
@@ -93,47 +71,39 @@ class Publisher:
         staged: Backlog,
         passed_over: frozenset[bytes] = frozenset(),
     ) -> None:
-        self._nursery = nursery
         self._staged = staged
         self._directory, self._config, self._keys, self._keyfile = directory, config, keys, keyfile
         self._store, self._epochs, self._registry, self._seams = store, epochs, registry, seams
         self._interval = interval
-        self._take_tails = take_tails
         self._volume_id = config.volume_id_bytes
         self._lock = trio.Lock()
-        self._log = Log(keys.metadata_key(), self._volume_id, self._writer, seams, tail_wanted)
+        log_of_changes = Log(keys.metadata_key(), self._volume_id, self._writer, seams, tail_wanted)
         self.fleet = Fleet(
             volume_id=self._volume_id,
             superblock_key=keys.superblock_key(),
             store=store,
             registry=registry,
             lineage=self.lineage,
-            held=self._log.held,
+            held=log_of_changes.held,
             seams=seams,
             passed_over=passed_over,
         )
-        #: The checkpoint superblocks name; None: none is on the hosts yet.
-        self._base: Checkpoint | None = None
-        #: The log does not lead from the checkpoint to the last cut: only a new one helps.
-        self._gap = False
-        #: How often that happened since the scan of the next checkpoint began.
-        self._losses = 0
-        #: One that is being written, its end, and why the last one failed.
-        self._next: Checkpoint | None = None
-        self._writing: trio.Event | None = None
-        self._failure: FusefsError | None = None
-        #: Objects that are on hosts, or on their way, and that no superblock names yet; those of the round that is under way.
-        self._spreading: set[str] = set()
+        self.draft = Draft(
+            store=store,
+            log=log_of_changes,
+            fleet=self.fleet,
+            staged=staged,
+            take_tails=take_tails,
+            seams=seams,
+            nursery=nursery,
+            lock=self._lock,
+            publish=self._round,
+        )
+        #: Objects of the round that is under way.
         self._busy: set[str] = set()
-        #: The next cut takes all tails, not only what was not given before.
-        self._tails_anew = True
         #: Of the newest superblock of this history, and its digest; 0: there is none.
         self.generation = 0
         self._digest = b""
-        #: What was ready last; None before anything was.
-        self._ready: _Ready | None = None
-        #: The last cut waits until what it knows is on enough hosts. Invariant: then no other is made but a checkpoint's.
-        self._held = False
         #: When hosts were last asked, on the monotonic clock, whether another machine has gone on, while a cut was held.
         self._watched = 0.0
         #: When it was last looked at whether hosts have all that they should, on the monotonic clock.
@@ -141,11 +111,7 @@ class Publisher:
         #: The one that hosts are to have.
         self._current: Superblock | None = None
         self._current_refs: list[Ref] = []
-        #: Up to where the last cut went; what `changes.version` was.
-        self.sequence = 0
-        self._cut_version = -1
-        #: A majority has all that was cut last.
-        self.published_all = False
+        #: The commit and the time of the superblock that a majority has.
         self.published_sequence = 0
         self.published_ns = 0
         #: Why this process may not write any more; told once, with `on_fenced`.
@@ -240,13 +206,10 @@ class Publisher:
                 checkpoint = await self._load_checkpoint(newest.body.checkpoint)
             except FusefsError as error:
                 log.warning("the checkpoint on the hosts cannot be used, a new one is written: %s", error)
-        self._base = checkpoint
         self._digest = newest.block.digest
         if checkpoint is not None:
-            self._log.entries = list(newest.body.log)
-            self.sequence = newest.block.sequence
-            self._make_ready()
-            names = frozenset(ref.name for ref in self._refs())
+            self.draft.go_on_from(checkpoint, newest.body.log, newest.block.sequence)
+            names = frozenset(ref.name for ref in self.draft.refs())
             for side in self.fleet.every():
                 if side.newest is not None and side.newest.block.digest == newest.block.digest:
                     side.knows(newest.block.generation, names)
@@ -267,13 +230,13 @@ class Publisher:
 
     def _many(self) -> None:
         """So much has changed that a cut is due; while one is held there is none, and it waits for hosts, not for us."""
-        if not self._held:
+        if not self.draft.held:
             self.want()
 
     @property
     def dirty(self) -> bool:
         """Is there something hosts should know?"""
-        return self._store.changes.reason or self._again or not self.published_all
+        return self._store.changes.reason or self._again or not self.draft.published_all
 
     async def run(self) -> None:
         """Until cancelled: a round every interval in which something changed; hosts that are behind are brought up to date."""
@@ -313,7 +276,7 @@ class Publisher:
                 return
             await self.fleet.make_whole(current.generation, refs)
             self._look_for_lost(refs)
-            if self._gap:
+            if self.draft.gap:
                 self._again = True
                 self.want()
 
@@ -337,7 +300,7 @@ class Publisher:
     async def claim(self) -> None:
         """At open: put the new epoch on the hosts, with the history as they have it (none: nothing is done). Fenced, Unavailable."""
         async with self._lock:
-            if self._ready is not None:
+            if self.draft.ready is not None:
                 await self._round()
 
     async def publish(self, *, wait: bool = True) -> None:
@@ -352,25 +315,25 @@ class Publisher:
             async with self._lock:
                 if self.fenced is not None:
                     raise Fenced(self.fenced)
-                if self.published_all and self._cut_version >= version and not self._again:
+                if self.draft.published_all and self.draft.version >= version and not self._again:
                     await self._catch_up()
                     if not self._again:
                         return
                 writing = await self._publish()
             if not wait:
                 return
-            if self._held:
+            if self.draft.held:
                 # Each sector's upload has its time limit; where none gets anywhere this raises.
                 await self._staged.reached_all()
             elif writing is None:
-                if self._cut_version >= version:
+                if self.draft.version >= version:
                     return
                 # What went out was a cut that had been held.
             else:
                 attempts += 1
                 await writing.wait()
-                if self._failure is not None:
-                    raise type(self._failure)(str(self._failure))
+                if self.draft.failure is not None:
+                    raise type(self.draft.failure)(str(self.draft.failure))
         raise Unavailable("checkpoints do not keep up with what changes; see that hosts are reachable, and quick enough")
 
     async def confirm_majority(self) -> None:
@@ -380,7 +343,7 @@ class Publisher:
             if self.fenced is not None:
                 raise Fenced(self.fenced)
             await self._look()
-            if self._ready is not None and (self._held or self._ready.sequence == self.sequence):
+            if self.draft.ready is not None and (self.draft.held or self.draft.ready.sequence == self.draft.sequence):
                 # Without a new cut, which might be held, and not what is held already: hosts that are full, or too few, are a reason to
                 # add one.
                 await self._round()
@@ -390,52 +353,39 @@ class Publisher:
     async def _publish(self) -> trio.Event | None:
         """One round; or, where nothing can be published without a new checkpoint, the end of that one."""
         await self._look()
-        if self._held and self._staged.waiting():
+        if self.draft.held and self._staged.waiting():
             await self._while_held()
             return None
-        if self._base is not None and not self._gap:
+        if self.draft.base is not None and not self.draft.gap:
             # What was held goes out before anything newer is looked at.
-            if not self._held:
-                await self._cut()
-                if self._hold():
+            if not self.draft.held:
+                await self.draft.cut()
+                if self.draft.hold():
                     await self._while_held()
                     return None
-            await self._log.merge(self.fleet.fetch)
-            self._make_ready()
-        if self._base is not None and not self._gap:
+            await self.draft.log.merge(self.fleet.fetch)
+            self.draft.make_ready()
+        if self.draft.base is not None and not self.draft.gap:
             try:
                 await self._round()
             except Unavailable:
                 # The round may have found that hosts no longer have what it names: then only a checkpoint helps.
-                if not self._gap:
+                if not self.draft.gap:
                     raise
-        if self._base is not None and not self._gap:
-            if self._log.size > max(MIN_LOG, self._base.stored // 2) or self._log.full:
-                self._begin_checkpoint()
+        if self.draft.base is not None and not self.draft.gap:
+            if self.draft.checkpoint_due:
+                self.draft.begin_checkpoint()
             return None
-        if self._writing is None:
-            self._begin_checkpoint()
+        if self.draft.writing is None:
+            self.draft.begin_checkpoint()
         else:
-            await self._cut()
-            await self._spread_log()
-        return self._writing
-
-    def _hold(self) -> bool:
-        """After a cut: is something it knows on too few hosts? Then it is held."""
-        self._held = self._staged.waiting() > 0
-        return self._held
-
-    def _make_ready(self) -> None:
-        """Superblocks may name what there is now."""
-        if self._base is not None:
-            self._ready = _Ready(self._base, list(self._log.entries), self.sequence)
-            self._held = False
-            if self._writing is None:
-                self._spreading.clear()
+            await self.draft.cut()
+            await self.draft.spread_log()
+        return self.draft.writing
 
     async def _while_held(self) -> None:
         """A cut is held: what was ready before it is what hosts are to have, and whether they still say that it is ours is asked (I5)."""
-        ready = self._ready
+        ready = self.draft.ready
         if ready is not None and (self._again or ready.sequence > self.published_sequence):
             await self._round()
             return
@@ -478,47 +428,10 @@ class Publisher:
         if not any(side.examined for side in sides):
             raise Unavailable(f"no host can be reached ({self.fleet.troubles() or 'there is none'})")
         self._judge()
-        if self._base is None and self._writing is None and self._current is None:
+        if self.draft.base is None and self.draft.writing is None and self._current is None:
             await self._go_on()
 
-    async def _cut(self, *, force: bool = False) -> None:
-        """Take what changed, and what hosts lack of the tails, as of one moment, into the log; durable here when this returns."""
-        changes = self._store.changes
-        self._store.run_hooks()
-        # No await from here to the end of the cut: it falls between two batches, and the backlog is as of that moment.
-        if changes.broken:
-            self._lose()
-        if not changes.reason and not self._tails_anew and not force and self.sequence == self._store.applied_sequence:
-            self._cut_version = changes.version
-            return
-        after, self._cut_version = self.sequence, changes.version
-        ops = changes.cut()
-        tails = self._take_tails(self._tails_anew)
-        self._tails_anew = False
-        self._staged.begin()
-        self.sequence = self._store.applied_sequence
-        self.published_all = False
-        try:
-            await self._store.commit()
-            await self._log.append(Delta(min(after, self.sequence), self.sequence, ops, tails))
-        except BaseException:
-            # What was taken is in nobody's hands any more: a gap.
-            changes.lose()
-            self._lose()
-            raise
-        if self._log.held.size > MAX_UNPLACED:
-            # Hosts stay away: the journal has it all, and they will get a checkpoint.
-            self._lose()
-            if self._ready is not None and any(ref.name in self._log.held.unplaced for ref in self._ready.refs()):
-                self._ready = None
-            self._log.held.forget(list(self._log.held.unplaced))
-
-    def _lose(self) -> None:
-        """The log does not lead to here any more."""
-        self._gap = True
-        self._losses += 1
-
-    def _encode(self, ready: _Ready) -> Superblock:
+    def _encode(self, ready: Ready) -> Superblock:
         lost = self.fleet.lost()
         body = Body(
             version=BODY_VERSION,
@@ -544,7 +457,7 @@ class Publisher:
 
     async def _round(self) -> None:
         """A new superblock, with all it names, on every host that can be reached. Returns on a majority. Fenced, Unavailable."""
-        ready = self._ready
+        ready = self.draft.ready
         if ready is None:
             raise RuntimeError("nothing is ready to be published")
         over = False
@@ -556,8 +469,8 @@ class Publisher:
             again = await self._bring(block, refs, done, over)
             self._current, self._current_refs, self._digest = block, refs, block.digest
             for ref in refs:
-                if ref.name in self._log.held.unplaced and any(side.has(ref) for side in self.fleet.every()):
-                    self._log.held.placed(ref.name)
+                if ref.name in self.draft.log.held.unplaced and any(side.has(ref) for side in self.fleet.every()):
+                    self.draft.log.held.placed(ref.name)
             self._look_for_lost(refs)
             voters = self.fleet.voters()
             have = sum(1 for side in voters if side.number in done)
@@ -586,9 +499,9 @@ class Publisher:
         """What every host that answers has lost, they get anew: with a checkpoint."""
         gone = self.fleet.vanished.intersection(ref.name for ref in refs)
         self.fleet.vanished.clear()
-        if gone and not self._gap:
+        if gone and not self.draft.gap:
             log.warning("hosts have lost %s, and none has that any more; a checkpoint is due", counted(len(gone), "metadata object"))
-            self._lose()
+            self.draft.lose()
 
     async def _bring(self, block: Superblock, refs: list[Ref], done: set[int], over: bool) -> bool:
         """To every host; those that have it are added to `done`. True if somebody wrote to one meanwhile, but no other history."""
@@ -610,7 +523,7 @@ class Publisher:
         return again
 
     def _published(self, block: Superblock) -> None:
-        self.published_all, self._again = not self._held, False
+        self.draft.published_all, self._again = not self.draft.held, False
         self.published_sequence, self.published_ns = block.sequence, block.written_ns
         self.trouble = ""
         if self._store.failure is None:
@@ -619,87 +532,13 @@ class Publisher:
     async def _tidy(self) -> None:
         if self.fleet.keep_all:
             return
-        busy = self._busy | ({ref.name for ref in self._next.refs()} if self._next is not None else set())
+        busy = self._busy | ({ref.name for ref in self.draft.next.refs()} if self.draft.next is not None else set())
 
         async def tidy(side: HostSide) -> None:
             if side.generation == self.generation:
-                await side.tidy(busy | self._spreading)
+                await side.tidy(busy | self.draft.spreading)
 
         await self.fleet.on_each(self.fleet.sides(), tidy)
-
-    # ------------------------------------------------------------------------------------------------------------
-    # Checkpoints
-
-    def _begin_checkpoint(self) -> None:
-        """Start one in the background, unless one is being written. No await: the cut it begins with is now."""
-        if self._writing is not None:
-            return
-        self._writing, self._failure = trio.Event(), None
-        if self._gap or self._base is None:
-            # What is in the log leads nowhere: the scan sees everything as it is from now on.
-            self._log.held.forget([ref.name for ref in self._log.refs()])
-            self._log.entries = []
-            self._store.changes.cut()
-            self.sequence = self._store.applied_sequence
-            self._held = False
-        # The last cut has just been made, or nothing before it counts: either way the new log begins here, with all tails anew.
-        self._tails_anew = True
-        self._log.boundary = len(self._log.entries)
-        self._next = Checkpoint(self.sequence)
-        self._losses = 0
-        self._nursery.start_soon(self._write_checkpoint, self._next)
-
-    async def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Until superblocks name it. A failure leaves everything as it was; it is tried again with the next round."""
-        try:
-            started = self._seams.clock.monotonic()
-            await write_checkpoint(checkpoint, self._store, self._seal, self.fleet.spread, self._seams)
-            async with self._lock:
-                await self._cut(force=True)
-                if self._losses:
-                    raise Unavailable("more changed during a checkpoint than can be kept; trying again")
-                boundary = self._log.boundary or 0
-                self._log.held.forget([ref.name for entry in self._log.entries[:boundary] for ref in entry.parts])
-                self._log.entries = self._log.entries[boundary:]
-                self._log.boundary = None
-                self._base, self._gap, self._next = checkpoint, False, None
-                seconds = self._seams.clock.monotonic() - started
-                log.info("checkpoint of %d records, %d bytes stored, in %.1f s", checkpoint.records, checkpoint.stored, seconds)
-                if self._hold():
-                    return
-                self._spreading.clear()
-                self._make_ready()
-                await self._round()
-        except FusefsError as error:
-            log.warning("writing a checkpoint is postponed: %s", error)
-            self._failure = error
-            if self._base is not checkpoint:
-                self._log.held.forget(list(self._spreading - {ref.name for ref in self._log.refs()}))
-        finally:
-            self._log.boundary = None
-            self._next = None
-            if not self._held:
-                # Else until superblocks name them.
-                self._spreading.clear()
-            writing, self._writing = self._writing, None
-            if writing is not None:
-                writing.set()
-
-    async def _seal(self, kind: int, body: bytes) -> SealedObject:
-        sealed = await self._log.seal(kind, body)
-        # Before it is anywhere: nobody tidies it away while nothing names it.
-        self._spreading.add(sealed.ref.name)
-        return sealed
-
-    async def _spread_log(self) -> None:
-        """Without a checkpoint to go with them, entries at least need not stay in memory."""
-        for ref in self._log.refs():
-            if ref.name in self._log.held.unplaced:
-                self._spreading.add(ref.name)
-                await self.fleet.spread(SealedObject(ref, self._log.held.objects[ref.name]))
-
-    def _refs(self) -> list[Ref]:
-        return [*(self._base.refs() if self._base is not None else []), *self._log.refs()]
 
     # ------------------------------------------------------------------------------------------------------------
     # The gate for deletions (I3): see HistoryGate
@@ -714,7 +553,7 @@ class Publisher:
 
     def want_release(self, sequence: int) -> None:
         """Something freed by this commit waits for an older generation to go: publish once more, if that can help."""
-        if self._held:
+        if self.draft.held:
             return
         sides = self.fleet.sides()
         if not all(side.examined and side.foreign is None and self.fleet.available(side) for side in sides):
