@@ -12,7 +12,7 @@ import trio
 
 from storage.errors import BadArgument, Fenced, Unavailable
 from storage.history import checkpoint as checkpoint_module
-from storage.history import publisher as publisher_module
+from storage.history import draft as draft_module
 from storage.history.log import FAN
 from storage.history.objects import metadata_prefix
 from storage.history.publisher import Publisher
@@ -138,7 +138,7 @@ async def test_statistics_of_hosts_alone_are_no_reason_to_send(tmp_path: Path) -
 
 
 async def test_a_checkpoint_replaces_a_log_that_has_outgrown_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher_module, "MIN_LOG", 4096)
+    monkeypatch.setattr(draft_module, "MIN_LOG", 4096)
     monkeypatch.setattr(checkpoint_module, "TARGET_BODY", 2000)
     url = host_dirs(tmp_path, 1)[0]
     await make(tmp_path / "v", [url])
@@ -504,7 +504,7 @@ async def test_metadata_objects_that_hosts_lost_are_made_good(tmp_path: Path, ho
         await write(volume, "second", b"two" * 1000)
         await volume.flush()
         prefix = metadata_prefix(volume.config.volume_id_bytes)
-        base = publisher_of(volume)._base
+        base = publisher_of(volume).draft.base
         assert base is not None
         assert base.index is not None
         index = base.index.name

@@ -31,13 +31,13 @@ async def test_each_reader_of_a_file_finds_its_next_sector_asked_for(
     async with opened(tmp_path / "v", options=replace(QUIET, cache=4 * len(data))) as volume:
         values = volume.values
         asked: set[int] = set()
-        prefetch = values._sectors.prefetch
+        prefetch = values._reader._sectors.prefetch
 
         def noted(sector_id: int) -> bool:
             asked.add(sector_id)
             return prefetch(sector_id)
 
-        monkeypatch.setattr(values._sectors, "prefetch", noted)
+        monkeypatch.setattr(values._reader._sectors, "prefetch", noted)
         places = [number * each * SECTOR + 3 * STEP for number in range(readers)]
         begun = list(places)
         behind = 0
@@ -70,7 +70,7 @@ async def test_who_reads_here_and_there_has_hardly_anything_fetched_ahead(tmp_pa
             asked += 1
             return True
 
-        monkeypatch.setattr(volume.values._sectors, "prefetch", noted)
+        monkeypatch.setattr(volume.values._reader._sectors, "prefetch", noted)
         for _ in range(500):
             at = dice.randrange(1, len(data) // 4096) * 4096
             assert bytes(await volume.values.read(value, at, 4096)) == data[at : at + 4096]

@@ -103,6 +103,7 @@ def grown(base: Path, counts: Sequence[int]) -> tuple[dict[str, dict[str, float]
                 except (Failed, FusefsError, OSError) as error:
                     # The others, and what was measured before, stay worth having.
                     left_out[title] = f"{f'turn {turn} of {TURNS}' if turn else 'making it'}: {error}"
+                    system.stop()
     medians = {
         title: {"memory while it is made, MiB": making[title], **{what: median(turn[what] for turn in turns) for what in turns[0]}}
         for title, turns in found.items()

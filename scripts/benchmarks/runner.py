@@ -11,12 +11,15 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import lmdb
+
 from scripts.benchmarks import growth, ladder, syncing
 from scripts.benchmarks.processes import Peak
 from scripts.benchmarks.report import Run
 from scripts.benchmarks.seaweed import FusefsSeaweed, ObstoreAlone, Seaweed
 from scripts.benchmarks.systems import ON_SEAWEEDFS, PEERS, Disk, Failed, Fusefs, Null, Pipeline, SealedLog, System, run
 from scripts.benchmarks.works import GROUPS, Sizes
+from storage.errors import FusefsError
 
 Say = Callable[[str], None]
 
@@ -104,7 +107,10 @@ def measure(
         for system in running:
             if system.encrypted and system.name not in result.left_out:
                 result.memory[system.name] = system.memory()
-                result.survives[system.name] = syncing.survives_kill(system)
+                try:
+                    result.survives[system.name] = syncing.survives_kill(system)
+                except Failed as error:
+                    result.left_out[f"{system.name}, kill -9"] = str(error)
     finally:
         for system in systems:
             system.stop()
@@ -116,7 +122,10 @@ def add_ladder(result: Run, base: Path, sizes: Sizes) -> None:
     place = base / "ladder"
     place.mkdir()
     try:
-        result.ladder = {**ladder.parts(place), **ladder.library(place, sizes)}
+        result.ladder |= ladder.parts(place)
+        result.ladder |= ladder.library(place, sizes)
+    except (Failed, FusefsError, OSError, lmdb.Error) as error:
+        result.left_out["the parts alone"] = str(error)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

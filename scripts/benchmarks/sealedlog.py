@@ -54,8 +54,8 @@ class SealedLog(NullOperations):
         size = self._inodes[fh].size
         if off + len(buf) > size:
             # The kernel sends the page again that it ends in.
-            self._pending.append(buf[size - off :])
-            self._bytes += off + len(buf) - size
+            self._pending.append(buf[max(0, size - off) :])
+            self._bytes += len(self._pending[-1])
             if self._bytes > MOST:
                 self._flush()
         return await super().write(fh, off, buf)

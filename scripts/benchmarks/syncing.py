@@ -19,14 +19,14 @@ FLUSHES = ("fsync", "fdatasync", "sync_file_range", "msync", "syncfs", "sync")
 WRITES = ("write", "writev", "pwrite64", "pwritev", "pwritev2")
 #: What strace(1) writes with -f -o: the thread, the call, and its first argument where that is a descriptor.
 _CALL = re.compile(r"^(\d+) +(\w+)\((\d+)?")
-#: Writers that are at work when the processes are killed, and for how many seconds they have been.
-WRITERS, AT_WORK = 4, 0.5
+#: Writers that are at work when the processes are killed, for how many seconds each of them has been, and how long is waited for that.
+WRITERS, AT_WORK, PATIENCE = 4, 0.5, 30.0
 
 
 def flushes(system: System) -> bool | None:
     """Do its processes flush anything while a program appends and fsyncs? None: it cannot be found out (no strace).
 
-    What goes by io_uring is not seen."""
+    What goes by io_uring or io_submit(2) is not seen, nor what is written to a file opened so and closed at once."""
     pids = system.processes()
     if not pids or shutil.which("strace") is None:
         return None
@@ -82,40 +82,44 @@ def _is_synchronous(thread: str, fd: str) -> bool:
 
 
 class Writer(threading.Thread):
-    """Appends lines that say their number, each with fsync, until that fails."""
+    """Appends lines that say their number, each with fsync, until that fails or it is told to stop."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(daemon=True)
         self.path = path
         #: Lines whose fsync has returned.
         self.acknowledged = 0
+        self.error: OSError | None = None
+        self.stopped = threading.Event()
 
     def run(self) -> None:
-        # Whoever served it is killed, as it should be.
-        with suppress(OSError):
+        try:
             fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                while True:
+                while not self.stopped.is_set():
                     os.write(fd, self.line(self.acknowledged))
                     os.fsync(fd)
                     self.acknowledged += 1
             finally:
                 os.close(fd)
+        except OSError as error:
+            # Whoever served it is killed, as it should be.
+            self.error = error
 
     def line(self, number: int) -> bytes:
         """Of different lengths, so that not each stands in a place where another could stand."""
         return b"%s %d %s\n" % (os.fsencode(self.path.name), number, b"x" * (number % 300))
 
     def survived(self) -> bool:
-        """Is all that was acknowledged there?"""
+        """Is all that was acknowledged there, and then nothing but what was written next?"""
         wanted = b"".join(map(self.line, range(self.acknowledged)))
-        with open(self.path, "rb") as file:
-            return file.read(len(wanted)) == wanted
+        found = self.path.read_bytes()
+        return found.startswith(wanted) and self.line(self.acknowledged).startswith(found[len(wanted) :])
 
 
 def survives_kill(system: System) -> bool:
     """Is what was fsync'd there after its processes were killed and it was mounted again? A file that nobody writes to any more, one that
-    is long and was made with a few large writes, and logs that are being written to with fsync for each line."""
+    is long and was made with a few large writes, and logs that are being written to with fsync for each line. Failed: not found out."""
     path, large = system.path / "killed", system.path / "killed-large"
     content, much = os.urandom(300_000), os.urandom(1 << 20)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -128,25 +132,46 @@ def survives_kill(system: System) -> bool:
         os.write(other, much)
     os.fsync(other)
     writers = [Writer(system.path / f"killed-log{number}") for number in range(WRITERS)]
-    for writer in writers:
-        writer.start()
-    time.sleep(AT_WORK)
-    system.kill()
-    for opened in (fd, other):
-        with suppress(OSError):
-            # Nobody answers any more, as it should be.
-            os.close(opened)
+    try:
+        for writer in writers:
+            writer.start()
+        _at_work(writers)
+        system.kill()
+    finally:
+        for writer in writers:
+            writer.stopped.set()
+        for opened in (fd, other):
+            with suppress(OSError):
+                # Nobody answers any more, as it should be.
+                os.close(opened)
     if is_mounted(system.mountpoint):
         subprocess.run(["umount", "-l", system.mountpoint], check=False, capture_output=True)
     for writer in writers:
         writer.join(10)
+        if writer.is_alive():
+            raise Failed(f"a write to {writer.path} has not ended though it was killed")
     time.sleep(0.3)
+    made = [path, large, *(writer.path for writer in writers)]
     try:
         system.mount()
         system._wait(mounted=True)
         survived = path.read_bytes() == content and large.read_bytes() == 9 * much and all(writer.survived() for writer in writers)
-        for made in (path, large, *(writer.path for writer in writers)):
-            os.unlink(made)
+        for one in made:
+            one.unlink(missing_ok=True)
     except (Failed, OSError):
+        # It cannot be mounted or read any more.
         return False
-    return survived and all(writer.acknowledged and not writer.is_alive() for writer in writers)
+    return survived
+
+
+def _at_work(writers: list[Writer]) -> None:
+    """Each has been for a while. Failed: one could not."""
+    deadline = time.monotonic() + PATIENCE
+    while not all(writer.acknowledged for writer in writers):
+        if time.monotonic() > deadline:
+            raise Failed(f"no append was acknowledged within {PATIENCE:.0f} s")
+        time.sleep(0.01)
+    time.sleep(AT_WORK)
+    for writer in writers:
+        if not writer.is_alive():
+            raise Failed(f"{writer.path} could not be written to: {writer.error}")

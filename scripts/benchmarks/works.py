@@ -219,7 +219,7 @@ def tree_group(system: System, sizes: Sizes) -> Results:  # noqa: ARG001  a tree
     files = sum(len(names) for _, _, names in os.walk(source))
     target = system.path / "tree"
     copied = timed(lambda: subprocess.run(["cp", "-r", source, target], check=True))
-    removed = timed(lambda: subprocess.run(["rm", "-r", target], check=True))
+    removed = timed(lambda: subprocess.run(["rm", "-r", target], check=True, stdin=subprocess.DEVNULL))
     return {"cp -r": files / copied, "rm -r": files / removed}
 
 

@@ -30,7 +30,7 @@ from storage.interfaces import Backlog
 from storage.metadata.store import Store
 from storage.seams import Seams
 
-log = logging.getLogger("fusefs.history")
+logger = logging.getLogger("fusefs.history")
 
 #: A checkpoint is due when the log has outgrown half of the last one, and this many bytes.
 MIN_LOG = 256 * 1024
@@ -70,7 +70,9 @@ class Draft:
         publish: Callable[[], Awaitable[None]],
     ) -> None:
         """`publish` puts what is ready on the hosts, under the lock: a checkpoint that is written is published at once."""
-        self._store, self.log, self._fleet, self._staged = store, log, fleet, staged
+        self._store, self._fleet, self._staged = store, fleet, staged
+        #: What changed since the checkpoint, cut by cut.
+        self.log = log
         self._take_tails, self._seams, self._nursery = take_tails, seams, nursery
         self._lock, self._publish = lock, publish
         #: The checkpoint superblocks name; None: none is on the hosts yet.
@@ -94,7 +96,7 @@ class Draft:
         #: Up to where the last cut went; what `changes.version` was.
         self.sequence = 0
         self.version = -1
-        #: A majority has all that was cut last.
+        #: A majority has all that was cut last: the publisher says so, and each cut ends it.
         self.published_all = False
 
     def go_on_from(self, checkpoint: Checkpoint, entries: Sequence[LogEntry], sequence: int) -> None:
@@ -198,14 +200,14 @@ class Draft:
                 self.log.boundary = None
                 self.base, self.gap, self.next = checkpoint, False, None
                 seconds = self._seams.clock.monotonic() - started
-                log.info("checkpoint of %d records, %d bytes stored, in %.1f s", checkpoint.records, checkpoint.stored, seconds)
+                logger.info("checkpoint of %d records, %d bytes stored, in %.1f s", checkpoint.records, checkpoint.stored, seconds)
                 if self.hold():
                     return
                 self.spreading.clear()
                 self.make_ready()
                 await self._publish()
         except FusefsError as error:
-            log.warning("writing a checkpoint is postponed: %s", error)
+            logger.warning("writing a checkpoint is postponed: %s", error)
             self.failure = error
             if self.base is not checkpoint:
                 self.log.held.forget(list(self.spreading - {ref.name for ref in self.log.refs()}))

@@ -1,4 +1,4 @@
-"""The cut of the history that is to be published next (storage/history/publisher.py), and which sectors of staging it waits for.
+"""The cut of the history that is to be published next (storage/history/draft.py), and which sectors of staging it waits for.
 
 A cut that knows a sector which is only on this machine must not be published before the sector is on its write quorum: superblocks never
 speak of what only this machine has. One that is freed while a cut waits for it stays in staging, and goes to hosts all the same.

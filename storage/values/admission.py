@@ -1,9 +1,11 @@
 """Admission: what may be appended, made and changed, so that all that was accepted can be made durable (I7).
 
-bytes        `reserve`, before each append: there is room for them in memory (the shipper's budget) and in the journal's files as they
-             stand on the disk, whatever happens to the disk afterwards. Of several appends the journal is asked about once: `granted`
-new names    `check_room`, at once: nothing new while the last commit could not be made, or there is no room for what names bring
-all changes  `hold_back` and `keep_pace`: who changes faster than commits and LMDB follow waits for them
+    bytes        `reserve`, before each append: there is room for them in memory (the shipper's budget) and in the journal's files as they
+                 stand on the disk, whatever happens to the disk afterwards. Of several appends the journal is asked about once: `granted`
+    new names    `check_room`, at once: nothing new while the last commit could not be made, or there is no room for what names bring
+    all changes  `hold_back` and `keep_pace`: who changes faster than commits and LMDB follow waits for them
+
+Commits are made here (`commit`), since one that cannot be made is why nothing new is accepted, until one can.
 """
 
 from __future__ import annotations

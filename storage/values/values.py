@@ -48,9 +48,7 @@ class Values:
     ) -> None:
         """`rewrite_rate`: bytes per second that changing the replication of what is stored may send; None: no limit."""
         self._store = store
-        self._sectors = sectors
         self._counter = counter
-        self._seams = seams
         #: Invariant: a value is here if and only if it has bytes outside of extents (or is about to get some).
         self._tails: dict[int, Tail] = {}
         self.shipper = Shipper(
