@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from scripts.benchmarks import growth, ladder
 from scripts.benchmarks.markdown import page
 from scripts.benchmarks.processes import has_argument, memory, serving
 from scripts.benchmarks.report import Run
-from scripts.benchmarks.runner import add_growth, chosen, measure
+from scripts.benchmarks.runner import add_growth, chosen, everything, measure, shuffled
 from scripts.benchmarks.seaweed import Seaweed
 from scripts.benchmarks.syncing import Writer, is_flush, survives_kill
 from scripts.benchmarks.systems import Failed, Fusefs, keep_apart
@@ -290,6 +291,17 @@ def test_without_seaweedfs_its_group_is_left_out_and_the_rest_measured(tmp_path:
     assert {name: "there is no weed" in why for name, why in result.left_out.items()} == {"fusefs seaweedfs": True, "obstore alone": True}
     assert set(result.rates["disk"]) == {"append to seen, us"}
     assert os.listdir(tmp_path) == []
+
+
+def test_nobody_always_comes_after_the_same_one(tmp_path: Path) -> None:
+    systems = everything(tmp_path, Seaweed(tmp_path))
+    before: dict[str, set[str]] = {system.name: set() for system in systems}
+    for number in range(7):
+        order = shuffled(systems, number)
+        assert sorted(system.name for system in order) == sorted(before) and order == shuffled(systems, number)
+        for first, second in pairwise(order):
+            before[second.name].add(first.name)
+    assert all(len(names) >= 3 for names in before.values()), before
 
 
 def test_groups_that_are_for_none_of_the_systems_are_refused(tmp_path: Path) -> None:

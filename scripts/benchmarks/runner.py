@@ -1,9 +1,10 @@
-"""Rounds: every system does a group of works, then every system the next group, in an order that turns from round to round."""
+"""Rounds: every system does a group of works, then every system the next group, in another order in each round."""
 
 from __future__ import annotations
 
 import os
 import platform
+import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -65,6 +66,12 @@ def machine() -> dict[str, str]:
     }
 
 
+def shuffled(systems: Sequence[System], number: int) -> list[System]:
+    """The order of round `number`, the same in each run. Not only turned: who always comes after the same one has what that leaves behind,
+    in caches, on the disk and in the phases of the machine, in every round."""
+    return random.Random(number).sample(systems, len(systems))  # noqa: S311
+
+
 def measure(
     systems: list[System], rounds: int, groups: Sequence[str], sizes: Sizes, say: Say, keep: Callable[[Run], object] | None = None
 ) -> Run:
@@ -89,9 +96,7 @@ def measure(
             for group in groups:
                 if group == ON_SEAWEEDFS and not any(system.groups for system in running):
                     continue
-                # Nobody is always the first after somebody else.
-                turn = number % max(1, len(running))
-                for system in [*running[turn:], *running[:turn]]:
+                for system in shuffled(running, number):
                     if system.name in result.left_out or not system.does(group):
                         continue
                     try:
