@@ -43,10 +43,11 @@ from storage.metadata.lmdb_base import MAP_SIZE, LmdbBase
 from storage.metadata.read_only import ReadOnlyStore, open_read_only_store
 from storage.metadata.store import Store
 from storage.seams import Seams
+from storage.servable import check_servable
 from storage.status import VolumeStatus
 from storage.values.records import sealed_end, tail_needed
 from storage.volume import Volume, VolumeOptions
-from storage.wiring import SECTOR_RANGE, absolute, check_servable, make_layers, only, trim_idle
+from storage.wiring import SECTOR_RANGE, absolute, make_layers, only, trim_idle
 
 log = logging.getLogger("fusefs.volume")
 

@@ -27,7 +27,7 @@ from storage.keyfile import KEY_FILE, load_keyfile, open_slots
 from storage.keys import SALT_SIZE, Keys
 from storage.lock import VolumeLock
 from storage.metadata.counters import Counter
-from storage.metadata.keys import SECTOR, prefix_end, read_u64, u32
+from storage.metadata.keys import u32
 from storage.metadata.opening import open_store
 from storage.metadata.store import Store
 from storage.namespace import Namespace
@@ -42,10 +42,8 @@ from storage.sectors.lock_keeper import LockKeeper
 from storage.sectors.manager import SectorManager
 from storage.sectors.mending import Mender
 from storage.sectors.placement import Placement
-from storage.sectors.plan import can_be_read
 from storage.sectors.reader import SectorReader
 from storage.sectors.reconcile import Reconciler
-from storage.sectors.records import decode_sector
 from storage.sectors.regenerate import Regenerator
 from storage.sectors.scrub import INTERVAL as SCRUB_INTERVAL
 from storage.sectors.scrub import Scrubber
@@ -53,12 +51,12 @@ from storage.sectors.shards import ShardReader
 from storage.sectors.staging import Staging
 from storage.sectors.strays import Strays
 from storage.sectors.sweep import RECOVERED_KEY, Sweeper
+from storage.servable import check_servable
 from storage.standing import Standing
 from storage.values.records import decode_value, tail_needed
 from storage.values.values import Values
-from storage.values.whose import files_in
 from storage.volume import DAY, Volume, VolumeOptions
-from storage.wording import counted, named
+from storage.wording import counted
 
 log = logging.getLogger("fusefs.volume")
 
@@ -76,8 +74,6 @@ LOCK_LIMIT = 60.0
 RENEW_LIMIT = 10.0
 #: Seconds between two times that what was learned of hosts is saved.
 SAVE_INTERVAL = 3600.0
-#: Sectors that cannot be read and whose files are looked for, to name some.
-MAX_NAMED = 100_000
 #: Seconds after which memory that was not used is given back.
 TRIM_SECONDS = 10.0
 
@@ -547,57 +543,3 @@ async def _commit_loop(volume: Volume, interval: float) -> None:
             await volume.commit()
         except FusefsError as error:
             log.error("what was written lately is not durable yet: %s", error)
-
-
-async def check_servable(volume: Volume) -> None:
-    """With hosts away: warn of each, and of what cannot be read until they are back. Reading that is Unavailable then; all else goes on.
-
-    Looks at every sector, in slices, but only when a host is away.
-    """
-    away = {record.number: record.url for record in volume.hosts.records() if not volume.hosts.available(record.number)}
-    if not away:
-        return
-    given_up = volume.standing.lost()
-    for number, url in away.items():
-        if number in given_up:
-            continue
-        reason = volume.hosts.reason(number)
-        message = reason if url in reason else f"host {url} cannot be used: {reason}"
-        log.warning("%s", message)
-        volume.passing.append((message, partial(_missed, volume, number)))
-    here = set(volume.hosts.numbers()) - away.keys()
-    start, end, lost = SECTOR, prefix_end(SECTOR), 0
-    examples: list[int] = []
-    unreadable: set[int] = set()
-    needed: set[int] = set()
-    while found := volume.store.scan(start, end, 500):
-        for key, raw in found:
-            sector_id = read_u64(key, 1)
-            record = await volume.strays.locate(sector_id, decode_sector(raw, sector_id))
-            if record.live and not can_be_read(record, here, volume.staging.files.has):
-                lost += 1
-                if lost <= MAX_NAMED:
-                    unreadable.add(sector_id)
-                needed |= {host for shard in record.shards for host in shard.hosts} & away.keys()
-                if len(examples) < 5:
-                    examples.append(sector_id)
-        start = found[-1][0] + b"\0"
-        await trio.lowlevel.checkpoint()
-    if lost:
-        numbers = ", ".join(map(str, examples)) + (f" and {lost - len(examples)} more" if lost > len(examples) else "")
-        sectors, are, them = ("sector", "is", "it") if lost == 1 else ("sectors", "are", "them")
-        hosts_text = ", ".join(away[number] for number in sorted(needed or away))
-        files = named(await files_in(volume.store, volume.namespace.path_of, unreadable))
-        what = f"{sectors} {numbers}, with bytes of {files}," if files else f"{sectors} {numbers}"
-        warning = f"{what} {are} only on {hosts_text}: what is in {them} cannot be read before that host is back"
-        log.warning("%s: %s", volume.path, warning)
-        volume.passing.append((warning, partial(_any_away, volume, sorted(needed or away))))
-
-
-def _missed(volume: Volume, number: int) -> bool:
-    """Is the host away, and has nobody given it up since?"""
-    return not volume.hosts.available(number) and number not in volume.standing.lost()
-
-
-def _any_away(volume: Volume, numbers: list[int]) -> bool:
-    return any(not volume.hosts.available(number) for number in numbers)

@@ -52,6 +52,7 @@ LAYERS: list[set[str]] = [
     {"storage.files"},
     {"storage.checking"},
     {"storage.volume", "storage.status_of"},
+    {"storage.servable"},
     {"storage.wiring"},
     {"storage.creation", "storage.recovery", "storage.salvage", "storage.salvage_index", "storage.read_only", "storage.pruning"},
     {"storage"},  # storage/__init__.py: the public names

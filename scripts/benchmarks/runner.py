@@ -114,7 +114,7 @@ def measure(
                 result.memory[system.name] = system.memory()
                 try:
                     result.survives[system.name] = syncing.survives_kill(system)
-                except Failed as error:
+                except (Failed, OSError) as error:
                     result.left_out[f"{system.name}, kill -9"] = str(error)
     finally:
         for system in systems:

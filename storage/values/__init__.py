@@ -16,5 +16,5 @@ extent) has the bytes.
 
 Invariants kept here: I2 (an extent is applied after `write_sector` returned, and a value's extents in order), I3 (memory of a flight is
 dropped once its extent is applied; the journal's copy only once the store's durable state has the extent, see `tail_needed`), I6, I7 (one
-budget for all tails).
+budget for all tails; what is accepted has room in the journal: `admission`).
 """
