@@ -7,7 +7,7 @@ and put on the disk. Run as `python -m scripts.benchmarks.pipeline MOUNTPOINT DI
          +------- the same number -- putting (two): a file past the page cache, fsync
 
 It has the receiver, the blocks and the sectors of fusefs, and keeps off the event loop's core as that does; nothing else: no metadata, no
-journal, no hosts, no errors, and nobody could read what it wrote. What this does not reach of a disk's rate, fusefs hardly can.
+journal, no hosts, no errors. What this does not reach of a disk's rate, fusefs hardly can.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ SECTOR = 4 << 20
 SEALED = -(-sealed_length(SECTOR) // mmap.PAGESIZE) * mmap.PAGESIZE
 SLOTS = 8
 PUTTING = 2
+#: Nothing is protected by it; so a test can see that all of what was written is there.
+KEY = bytes(32)
+
+
+def header(sector: int) -> ShardHeader:
+    """Of the one with that number, from 1."""
+    return ShardHeader(bytes(16), bytes(16), 1, SECTOR, sector)
 
 
 class Pipeline(NullOperations):
@@ -66,12 +73,12 @@ class Pipeline(NullOperations):
         return self._memory[number * SECTOR : (number + 1) * SECTOR], self._memory[begin : begin + SEALED]
 
     def _seal(self, source: int, target: int, aside: Aside) -> None:
-        key, volume, count = os.urandom(32), os.urandom(16), 0
+        count = 0
         while number := os.read(source, 1):
             aside.step()
             count += 1
             plain, sealed = self._slot_of(number[0])
-            root_of(seal(key, ShardHeader(volume, volume, 1, SECTOR, count), [plain], lambda size, sealed=sealed: sealed[:size]))  # type: ignore[misc]
+            root_of(seal(KEY, header(count), [plain], lambda size, sealed=sealed: sealed[:size]))  # type: ignore[misc]
             os.write(target, number)
 
     def _put(self, source: int, target: int, mine: int, aside: Aside) -> None:
