@@ -248,6 +248,45 @@ async def test_a_host_that_is_away_holds_deletions_back_until_it_is_marked_lost(
         assert [len(Stored(url).shards()) for url in urls[:2]] == [0, 0]
 
 
+async def test_a_superblock_whose_answer_was_lost_holds_back_what_it_names(tmp_path: Path) -> None:
+    """I3, I4: it stands there, whether or not the host says so, and gives it when it is asked. Later it goes, like any other."""
+    urls = host_dirs(tmp_path, 3)
+    await make(tmp_path / "v", urls, "1")
+    opener = FaultyOpener()
+    async with opened(tmp_path / "v", opener) as volume:
+        publisher = publisher_of(volume)
+        value = new_value(volume, "3")
+        await append(volume, value, noise(5000))
+        await volume.flush()
+        opener.faults[urls[0]].only = lambda _operation, name: "/superblock." in name
+        opener.faults[urls[0]].lose_answer_next = 1
+        await write(volume, "sent", b"x")
+        await publisher.publish()
+        sent = superblocks(urls[0])[-1]
+        assert len(superblocks(urls[0])) == 3, "it arrived, and what it follows was not tidied away"
+        body = parse_superblock(newest(urls[0]), "it").open(publisher._keys.superblock_key(), "it")
+        names = {ref.name for entry in body.log for ref in entry.parts} | {body.checkpoint.name if body.checkpoint else ""}
+        free(volume, value)
+        while volume.values._reclaimer.step():
+            pass
+        opener.faults[urls[0]].truncating = 1_000_000
+        for i in range(3 * FAN):
+            await write(volume, f"a{i}", noise(100))
+            await publisher.publish()
+            await volume.deleter.drain()
+        assert sent in superblocks(urls[0])
+        assert names <= {name.rsplit("/", 1)[1] for name in metadata(urls[0], volume)}
+        assert [len(Stored(url).shards()) for url in urls] == [1, 1, 1]
+        opener.faults[urls[0]].truncating = 0
+        for i in range(4):
+            await write(volume, f"b{i}", b"x")
+            await publisher.publish()
+            await volume.deleter.drain()
+        assert sent not in superblocks(urls[0])
+        assert len(superblocks(urls[0])) == 2
+        assert [len(Stored(url).shards()) for url in urls] == [0, 0, 0]
+
+
 async def test_nothing_is_deleted_on_a_host_with_anothers_superblock(tmp_path: Path) -> None:
     """I3, I5: re-read right before."""
     url = host_dirs(tmp_path, 1)[0]

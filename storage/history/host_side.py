@@ -101,6 +101,9 @@ class HostSide:
         self.top = 0
         #: What this process has put there and not deleted since, by number: it counts also while the host answers with something else (I3).
         self._put: dict[int, Kept] = {}
+        #: Sent there, and no answer told whether it arrived, by number: it may stand there, or come to, until the number is read, gone, or
+        #: has been used after all. It holds back what it names (I3), and is not deleted: it may be somebody else's that stands there (I5).
+        self._sent: dict[int, Kept] = {}
         #: The numbers of all superblocks there, whoever's they are, as far as is known.
         self._listed: set[int] = set()
         #: What was wrong with superblocks, as it was last said.
@@ -123,7 +126,7 @@ class HostSide:
         """Of the oldest generation it keeps, 0 if that is not known or of another history; None if it keeps none."""
         if not self.examined or self.foreign is not None:
             return 0
-        return min((kept.sequence for kept in self.kept), default=None)
+        return min((kept.sequence for kept in [*self.kept, *self._sent.values()]), default=None)
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -152,7 +155,10 @@ class HostSide:
             Kept(slot, found.block.generation, found.block.sequence, found.block.digest, None, lineage.contains(point_of(found.block)))
             for slot, found in opened.items()
         ]
-        self._put = {slot: kept for slot, kept in self._put.items() if slot in slots.blocks}
+        self._put = {slot: kept for slot, kept in self._put.items() if slot in slots.numbers}
+        self._sent = {
+            slot: sent for slot, sent in self._sent.items() if slot not in opened and (slot in slots.numbers or slot > slots.top)
+        }
         self.kept += [replace(kept, readable=False) for slot, kept in self._put.items() if slot not in opened]
         self.kept.sort(key=lambda kept: -kept.slot)
         self.examined = True
@@ -226,6 +232,7 @@ class HostSide:
         if slot >= MAX_SLOT:
             raise Corrupt(f"host {host.url}: a superblock is called {self.top}, and none can stand above it: remove it, it is no volume's")
         name = superblock_name(self._volume_id, slot)
+        self._sends(slot, block, refs)
         self._hit("history.superblock.before_put")
         await self._registry.uplink.take(len(block.raw), urgent=True)
         with self._request(host, sent=len(block.raw), requests=2):
@@ -246,15 +253,25 @@ class HostSide:
             if max(there, default=0) != slot:
                 return False
         has = self._has(slot, block, refs)
-        # It was put back to what it had at some time: what else is known of it is not so any more. The next round looks.
-        self.examined = there == self._listed
+        # It was put back to what it had at some time: what else is known of it is not so any more. Or what was sent there once cannot be
+        # read: perhaps now. The next round looks.
+        self.examined = there == self._listed and not self._sent
         return has
+
+    def _sends(self, slot: int, block: Superblock, refs: Sequence[Ref]) -> None:
+        """From now on this one may stand there, or one that was sent to the same number before it."""
+        names, sequence = frozenset(ref.name for ref in refs), block.sequence
+        if (earlier := self._sent.get(slot)) is not None:
+            names |= earlier.names or frozenset()
+            sequence = min(sequence, earlier.sequence)
+        self._sent[slot] = Kept(slot, block.generation, sequence, block.digest, names, True, readable=False)
 
     def _has(self, slot: int, block: Superblock, refs: Sequence[Ref]) -> bool:
         names = frozenset(ref.name for ref in refs)
         # Another history's, which a majority has passed over, hold nothing back any more.
         earlier = [kept for kept in self.kept if kept.ours and kept.slot != slot]
         self._put[slot] = Kept(slot, block.generation, block.sequence, block.digest, names, True)
+        self._sent.pop(slot, None)
         self.kept = [self._put[slot], *earlier]
         self.highest, self.top = block.generation, slot
         self._listed.add(slot)
@@ -305,7 +322,7 @@ class HostSide:
             self.kept.remove(kept)
             self._put.pop(kept.slot, None)
         needed = set(busy)
-        for kept in self.kept:
+        for kept in [*self.kept, *self._sent.values()]:
             if kept.names is None:
                 return
             needed |= kept.names
