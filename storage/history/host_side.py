@@ -156,9 +156,7 @@ class HostSide:
             for slot, found in opened.items()
         ]
         self._put = {slot: kept for slot, kept in self._put.items() if slot in slots.numbers}
-        self._sent = {
-            slot: sent for slot, sent in self._sent.items() if slot not in opened and (slot in slots.numbers or slot > slots.top)
-        }
+        self._sent = {slot: sent for slot, sent in self._sent.items() if slot not in opened and (slot in slots.numbers or slot > slots.top)}
         self.kept += [replace(kept, readable=False) for slot, kept in self._put.items() if slot not in opened]
         self.kept.sort(key=lambda kept: -kept.slot)
         self.examined = True
