@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import logging
 
-import pyfuse3
-
-from fusefs.entries import shown
 from storage import Listed, Namespace
 
 log = logging.getLogger(__name__)
@@ -20,8 +17,7 @@ log = logging.getLogger(__name__)
 #: so it is learnt from each how many fit.
 FETCH_FIRST, FETCH_LEAST, FETCH_MOST = 204, 30, 256
 
-Page = Listed[pyfuse3.EntryAttributes]
-NOTHING: Page = Listed((), (), (), ())
+NOTHING = Listed((), (), (), (), (), ())
 
 
 class Listings:
@@ -33,11 +29,11 @@ class Listings:
         self._count = FETCH_FIRST
         #: What was fetched ahead: where, the namespace's version then, and whether it reaches to the end. One page: who lists alone is the
         #: usual case.
-        self._ahead: tuple[tuple[int, int], int, Page, bool] | None = None
+        self._ahead: tuple[tuple[int, int], int, Listed, bool] | None = None
         #: What was given out last reaches to the directory's end.
         self.ended = False
 
-    def first(self, ino: int, after: int) -> Page:
+    def first(self, ino: int, after: int) -> Listed:
         """The entries to begin a reply with. Raises as `Namespace.listing`."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == (ino, after) and ahead[1] == self._namespace.version:
@@ -45,17 +41,17 @@ class Listings:
             return ahead[2]
         return self._fetch(ino, after, self._count)
 
-    def more(self, ino: int, after: int) -> Page:
+    def more(self, ino: int, after: int) -> Listed:
         """Where those were not enough."""
         return self._fetch(ino, after, FETCH_LEAST)
 
-    def _fetch(self, ino: int, after: int, count: int) -> Page:
+    def _fetch(self, ino: int, after: int, count: int) -> Listed:
         page = self._page(ino, after, count)
         self.ended = len(page.names) < count
         return page
 
-    def _page(self, ino: int, after: int, count: int) -> Page:
-        return self._namespace.listing(ino, after, count, shown)
+    def _page(self, ino: int, after: int, count: int) -> Listed:
+        return self._namespace.listing(ino, after, count)
 
     def done(self, ino: int, after: int) -> None:
         """A reply took the last entry, which is at cookie `after`: the kernel asks once more, and is told so."""

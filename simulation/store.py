@@ -33,6 +33,10 @@ class MemoryStore(NoJournal):
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         return [self.get(key) for key in keys]
 
+    def row(self, first: bytes, last: bytes, count: int) -> list[bytes] | None:  # noqa: ARG002 - the Protocol's
+        """Walking would not be quicker here."""
+        return None
+
     def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         found: list[tuple[bytes, bytes]] = []
         for key in self._content.irange(start, stop, inclusive=(True, False), reverse=reverse):

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -87,6 +87,11 @@ class MetadataStore(MetadataReader, Protocol):
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """As `get` for each of the keys, in their order; faster for many."""
+        ...
+
+    def row(self, first: bytes, last: bytes, count: int) -> list[bytes] | None:
+        """The values of so many keys one after the other, if these are the first and the last of them; faster still. None: not so, or some
+        of it is only in memory."""
         ...
 
     def apply(self, batch: Batch, tails: Sequence[TailPiece] = ()) -> None:
@@ -764,17 +769,38 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     mode: int
 
 
-#: Makes something of what `Attributes` holds, in its order.
-Show = Callable[[int, int, int, int, int, int, int, int, int, int, int], T]
+class ListedInode(Protocol):
+    """Of an inode that is listed, what `Attributes` says of it besides its sizes. Times in nanoseconds."""
+
+    @property
+    def mode(self) -> int: ...
+    @property
+    def nlink(self) -> int: ...
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def rdev(self) -> int: ...
+    @property
+    def atime(self) -> int: ...
+    @property
+    def mtime(self) -> int: ...
+    @property
+    def ctime(self) -> int: ...
 
 
-class Listed(NamedTuple, Generic[T]):
-    """Directory entries with attributes, in cookie order; columns, because there are thousands of them."""
+class Listed(NamedTuple):
+    """Directory entries with attributes, in cookie order; columns, because there are thousands of them. As long as the namespace's
+    `version` stays: inodes that are in memory are not copied."""
 
     names: Sequence[bytes]
     inos: Sequence[int]
     cookies: Sequence[int]
-    shown: Sequence[T]
+    inodes: Sequence[ListedInode]
+    sizes: Sequence[int]
+    #: See Attributes.
+    stored: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -859,8 +885,8 @@ class Namespace(Protocol):
         """Grows with everything that could change what `find`, `attributes` or `listing` say."""
         ...
 
-    def listing(self, ino: int, after: int, limit: int, show: Show[T]) -> Listed[T]:
-        """As `entries`, with what `show` makes of the attributes of each: `Attributes`, or at once what the caller wants of them."""
+    def listing(self, ino: int, after: int, limit: int) -> Listed:
+        """As `entries`, with the attributes of each."""
         ...
 
     def parent_of(self, ino: int) -> int:

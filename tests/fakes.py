@@ -56,6 +56,10 @@ class MemoryStore(NoJournal):
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         return [self.get(key) for key in keys]
 
+    def row(self, first: bytes, last: bytes, count: int) -> list[bytes] | None:
+        pairs = self.scan(first, last + b"\0", count + 1)
+        return [value for _, value in pairs] if len(pairs) == count and (pairs[0][0], pairs[-1][0]) == (first, last) else None
+
     def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         found: list[tuple[bytes, bytes]] = []
         if start >= stop:

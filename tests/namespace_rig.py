@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from storage.interfaces import Batch
+from storage.interfaces import Attributes, Batch, Listed
 from storage.namespace import Namespace
 from tests.fake_values import FakeValues, crashed
 from tests.fakes import ManualClock, MemoryStore, make_seams
@@ -64,3 +64,11 @@ def make_rig(cache_limit: int = 16, replication: str = "1") -> Rig:
     Namespace.format(batch, 1_000, 1000, 1000)
     store.apply(batch)
     return Rig(store, cache_limit=cache_limit, replication=replication)
+
+
+def told(listed: Listed) -> list[Attributes]:
+    """The attributes that a listing tells."""
+    return [
+        Attributes(ino, inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, size, stored, inode.atime, inode.mtime, inode.ctime)
+        for ino, inode, size, stored in zip(listed.inos, listed.inodes, listed.sizes, listed.stored, strict=True)
+    ]

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pyfuse3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusefs.entries import CACHE_SECONDS, entry_of
-from storage import Attributes
+from fusefs.entries import CACHE_SECONDS, entry_of, shown
+from storage import Attributes, Listed
 
 U32 = st.one_of(st.integers(0, 2), st.integers(0, 2**32 - 1))
 SIZES = st.integers(0, 2**62)
 #: Nanoseconds; pyfuse3 has seconds and their rest.
 TIMES = st.integers(0, 2**62)
+
+
+def row(entry: pyfuse3.EntryAttributes) -> tuple[object, ...]:
+    """What the kernel is told with it."""
+    return (
+        *(entry.st_ino, entry.st_mode, entry.st_nlink, entry.st_uid, entry.st_gid, entry.st_rdev, entry.st_size, entry.st_blocks),
+        *(entry.st_blksize, entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns, entry.entry_timeout, entry.attr_timeout),
+    )
 
 
 @given(
@@ -35,3 +46,27 @@ def test_every_attribute_is_told(
     assert (entry.st_size, entry.st_blocks, entry.st_blksize) == (size, (stored + 511) // 512, 4096)
     assert (entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns) == times
     assert (entry.entry_timeout, entry.attr_timeout) == (CACHE_SECONDS, CACHE_SECONDS)
+
+
+@given(st.lists(st.builds(Attributes, *[st.integers(1, 9)] * 8, *[st.sampled_from([-1, 0, 1, 2**40])] * 3), max_size=6))
+def test_what_is_listed_is_told_as_if_each_were_asked_for(files: list[Attributes]) -> None:
+    """Whatever of it is as in the entry before."""
+    # The inodes' times are called otherwise.
+    inodes = [
+        SimpleNamespace(
+            **{name: getattr(file, name) for name in ("mode", "nlink", "uid", "gid", "rdev")},
+            atime=file.atime_ns,
+            mtime=file.mtime_ns,
+            ctime=file.ctime_ns,
+        )
+        for file in files
+    ]
+    listed = Listed(
+        [b"name"] * len(files),
+        [file.ino for file in files],
+        range(len(files)),
+        inodes,
+        [file.size for file in files],
+        [file.stored for file in files],
+    )
+    assert [row(entry) for entry in shown(listed)] == [row(entry_of(file)) for file in files]

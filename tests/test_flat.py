@@ -109,7 +109,9 @@ def compared(volume: Volume, directories: dict[int, int]) -> None:
 
         def listed(directory: int = directory, count: int = count) -> None:
             after, found = 0, 0
-            while (page := volume.namespace.listing(directory, after, 200, shown)).names:
+            while (page := volume.namespace.listing(directory, after, 200)).names:
+                for _ in shown(page):
+                    pass
                 found, after = found + len(page.names), page.cookies[-1]
             assert found == count
 

@@ -9,13 +9,12 @@ from typing import Any
 import pyfuse3
 import pytest
 
-from fusefs.entries import entry_of
-from fusefs.listings import FETCH_FIRST, FETCH_LEAST, FETCH_MOST, NOTHING, Listings, Page
+from fusefs.listings import FETCH_FIRST, FETCH_LEAST, FETCH_MOST, NOTHING, Listings
 from fusefs.operations import Operations
 from fusefs.receiver import Receiver
-from storage import Attributes
+from storage import Listed
 from storage.errors import Corrupt, FusefsError, NotFound
-from tests.namespace_rig import ROOT, Rig, make_rig
+from tests.namespace_rig import ROOT, Rig, make_rig, told
 
 
 class Watched:
@@ -28,41 +27,25 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def listing(self, ino: int, after: int, limit: int, show: Any) -> Any:
+    def listing(self, ino: int, after: int, limit: int) -> Any:
         self.asked.append((ino, after, limit))
-        return self._inner.listing(ino, after, limit, show)
+        return self._inner.listing(ino, after, limit)
 
 
-def shown(page: Page) -> list[tuple[object, ...]]:
+def shown(page: Listed) -> list[tuple[object, ...]]:
     """What a page says."""
-    return [
-        (
-            cookie,
-            name,
-            e.st_ino,
-            e.st_mode,
-            e.st_nlink,
-            e.st_uid,
-            e.st_gid,
-            e.st_size,
-            e.st_blocks,
-            e.st_atime_ns,
-            e.st_mtime_ns,
-            e.st_ctime_ns,
-        )
-        for name, _, cookie, e in zip(*page, strict=True)
-    ]
+    return list(zip(page.cookies, page.names, told(page), strict=True))
 
 
 def listed(rig: Rig, ino: int, after: int, count: int) -> list[tuple[object, ...]]:
     """What a page should say."""
-    found = rig.ns.listing(ino, after, count, Attributes)
-    return shown(found._replace(shown=[entry_of(rig.ns.attributes(number)) for number in found.inos]))
+    found = rig.ns.listing(ino, after, count)
+    return [(cookie, name, rig.ns.attributes(number)) for name, number, cookie in zip(found.names, found.inos, found.cookies, strict=True)]
 
 
-def part(page: Page, start: int, stop: int | None = None) -> Page:
+def part(page: Listed, start: int, stop: int | None = None) -> Listed:
     """Some of its entries."""
-    return Page(*(column[start:stop] for column in page))
+    return Listed(*(column[start:stop] for column in page))
 
 
 def ahead(rig: Rig) -> tuple[Listings, Watched]:
@@ -101,6 +84,7 @@ async def test_what_was_fetched_ahead_is_not_sent_once_anything_has_changed(chan
     listings, _ = ahead(rig)
     page = listings.first(ROOT, 0)
     at = page.cookies[39]
+    before = shown(part(page, 40, 83))
     listings.go_on(ROOT, at, 40)
     if change == "write":
         await rig.ns.write(ino, 0, b"more")
@@ -116,7 +100,7 @@ async def test_what_was_fetched_ahead_is_not_sent_once_anything_has_changed(chan
         rig.ns.truncate(rig.ns.lookup(ROOT, b"051"), 0)
     else:
         rig.ns.link(ino, ROOT, b"another")
-    assert shown(listings.first(ROOT, at)) == listed(rig, ROOT, at, 43) != shown(part(page, 40, 83))
+    assert shown(listings.first(ROOT, at)) == listed(rig, ROOT, at, 43) != before
 
 
 async def test_another_place_is_fetched_when_it_is_asked_for() -> None:
@@ -144,7 +128,7 @@ async def test_what_cannot_be_listed_is_said_when_it_is_asked_for_and_ends_nothi
     page = listings.first(ROOT, 0)
     with monkeypatch.context() as context:
 
-        def broken(ino: int, after: int, limit: int, show: Any) -> Any:
+        def broken(ino: int, after: int, limit: int) -> Any:
             raise ZeroDivisionError("a bug, on purpose")
 
         context.setattr(watched, "listing", broken)
@@ -275,7 +259,7 @@ async def test_entries_of_a_reply_that_ends_in_an_error_are_pinned_if_they_are_s
     rig = filled(300)
     operations = handlers(rig)
 
-    def broken(ino: int, after: int) -> Page:
+    def broken(ino: int, after: int) -> Listed:
         raise error
 
     # The reply takes more than was fetched at first.

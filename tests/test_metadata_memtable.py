@@ -26,6 +26,10 @@ class DictBase:
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         return [self.content.get(key) for key in keys]
 
+    def row(self, first: bytes, last: bytes, count: int) -> list[bytes] | None:
+        found = list(self.pairs(first, last + b"\0", False))
+        return [value for _, value in found] if len(found) == count and (found[0][0], found[-1][0]) == (first, last) else None
+
     def pairs(self, start: bytes, stop: bytes, reverse: bool) -> Iterator[tuple[bytes, bytes]]:
         for key in sorted(self.content, reverse=reverse):
             if start <= key < stop:

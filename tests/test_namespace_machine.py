@@ -12,10 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from storage import Attributes
 from storage.errors import BadArgument, Exists, FusefsError, IsADirectory, NotADirectory, NotEmpty, NotFound, NotPermitted
 from storage.metadata.keys import COOKIE, INODE, MAP, NAME, ORPHAN
-from tests.namespace_rig import ROOT, Rig, make_rig
+from tests.namespace_rig import ROOT, Rig, make_rig, told
 
 
 @dataclass(eq=False)
@@ -274,7 +273,8 @@ class Machine(RuleBasedStateMachine):
         ns = self.rig.ns
         for parent in self.world.dirs():
             # First of all, while what is not in memory has not been looked at: it is listed from the store's records.
-            listed = list(zip(*ns.listing(parent.ino, 0, 1000, Attributes), strict=True))
+            found_there = ns.listing(parent.ino, 0, 1000)
+            listed = list(zip(found_there.names, found_there.inos, found_there.cookies, told(found_there), strict=True))
             entries = ns.entries(parent.ino, 0, 1000)
             assert listed == [(entry.name, entry.ino, entry.cookie, ns.attributes(entry.ino)) for entry in entries]
             assert all(entry.mode == stat.S_IFMT(ns.attributes(entry.ino).mode) for entry in entries)

@@ -29,6 +29,7 @@ from storage.namespace.records import (
     decode_map,
     decode_place,
     decode_places,
+    decode_straight,
     encode_counts,
     encode_dirent,
     encode_handing_down,
@@ -215,6 +216,38 @@ def row(decoded: object) -> object:
         case (name, Dirent() as entry):
             return name, entry.ino, entry.cookie
     return decoded
+
+
+@given(
+    st.lists(
+        st.sampled_from([inode(), inode(mode=stat.S_IFREG | 0o4755, uid=1, rdev=2**40, atime=-(2**63)), inode(name=bytes(255))]), max_size=4
+    ),
+    st.none() | st.sampled_from([inode(map=9), inode(mode=stat.S_IFDIR | 0o755, value=0, parent=7), inode(value=0), inode(nlink=0)]),
+    st.integers(0, 200),
+    st.integers(0, 255),
+)
+def test_what_a_listing_shows_of_straight_files_is_what_their_records_say(
+    records: list[InodeRecord], odd: InodeRecord | None, at: int, flip: int
+) -> None:
+    """And where they are something else, or damaged where it is looked at, it is left to those who look at all of them."""
+    raws = [encode_inode(record) for record in [*records, *([] if odd is None else [odd])]]
+    if raws:
+        damaged = bytearray(raws[-1])
+        damaged[at % len(damaged)] ^= flip
+        raws[-1] = bytes(damaged)
+    found = decode_straight(raws)
+    try:
+        whole = [decode_inode(5, raw) for raw in raws]
+    except Corrupt:
+        # Damage behind what is shown is passed over.
+        assert found is None or len(found) == len(raws)
+        return
+    if any(record.map or not record.is_regular for record in whole):
+        assert found is None
+        return
+    assert found is not None
+    for name in ("mode", "nlink", "uid", "gid", "rdev", "value", "map", "atime", "mtime", "ctime"):
+        assert [getattr(record, name) for record in found] == [getattr(record, name) for record in whole]
 
 
 def test_numbers_where_records_should_be_are_no_records() -> None:

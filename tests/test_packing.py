@@ -14,7 +14,7 @@ from storage.errors import Corrupt
 from storage.sectors.label import LABEL_SIZE, check_label, encode_label
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
 from storage.values.packing import ENTRY_BYTES, TABLE_BYTES, TRAILER_SIZE, TableEntry, encode_table, parse_table
-from storage.values.records import Extent, ValueRecord, decode_extent, decode_value, decode_values
+from storage.values.records import Extent, ValueRecord, decode_extent, decode_sealed, decode_value
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -118,10 +118,10 @@ def test_value_records_decoded_together_are_as_decoded_one_by_one(which: int, at
         raws = [good] * which + [odd] + [good] * 2
         ids = list(range(7, 7 + len(raws)))
         try:
-            expected: object = [decode_value(raw, value_id) for raw, value_id in zip(raws, ids, strict=True)]
+            expected: object = [decode_value(raw, value_id).sealed for raw, value_id in zip(raws, ids, strict=True)]
         except Corrupt as error:
             with pytest.raises(Corrupt, match=re.escape(str(error))):
-                decode_values(raws, ids)
+                decode_sealed(raws, ids)
         else:
-            assert decode_values(raws, ids) == expected
-    assert decode_values([], []) == []
+            assert decode_sealed(raws, ids) == expected
+    assert decode_sealed([], []) == []

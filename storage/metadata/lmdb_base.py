@@ -161,6 +161,17 @@ class LmdbBase:
         values = dict(found)
         return [values.get(key) for key in keys]
 
+    def row(self, first: bytes, last: bytes, count: int) -> list[bytes] | None:
+        """See MetadataStore."""
+        try:
+            if not self._cursor.set_key(first):
+                return None
+            values = list(islice(self._cursor.iternext(keys=False, values=True), count))
+            # It stands where the last of them is.
+            return values if self._cursor.key() == last else None
+        except lmdb.Error as error:
+            raise local_error(error, self._path) from error
+
     def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         """See MetadataReader."""
         if reverse or limit < 4:

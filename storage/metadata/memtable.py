@@ -33,6 +33,7 @@ class Base(Protocol):
 
     def get(self, key: bytes) -> bytes | None: ...
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]: ...
+    def row(self, first: bytes, last: bytes, count: int) -> list[bytes] | None: ...
     def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]: ...
     def pairs(self, start: bytes, stop: bytes, reverse: bool) -> Iterator[tuple[bytes, bytes]]: ...
 
@@ -114,6 +115,13 @@ class Memtable:
         above = [key in active or key in frozen for key in keys]
         below = iter(self._base.get_many([key for key, here in zip(keys, above, strict=True) if not here]))
         return [(active[key] if key in active else frozen[key]) if here else next(below) for key, here in zip(keys, above, strict=True)]
+
+    def row(self, first: bytes, last: bytes, count: int) -> list[bytes] | None:
+        """See MetadataStore."""
+        for layer in (self.active, self.frozen):
+            if layer is not None and layer.values and next(layer.pairs(first, last + b"\0", False), None) is not None:
+                return None
+        return self._base.row(first, last, count)
 
     def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         """See MetadataReader."""

@@ -49,6 +49,10 @@ class ReadOnlyStore(NoJournal):
         """See MetadataStore."""
         return self._memtable.get_many(keys)
 
+    def row(self, first: bytes, last: bytes, count: int) -> list[bytes] | None:
+        """See MetadataStore."""
+        return self._memtable.row(first, last, count)
+
     def apply(self, batch: Batch, tails: Sequence[TailPiece] = ()) -> None:  # noqa: ARG002 - the Protocol's
         """Fenced, always."""
         raise Fenced(self.failure or "opened for reading only")

@@ -80,6 +80,10 @@ class Store:
         """See MetadataStore."""
         return self._memtable.get_many(keys)
 
+    def row(self, first: bytes, last: bytes, count: int) -> list[bytes] | None:
+        """See MetadataStore."""
+        return self._memtable.row(first, last, count)
+
     def scan(self, start: bytes, stop: bytes, limit: int, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         """See MetadataReader."""
         return self._memtable.scan(start, stop, limit, reverse)

@@ -21,7 +21,7 @@ class Source(Protocol):
     """What of a MetadataStore is needed here."""
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]: ...
-    def scan(self, start: bytes, stop: bytes, limit: int) -> list[tuple[bytes, bytes]]: ...
+    def row(self, first: bytes, last: bytes, count: int) -> list[bytes] | None: ...
 
 
 def as_array(raws: Sequence[bytes], items: int = 1) -> bytes:
@@ -40,14 +40,12 @@ def numbers(before: int, joined: bytes) -> tuple[int, ...]:
 
 
 def by_number(store: Source, prefix: bytes, wanted: Sequence[int]) -> list[bytes | None]:
-    """As `get_many` of `prefix + u64(number)`, a prefix of one byte. Numbers that were given out one after the other are fetched by
-    walking, without making their keys: half the time."""
+    """As `get_many` of `prefix + u64(number)`, a prefix of one byte, which all keys that begin with it have the length of. Numbers that
+    were given out one after the other are fetched by walking, without making their keys: a third of the time."""
     count = len(wanted)
-    if count >= _ROW and wanted[-1] - wanted[0] == count - 1:
-        pairs = store.scan(prefix + u64(wanted[0]), prefix + u64(wanted[-1] + 1), count)
-        if len(pairs) == count:
-            keys, raws = zip(*pairs, strict=True)
-            joined = b"".join(keys)
-            if len(joined) == count * 9 and numbers(1, joined) == tuple(wanted):
-                return list(raws)
+    if count >= _ROW and wanted[-1] - wanted[0] == count - 1 and list(wanted) == list(range(wanted[0], wanted[0] + count)):
+        # As many keys of one length, from the first number to the last: it is these.
+        raws = store.row(prefix + u64(wanted[0]), prefix + u64(wanted[-1]), count)
+        if raws is not None:
+            return raws  # type: ignore[return-value]
     return store.get_many(numbered(prefix, wanted))

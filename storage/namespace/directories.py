@@ -87,14 +87,15 @@ class Directories:
     def _places(self, ino: int, after: int, limit: int) -> list[tuple[bytes, bytes]]:
         return self._store.scan(cookie_key(ino, after + 1), prefix_end(COOKIE + u64(ino)), limit)
 
-    def listing(self, ino: int, after: int, limit: int) -> tuple[Places, Sequence[Inode | InodeRecord]]:
-        """As `entries`: places, and what they stand for: inodes where they are in memory, else their records as they are stored."""
+    def places(self, ino: int, after: int, limit: int) -> Places:
+        """As `entries`, in columns."""
         self._inodes.directory(ino)
-        if not 0 <= after < MAX_OFFSET:
-            return NOWHERE, []
-        places = decode_places(self._places(ino, after, limit))
+        return decode_places(self._places(ino, after, limit)) if 0 <= after < MAX_OFFSET else NOWHERE
+
+    def peek(self, ino: int, places: Places) -> Sequence[Inode | InodeRecord]:
+        """What they stand for: inodes where they are in memory, else their records as they are stored."""
         try:
-            return places, self._inodes.peek(places.inos)
+            return self._inodes.peek(places.inos)
         except NotFound as error:
             raise Corrupt(f"{self.describe(ino)}: has an entry of which {error}; check the volume's metadata") from error
 

@@ -20,10 +20,12 @@ from storage.namespace.records import (
     MAX_OFFSET,
     CountsRecord,
     InodeRecord,
+    StraightRecord,
     clone,
     decode_counts,
     decode_inode,
     decode_inodes,
+    decode_straight,
     encode_counts,
     encode_inode,
     inode_key,
@@ -115,6 +117,13 @@ class InodeTable:
         missing = [ino for ino, inode in zip(inos, found, strict=True) if inode is None]
         records = iter(self._stored(missing))
         return [next(records) if inode is None else inode for inode in found]
+
+    def peek_straight(self, inos: Sequence[int]) -> Sequence[StraightRecord] | None:
+        """As `peek`, if none of them is in memory and all are regular files without a map; None: not so, or some record is not right."""
+        if self._live or not self._cache.keys().isdisjoint(inos):
+            return None
+        raws = complete(by_number(self.store, INODE, inos))
+        return None if raws is None else decode_straight(raws)
 
     def _stored(self, inos: Sequence[int]) -> list[InodeRecord]:
         found = by_number(self.store, INODE, inos)

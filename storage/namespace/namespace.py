@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-
-import msgspec
 
 from storage import interfaces
 from storage.errors import BadArgument, Corrupt, Exists, IsADirectory, NameTooLong, NotADirectory, NotEmpty, NotFound, TooManyLinks
-from storage.interfaces import Attributes, Batch, Buffer, Entry, Listed, MetadataStore, Show, Values
+from storage.interfaces import Attributes, Batch, Buffer, Entry, Listed, MetadataStore, Values
 from storage.metadata.counters import Counter
 from storage.metadata.keys import COUNTER, u64
 from storage.namespace.content import Content
@@ -31,6 +29,7 @@ from storage.namespace.records import (
     CountsRecord,
     Dirent,
     InodeRecord,
+    Places,
     encode_counts,
     encode_inode,
     inode_key,
@@ -270,34 +269,36 @@ class Namespace:
     def version(self) -> int:
         return self._inodes.version
 
-    def listing(self, ino: int, after: int, limit: int, show: Show[T]) -> Listed[T]:
-        places, inodes = self._directories.listing(ino, after, limit)
-        # Straight files that are not in memory are most of what there is: their sizes are fetched together.
-        records = [what for what in inodes if isinstance(what, InodeRecord) and what.value and not what.map]
-        sizes = self._values.sizes_of([rec.value for rec in records])
-        if len(records) < len(inodes) or None in sizes:
-            return Listed(*places, self._mixed(places.inos, inodes, iter(sizes), show))
-        # By place: with names it takes twice as long.
-        shown = [
-            show(number, rec.mode, rec.nlink, rec.uid, rec.gid, rec.rdev, size, size, rec.atime, rec.mtime, rec.ctime)
-            for number, rec, size in zip(places.inos, records, cast("list[int]", sizes), strict=True)
-        ]
-        return Listed(*places, shown)
+    def listing(self, ino: int, after: int, limit: int) -> Listed:
+        places = self._directories.places(ino, after, limit)
+        # Straight files that are not in memory are most of what there is.
+        straight = self._inodes.peek_straight(places.inos)
+        if straight is not None:
+            sizes = self._values.sizes_of([rec.value for rec in straight])
+            if None not in sizes:
+                found = cast("list[int]", sizes)
+                return Listed(*places, straight, found, found)
+        return self._mixed(ino, places)
 
-    def _mixed(self, numbers: Sequence[int], inodes: Sequence[Inode | InodeRecord], sizes: Iterator[int | None], show: Show[T]) -> list[T]:
-        shown: list[T] = []
-        for number, what in zip(numbers, inodes, strict=True):
-            if isinstance(what, Inode):
-                attributes = self._attributes(what)
-            elif what.map or not what.value:
-                attributes = self.attributes(number)
-            else:
-                size = next(sizes)
-                if size is None:
-                    raise Corrupt(f"inode {number}: its value {what.value} does not exist; check the volume's metadata")
-                attributes = _attributes(number, what, size, size)
-            shown.append(show(*msgspec.structs.astuple(attributes)))
-        return shown
+    def _mixed(self, ino: int, places: Places) -> Listed:
+        inodes = self._directories.peek(ino, places)
+        records = [what.rec if isinstance(what, Inode) else what for what in inodes]
+        straight = [what.value for what in inodes if isinstance(what, InodeRecord) and what.value and not what.map]
+        fetched = iter(self._values.sizes_of(straight))
+        sizes: list[int] = []
+        stored: list[int] = []
+        for number, what in zip(places.inos, inodes, strict=True):
+            if isinstance(what, Inode) or what.map or not what.value:
+                attributes = self._attributes(what if isinstance(what, Inode) else self._inodes.get(number))
+                sizes.append(attributes.size)
+                stored.append(attributes.stored)
+                continue
+            size = next(fetched)
+            if size is None:
+                raise Corrupt(f"inode {number}: its value {what.value} does not exist; check the volume's metadata")
+            sizes.append(size)
+            stored.append(size)
+        return Listed(*places, records, sizes, stored)
 
     def names(self, ino: int, prefix: bytes, after: bytes | None, limit: int) -> list[tuple[bytes, Dirent]]:
         """At most `limit` entries of the directory whose name starts with `prefix` and stands after `after`, in order of names."""

@@ -76,6 +76,7 @@ _TYPES = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat
 #: What stands before the name in a place: version, type, inode.
 _PLACE = struct.Struct(">BBQ")
 _PARENT_COOKIE = struct.Struct(">QQ")
+_REGULAR = frozenset({stat.S_IFREG})
 _KINDS = frozenset(kind >> 12 for kind in _TYPES)
 #: Length of its key.
 _PLACE_KEY = 17
@@ -121,6 +122,24 @@ class InodeRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True, g
         return stat.S_ISREG(self.mode)
 
 
+class StraightRecord(msgspec.Struct, array_like=True, gc=False, frozen=True):
+    """As much of an `InodeRecord` as a listing shows, of a file whose content is all of its value: what follows is not looked at."""
+
+    mode: U32
+    nlink: U32
+    uid: U32
+    gid: U32
+    rdev: U63
+    value: Annotated[int, msgspec.Meta(ge=1, le=MAX_OFFSET)]
+    map: Annotated[int, msgspec.Meta(ge=0, le=0)]
+    size: int
+    map_bound: int
+    counted: int
+    atime: I64
+    mtime: I64
+    ctime: I64
+
+
 class Dirent(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False, frozen=True):
     """What a name stands for."""
 
@@ -156,6 +175,7 @@ _inode_decoder = msgspec.msgpack.Decoder(InodeRecord)
 _dirent_decoder = msgspec.msgpack.Decoder(Dirent)
 # The version byte 1 is the number 1 in MessagePack, so that whole records stand in an array side by side.
 _inodes_decoder = msgspec.msgpack.Decoder(list[int | InodeRecord])
+_straight_decoder = msgspec.msgpack.Decoder(list[int | StraightRecord])
 _map_decoder = msgspec.msgpack.Decoder(MapRecord)
 _handing_down_decoder = msgspec.msgpack.Decoder(HandingDownRecord)
 _counts_decoder = msgspec.msgpack.Decoder(CountsRecord)
@@ -209,6 +229,14 @@ def decode_inodes(inos: Sequence[int], raws: Sequence[bytes]) -> list[InodeRecor
     for ino, record in zip(inos, records, strict=True):
         if not record.value or record.mode & _IFMT != stat.S_IFREG:
             _consistent(ino, record)
+    return records
+
+
+def decode_straight(raws: Sequence[bytes]) -> list[StraightRecord] | None:
+    """None unless all of them are records of regular files without a map: `decode_inode` says what else they are."""
+    records = _decode_together(_straight_decoder, StraightRecord, raws)
+    if records is None or not _REGULAR.issuperset([record.mode & _IFMT for record in records]):
+        return None
     return records
 
 

@@ -40,7 +40,7 @@ class ValueRecord(msgspec.Struct, array_like=True, forbid_unknown_fields=True, g
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ValueRecord)
-_many_decoder = msgspec.msgpack.Decoder(list[ValueRecord])
+_rows_decoder = msgspec.msgpack.Decoder(list[tuple[int, _U63, str, _U63]])
 
 
 def decode_value(raw: bytes, value_id: int) -> ValueRecord:
@@ -66,17 +66,18 @@ def find_value(store: MetadataReader, value_id: int) -> ValueRecord:
     return decode_value(raw, value_id)
 
 
-def decode_values(raws: Sequence[bytes], value_ids: Sequence[int]) -> list[ValueRecord]:
-    """As `decode_value` of each."""
+def decode_sealed(raws: Sequence[bytes], value_ids: Sequence[int]) -> list[int]:
+    """`sealed` of each, of records that are right in all they say. Corrupt names the first that is not."""
     try:
-        records = _many_decoder.decode(as_array(raws))
-        if [record.version for record in records].count(VERSION) == len(records) == len(raws):
-            for replication in {record.replication for record in records}:
+        rows = _rows_decoder.decode(as_array(raws))
+        versions, _, replications, sealed = zip(*rows, strict=True) if rows else ((), (), (), ())
+        if versions.count(VERSION) == len(raws) == len(rows):
+            for replication in set(replications):
                 parse_replication(replication)
-            return records
+            return list(sealed)
     except (msgspec.DecodeError, UnicodeDecodeError, BadArgument):
         pass
-    return [decode_value(raw, value_id) for raw, value_id in zip(raws, value_ids, strict=True)]
+    return [decode_value(raw, value_id).sealed for raw, value_id in zip(raws, value_ids, strict=True)]
 
 
 def value_key(value_id: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import trio
 
@@ -20,7 +21,7 @@ from storage.values.blocks import LARGE, STREAM, Blocks
 from storage.values.merge import Merger
 from storage.values.reading import Reader
 from storage.values.reclaim import Reclaimer
-from storage.values.records import VERSION, ValueRecord, decode_value, decode_values, find_value, value_key
+from storage.values.records import VERSION, ValueRecord, decode_sealed, decode_value, find_value, value_key
 from storage.values.rewrite import Rewriter
 from storage.values.shipping import BREATH, Shipper
 from storage.values.tail import Flight, Tail
@@ -152,7 +153,7 @@ class Values:
         raws = complete(found)
         sizes: list[int | None]
         if raws is not None:
-            sizes = [record.sealed for record in decode_values(raws, value_ids)]
+            sizes = cast("list[int | None]", decode_sealed(raws, value_ids))
         else:
             sizes = [None if raw is None else decode_value(raw, value_id).sealed for raw, value_id in zip(found, value_ids, strict=True)]
         if self._tails:

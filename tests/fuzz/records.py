@@ -31,6 +31,7 @@ from storage.namespace.records import (
     decode_map,
     decode_place,
     decode_places,
+    decode_straight,
     encode_counts,
     encode_dirent,
     encode_inode,
@@ -41,7 +42,7 @@ from storage.replication import parse_replication
 from storage.sealing import ShardHeader
 from storage.sectors.partial import PartialIndex
 from storage.sectors.records import SectorRecord, ShardRecord, decode_sector
-from storage.values.records import Extent, ValueRecord, decode_extent, decode_value, decode_values
+from storage.values.records import Extent, ValueRecord, decode_extent, decode_sealed, decode_value
 from tests.fakes import ManualClock, MemoryStore, make_seams
 from tests.fuzz.frames import SALT, VOLUME_ID
 from tests.fuzz.target import Target, golden, same
@@ -76,7 +77,7 @@ def _sector(data: bytes) -> None:
 
 def _value(data: bytes) -> None:
     record = decode_value(data, 5)
-    same(decode_values([data], [5]), [record])
+    same(decode_sealed([data], [5]), [record.sealed])
     same(decode_value(record.encode(), 5), record)
     parse_replication(record.replication)
     struct.pack(">QQ", record.owner, record.sealed)
@@ -142,6 +143,10 @@ def _statistics(data: bytes) -> None:
 def _inode(data: bytes) -> None:
     record = decode_inode(5, data)
     same(decode_inodes([5], [data]), [record])
+    straight = decode_straight([data])
+    same(straight is not None, record.is_regular and not record.map)
+    if straight is not None:
+        same([(each.mode, each.value, each.ctime) for each in straight], [(record.mode, record.value, record.ctime)])
     same(decode_inode(5, encode_inode(record)), record)
     struct.pack(">QQqQ", record.value, record.map, record.mtime, record.parent)
 
