@@ -6,6 +6,7 @@ import errno
 
 import pyfuse3
 
+from fusefs.awake import Awake
 from fusefs.backing import Backing
 from fusefs.coherence import Coherence
 from fusefs.entries import CACHE_SECONDS, entry_of
@@ -45,7 +46,7 @@ class HandlerBase(pyfuse3.Operations):
         self.namespace = volume.namespace
         self.kernel = kernel
         self.handles = HandleTable()
-        self.receiver = Receiver()
+        self.receiver = Receiver(Awake(options.awake))
         self.listings = Listings(volume.namespace)
         self.refusals = Refusals(volume)
         self.coherence = Coherence(volume, self.handles, kernel, writeback=options.writeback)

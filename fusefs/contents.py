@@ -171,6 +171,7 @@ class ContentHandlers(HandlerBase):
 
     @guarded
     async def fsync(self, fh: int, datasync: bool) -> None:
+        self.receiver.awake.asked()
         handle = self.handles.get(fh)
         if handle.lost is not None:
             number, handle.lost = handle.lost, None

@@ -58,6 +58,8 @@ class MountOptions:
     scrub_interval: float | None = None
     #: fsync(2) returns when a majority of the hosts has it, too.
     fsync_hosts: bool = False
+    #: Keep cores from halting while a program waits for one answer after the other: see fusefs/awake.py.
+    awake: bool = True
     debug: bool = False
     passed_on: frozenset[str] = field(default_factory=frozenset)
 
@@ -119,7 +121,7 @@ class MountOptions:
         """What is in force, for `status`."""
         words = ["ro" if self.read_only else "rw", "writeback" if self.writeback else "nowriteback", *sorted(self.passed_on)]
         words += ["allow_other"] * self.others_allowed + ["xattr"] * self.xattr + ["link=deny"] * self.link_denied
-        words += ["fsync=hosts"] * self.fsync_hosts
+        words += ["fsync=hosts"] * self.fsync_hosts + ["noawake"] * (not self.awake)
         return ",".join([*words, f"commit_interval={self.commit_interval:g}"])
 
     def kernel_options(self, source: str) -> set[str]:
@@ -141,6 +143,8 @@ _FLAGS: dict[str, tuple[str, bool]] = {
     "nowriteback": ("writeback", False),
     "allow_other": ("allow_other", True),
     "noallow_other": ("allow_other", False),
+    "awake": ("awake", True),
+    "noawake": ("awake", False),
     "debug": ("debug", True),
 }
 _WITH_VALUE = (

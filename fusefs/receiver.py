@@ -34,6 +34,8 @@ from typing import Any, ClassVar, cast
 import pyfuse3
 import trio
 
+from fusefs.awake import QUIET, Awake
+
 #: Seconds of requests one after the other until trio's scheduler gets a pass. Shorter than what one step of a task may take (1 ms).
 BURST = 0.0003
 #: Seconds in which the next request is looked for before the task sleeps. A program's next system call comes 5 to 15 us after its answer.
@@ -166,7 +168,8 @@ class Receiver:
     #: with False when it woke: for fusefs/slow_steps.py, too.
     listeners: ClassVar[list[Callable[[bool], object]]] = []
 
-    def __init__(self) -> None:
+    def __init__(self, awake: Awake | None = None) -> None:
+        self.awake = Awake() if awake is None else awake
         self._turn = Turn()
         #: What pyfuse3 looks for in `trio.lowlevel` is here as well.
         self.lowlevel = self
@@ -189,7 +192,8 @@ class Receiver:
         module.trio = self
         trio.lowlevel.add_instrument(self._runnable)
         try:
-            yield
+            with self.awake.opened():
+                yield
         finally:
             trio.lowlevel.remove_instrument(self._runnable)
             module.trio = trio
@@ -247,9 +251,12 @@ class Receiver:
             return False
         for listener in self.listeners:
             listener(True)
-        came = self._either(limit * 1000)
+        held = self.awake.held
+        came = self._either((min(limit, QUIET) if held else limit) * 1000)
         for listener in self.listeners:
             listener(False)
+        if held and not came:
+            self.awake.release()
         if len(came) != 1 or came[0][0] != fd:
             return False
         self._until = perf_counter() + BURST

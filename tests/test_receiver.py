@@ -17,9 +17,11 @@ import pytest
 import trio
 import trio.testing
 
+from fusefs import awake
+from fusefs.awake import Awake
 from fusefs.guard import guarded
 from fusefs.mountpoint import unmount_while_serving
-from fusefs.receiver import Receiver, Turn, deadlines_of_trio, events_of_trio
+from fusefs.receiver import REST, Receiver, Turn, deadlines_of_trio, events_of_trio
 
 LIMIT = 20
 #: Inodes from here on are slow.
@@ -61,15 +63,18 @@ class Names(pyfuse3.Operations):
         if name == b"after":
             self.receiver.afterwards(self.done.set)
             raise pyfuse3.FUSEError(errno.ENOENT)
+        if name == b"row":
+            self.receiver.awake.asked()
         if not number.isdigit():
             raise pyfuse3.FUSEError(errno.ENOENT)
         return self._entry((SLOW if slow else 1000) + int(number))
 
 
 @asynccontextmanager
-async def served(mountpoint: Path, *, tasks: int = 99) -> AsyncIterator[Names]:
+async def served(mountpoint: Path, *, tasks: int = 99, kept: Awake | None = None) -> AsyncIterator[Names]:
     """Mounted while the block runs. Afterwards the loop has ended by itself, because it was unmounted."""
     operations = Names()
+    operations.receiver = Receiver(kept)
     pyfuse3.init(operations, str(mountpoint), {"fsname=receiver", "subtype=fusefs-test"})
     try:
         with trio.fail_after(2 * LIMIT):
@@ -285,6 +290,60 @@ async def test_what_is_left_for_afterwards_is_done_though_no_other_request_comes
         # Once.
         await trio.to_thread.run_sync(os.stat, tmp_path / "1")
         assert not operations.done.is_set()
+
+
+async def test_cores_that_are_kept_awake_halt_again_when_nothing_more_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(awake, "GAP", LIMIT)
+    device, driver, mountpoint = tmp_path / "device", tmp_path / "driver", tmp_path / "mnt"
+    device.touch()
+    driver.write_text("haltpoll")
+    mountpoint.mkdir()
+
+    def row() -> None:
+        for _ in range(2 * awake.ROW):
+            (mountpoint / "row").exists()
+
+    def halted() -> bool:
+        end = time.monotonic() + LIMIT
+        while not device.read_bytes().endswith(awake.ANY):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.001)
+        return True
+
+    async with served(mountpoint, kept=Awake(True, device, driver)) as operations, trio.open_nursery() as nursery:
+        nursery.start_soon(operations.receiver.awake.watch)
+        await trio.to_thread.run_sync(row)
+        assert await trio.to_thread.run_sync(halted)
+        assert device.read_bytes().startswith(awake.AT_ONCE + awake.ANY)
+        nursery.cancel_scope.cancel()
+
+
+async def test_where_nobody_else_has_anything_to_do_they_halt_right_after_the_last_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(awake, "GAP", LIMIT)
+    device, driver = tmp_path / "device", tmp_path / "driver"
+    device.touch()
+    driver.write_text("haltpoll")
+    receiver = Receiver(Awake(True, device, driver))
+    waited: list[float] = []
+
+    def either(milliseconds: float) -> list[tuple[int, int]]:
+        waited.append(milliseconds)
+        return []
+
+    receiver._either, receiver._deadline = either, lambda: 1000.0
+    with receiver.awake.opened():
+        assert not receiver._rest(-1)
+        for _ in range(awake.ROW):
+            receiver.awake.asked()
+        assert receiver.awake.held
+        assert not receiver._rest(-1)
+        assert not receiver.awake.held
+        assert not receiver._rest(-1)
+    assert waited == [1000 * REST, 1000 * awake.QUIET, 1000 * REST]
+    assert device.read_bytes() == awake.AT_ONCE + awake.ANY
 
 
 def test_afterwards_comes_before_the_next_request_is_looked_for() -> None:
