@@ -85,6 +85,8 @@ def test_the_pipeline_seals_and_keeps_every_byte_that_it_is_measured_with(tmp_pa
             os.fsync(file.fileno())
         size = sealed_length(pipeline.SECTOR)
         stored = [path.read_bytes()[:size] for path in (system.base / "sectors").iterdir()]
+        # Not only written: None where it cannot be found out (no strace).
+        assert flushes(system, pipeline.SECTOR) in (True, None)
     finally:
         system.stop()
     assert len(stored) == len(sectors)

@@ -4,8 +4,8 @@ writes and flushes that, as `storage.metadata.journal` does. Run as `python -m s
     WRITE   what is new of the page is kept in memory
     FSYNC   AES-256-GCM of it, BLAKE3 of the record, the block that it ends in past the page cache, and fdatasync
 
-It has the receiver of fusefs; nothing else: no inodes in a database, no sizes or times on the disk, no room to be looked after, no errors,
-no group commit. It writes over the same log again and again.
+It has the receiver of fusefs, and keeps cores from halting as that does; nothing else: no inodes in a database, no sizes or times on the
+disk, no room to be looked after, no errors, no group commit. It writes over the same log again and again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import trio
 from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from fusefs.awake import Awake
 from fusefs.receiver import Receiver
 from scripts.benchmarks.nullfs import NullOperations
 from storage.buffers import ALIGNMENT
@@ -51,6 +52,7 @@ class SealedLog(NullOperations):
         self._blocks = memoryview(mmap.mmap(-1, 2 << 20))
         self._end = 0
         self._encrypt, self._count = AESGCM(KEY).encrypt, 0
+        self.awake = Awake(True)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         size = self._inodes[fh].size
@@ -63,6 +65,7 @@ class SealedLog(NullOperations):
         return await super().write(fh, off, buf)
 
     async def fsync(self, fh: int, datasync: bool) -> None:  # noqa: ARG002
+        self.awake.asked()
         self._flush()
 
     def _flush(self) -> None:
@@ -86,18 +89,22 @@ class SealedLog(NullOperations):
             self._end = 0
 
 
-async def _served() -> None:
-    with Receiver().receiving():
-        await pyfuse3.main()
+async def _served(log: SealedLog) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(log.awake.watch)
+        with Receiver(log.awake).receiving():
+            await pyfuse3.main()
+        nursery.cancel_scope.cancel()
 
 
 def main() -> None:
     """Serve until it is unmounted."""
     mountpoint, directory = sys.argv[1], Path(sys.argv[2])
     directory.mkdir(exist_ok=True)
-    pyfuse3.init(SealedLog(directory), mountpoint, {"default_permissions", "fsname=sealedlog", "subtype=null", "allow_other"})
+    log = SealedLog(directory)
+    pyfuse3.init(log, mountpoint, {"default_permissions", "fsname=sealedlog", "subtype=null", "allow_other"})
     try:
-        trio.run(_served)
+        trio.run(_served, log)
     finally:
         pyfuse3.close(unmount=True)
 

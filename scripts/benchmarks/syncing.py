@@ -23,8 +23,8 @@ _CALL = re.compile(r"^(\d+) +(\w+)\((\d+)?")
 WRITERS, AT_WORK, PATIENCE = 4, 0.5, 30.0
 
 
-def flushes(system: System) -> bool | None:
-    """Do its processes flush anything while a program appends and fsyncs? None: it cannot be found out (no strace).
+def flushes(system: System, length: int = 100) -> bool | None:
+    """Do its processes flush anything while a program appends so many bytes and fsyncs? None: it cannot be found out (no strace).
 
     What goes by io_uring or io_submit(2) is not seen, nor what is written to a file opened so and closed at once."""
     pids = system.processes()
@@ -44,7 +44,7 @@ def flushes(system: System) -> bool | None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         marks = []
         for number in range(5):
-            os.write(fd, b"%099d\n" % number)
+            os.write(fd, b"%0*d\n" % (length - 1, number))
             before = output.stat().st_size
             os.fsync(fd)
             time.sleep(0.02)
