@@ -1,7 +1,8 @@
 """What a READDIR sends: fetched from the namespace while the kernel is busy with the reply before, where it goes on.
 
-A reply takes the kernel and the program as long as it takes us to put the next one together, on another core: so as much of that as can
-be is done then, and what is left for the request is to fill in entries and copy. What was fetched ahead is only sent if nothing at all has changed since.
+A reply takes the kernel and the program as long as it takes us to put the next one together, on another core: so what it takes to fetch it
+is done then, and what is left for the request is to fill in entries. What was fetched ahead is only sent if nothing at all has changed
+since.
 """
 
 from __future__ import annotations
