@@ -7,9 +7,12 @@ file is open or until another number is written (Documentation/power/pm_qos_inte
 
 That costs: cores that would have halted look for work instead. So it is asked for only
     where        the idle driver is `haltpoll`. On a real machine a core is awake within a microsecond or two
-    when         a program asks for the next fsync right after each answer, for the ROW-th time. Listings and streams gain little by it
-    how long     until nobody has asked for QUIET seconds (`Receiver`), or, where others have work meanwhile, WATCH seconds later (`watch`)
-Mounts by others than root have no access to the file, and do without; so does `-o noawake`.
+    when         fsyncs come within GAP seconds of each other, for the ROW-th time, as those of a program do that sends the next one right
+                 after each answer. Listings and streams gain little by it
+    how long     until nothing has come for QUIET seconds (`Receiver`), or, where there is other work, no fsync for WATCH seconds, which is
+                 looked at every WATCH seconds (`watch`)
+Mounts by others than root have no access to the file, and do without; so does `-o noawake`. While the process is stopped, or its event loop
+waits for a disk that hangs, nobody takes it back: cores stay awake until it goes on, or ends.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ DRIVER = Path("/sys/devices/system/cpu/cpuidle/current_driver")
 #: What is written there: a signed number of microseconds, of this machine's byte order. The second is Linux' own for "any"
 #: (PM_QOS_CPU_LATENCY_LAT_DEFAULT_VALUE).
 AT_ONCE, ANY = (number.to_bytes(4, sys.byteorder, signed=True) for number in (0, 2_000_000_000))
-#: Questions that come within GAP seconds each, so many of them, are a row. A disk that takes longer has no use for this.
+#: Questions that come within GAP seconds each, so many of them, are a row. One program on a disk that takes longer has no use for this.
 GAP, ROW = 0.002, 8
 #: Seconds.
 QUIET, WATCH = 0.002, 0.05

@@ -255,7 +255,6 @@ async def _mounted(volume: Volume, home: Path, state: MountState, options: Mount
     try:
         async with trio.open_nursery() as nursery:
             operations.coherence.start(nursery)
-            nursery.start_soon(operations.receiver.awake.watch)
             nursery.start_soon(_announce, state, ready)
             if not options.read_only:
                 nursery.start_soon(_commits, volume, operations, options.commit_interval)

@@ -217,8 +217,11 @@ class Receiver:
 
     @asynccontextmanager
     async def _open_nursery(self) -> Any:
-        async with trio.open_nursery() as nursery:
-            yield _Nursery(nursery, self._turn)
+        async with trio.open_nursery() as beside:
+            beside.start_soon(self.awake.watch)
+            async with trio.open_nursery() as nursery:
+                yield _Nursery(nursery, self._turn)
+            beside.cancel_scope.cancel()
 
     def wait_readable(self, fd: int) -> Awaitable[None]:
         work = self._afterwards

@@ -13,6 +13,7 @@ import trio
 from storage.errors import BadArgument, Fenced, Unavailable
 from storage.history import checkpoint as checkpoint_module
 from storage.history import draft as draft_module
+from storage.history.host_side import UNREAD
 from storage.history.log import FAN
 from storage.history.objects import metadata_prefix
 from storage.history.publisher import Publisher
@@ -50,6 +51,17 @@ def newest(url: str) -> bytes:
 
 def metadata(url: str, volume: Volume) -> set[str]:
     return set(Stored(url).names(metadata_prefix(volume.config.volume_id_bytes)))
+
+
+def held(url: str, volume: Volume) -> set[str]:
+    """Metadata objects by their own names."""
+    return {name.rsplit("/", 1)[1] for name in metadata(url, volume)}
+
+
+def named(url: str, publisher: Publisher) -> set[str]:
+    """What the latest superblock of a host names."""
+    body = parse_superblock(newest(url), "it").open(publisher._keys.superblock_key(), "it")
+    return {ref.name for entry in body.log for ref in entry.parts} | {body.checkpoint.name if body.checkpoint else ""}
 
 
 async def write(volume: Volume, name: str, data: bytes) -> None:
@@ -264,8 +276,7 @@ async def test_a_superblock_whose_answer_was_lost_holds_back_what_it_names(tmp_p
         await publisher.publish()
         sent = superblocks(urls[0])[-1]
         assert len(superblocks(urls[0])) == 3, "it arrived, and what it follows was not tidied away"
-        body = parse_superblock(newest(urls[0]), "it").open(publisher._keys.superblock_key(), "it")
-        names = {ref.name for entry in body.log for ref in entry.parts} | {body.checkpoint.name if body.checkpoint else ""}
+        names = named(urls[0], publisher)
         free(volume, value)
         while volume.values._reclaimer.step():
             pass
@@ -275,7 +286,7 @@ async def test_a_superblock_whose_answer_was_lost_holds_back_what_it_names(tmp_p
             await publisher.publish()
             await volume.deleter.drain()
         assert sent in superblocks(urls[0])
-        assert names <= {name.rsplit("/", 1)[1] for name in metadata(urls[0], volume)}
+        assert names <= held(urls[0], volume)
         assert [len(Stored(url).shards()) for url in urls] == [1, 1, 1]
         opener.faults[urls[0]].truncating = 0
         for i in range(4):
@@ -285,6 +296,72 @@ async def test_a_superblock_whose_answer_was_lost_holds_back_what_it_names(tmp_p
         assert sent not in superblocks(urls[0])
         assert len(superblocks(urls[0])) == 2
         assert [len(Stored(url).shards()) for url in urls] == [0, 0, 0]
+
+
+async def test_a_superblock_that_was_read_once_holds_back_what_it_names_while_it_is_not_given(tmp_path: Path) -> None:
+    """Also one whose answer was lost."""
+    urls = host_dirs(tmp_path, 3)
+    await make(tmp_path / "v", urls, "1")
+    opener = FaultyOpener()
+    async with opened(tmp_path / "v", opener) as volume:
+        publisher, faults = publisher_of(volume), opener.faults[urls[0]]
+        faults.only, faults.lose_answer_next = (lambda _operation, name: "/superblock." in name), 1
+        await write(volume, "sent", b"x")
+        await publisher.publish()
+        sent, names = superblocks(urls[0])[-1], named(urls[0], publisher)
+        # It is read, and nothing comes after it.
+        faults.only, faults.error_rate = (lambda operation, name: operation == "put" and "/metadata/" in name), 1.0
+        for i in range(3):
+            publisher.fleet.sides()[0].examined = False
+            await write(volume, f"a{i}", noise(100))
+            await publisher.publish()
+        assert superblocks(urls[0])[-1] == sent
+        faults.only, faults.error_rate = (lambda _operation, name: "/superblock." in name), 0.0
+        faults.truncating, faults.lose_answer_next = 1_000_000, 1
+        for i in range(3 * FAN):
+            await write(volume, f"b{i}", noise(100))
+            await publisher.publish()
+            await volume.deleter.drain()
+            assert sent not in superblocks(urls[0]) or names <= held(urls[0], volume)
+
+
+@pytest.mark.parametrize("what", ["garbage", "torn"])
+async def test_what_will_never_be_a_superblock_holds_nothing_back_for_ever(tmp_path: Path, what: str) -> None:
+    """Where one was to be put: somebody else's, or half of it."""
+    urls = host_dirs(tmp_path, 3)
+    await make(tmp_path / "v", urls, "1")
+    opener = FaultyOpener()
+    async with opened(tmp_path / "v", opener) as volume:
+        publisher, faults = publisher_of(volume), opener.faults[urls[0]]
+        value = new_value(volume, "3")
+        await append(volume, value, noise(5000))
+        await volume.flush()
+        latest = superblocks(urls[0])[-1]
+        following = latest[:-20] + f"{int(latest[-20:]) + 1:020d}"
+        if what == "garbage":
+            Stored(urls[0]).write(following, b"junk")
+        else:
+            faults.only, faults.lose_answer_next = (lambda _operation, name: "/superblock." in name), 1
+        await write(volume, "sent", b"x")
+        await publisher.publish()
+        if what == "torn":
+            raw = Stored(urls[0]).read(following)
+            Stored(urls[0]).write(following, raw[: len(raw) // 2])
+        free(volume, value)
+        while volume.values._reclaimer.step():
+            pass
+        for i in range(UNREAD + 4):
+            await write(volume, f"a{i}", noise(100))
+            await publisher.publish()
+            await volume.deleter.drain()
+        assert [len(Stored(url).shards()) for url in urls] == [0, 0, 0]
+        assert len(held(urls[0], volume)) <= len(held(urls[1], volume)) + 1
+        generation = publisher.generation
+        for _ in range(5):
+            await publisher.tick()
+        assert publisher.generation == generation
+        # Not ours to remove, perhaps.
+        assert following in superblocks(urls[0])
 
 
 async def test_nothing_is_deleted_on_a_host_with_anothers_superblock(tmp_path: Path) -> None:

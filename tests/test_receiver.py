@@ -311,12 +311,10 @@ async def test_cores_that_are_kept_awake_halt_again_when_nothing_more_comes(tmp_
             time.sleep(0.001)
         return True
 
-    async with served(mountpoint, kept=Awake(True, device, driver)) as operations, trio.open_nursery() as nursery:
-        nursery.start_soon(operations.receiver.awake.watch)
+    async with served(mountpoint, kept=Awake(True, device, driver)):
         await trio.to_thread.run_sync(row)
         assert await trio.to_thread.run_sync(halted)
         assert device.read_bytes().startswith(awake.AT_ONCE + awake.ANY)
-        nursery.cancel_scope.cancel()
 
 
 async def test_where_nobody_else_has_anything_to_do_they_halt_right_after_the_last_request(

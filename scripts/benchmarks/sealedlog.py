@@ -90,11 +90,8 @@ class SealedLog(NullOperations):
 
 
 async def _served(log: SealedLog) -> None:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(log.awake.watch)
-        with Receiver(log.awake).receiving():
-            await pyfuse3.main()
-        nursery.cancel_scope.cancel()
+    with Receiver(log.awake).receiving():
+        await pyfuse3.main()
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from storage.errors import Busy, Corrupt, FusefsError, NotFound, NotPermitted, U
 from storage.history.ancestry import Lineage, point_of
 from storage.history.log import Fetch
 from storage.history.objects import MAX_OBJECT, Ref, metadata_prefix, object_name, writer_of
-from storage.history.reading import numbers_on, slots_on, top_slot
+from storage.history.reading import Slots, numbers_on, slots_on, top_slot
 from storage.history.superblock import MAX_SUPERBLOCK, Body, Superblock
 from storage.hosts.layout import superblock_name
 from storage.hosts.registry import HostRegistry
@@ -28,6 +28,8 @@ log = logging.getLogger("fusefs.history")
 MAX_SLOT = 10**19
 #: Generations kept on each host.
 GENERATIONS = 2
+#: A superblock that was sent and could not be read in so many looks that gave those after it holds nothing back any more.
+UNREAD = 8
 #: Seconds a request may take, besides what its bytes take at `SLOWEST` bytes per second.
 TIMEOUT = 20.0
 SLOWEST = 32 * 1024
@@ -61,8 +63,10 @@ class Kept:
     #: Of its objects on the host; None: not known, so nothing is deleted while it stands.
     names: frozenset[str] | None
     ours: bool
-    #: False: it was put there by this process, and cannot be read now.
+    #: False: it was put there by this process, or read before, and cannot be read now.
     readable: bool = True
+    #: Times it could not be read where those after it could.
+    unread: int = 0
 
 
 class HostSide:
@@ -101,8 +105,9 @@ class HostSide:
         self.top = 0
         #: What this process has put there and not deleted since, by number: it counts also while the host answers with something else (I3).
         self._put: dict[int, Kept] = {}
-        #: Sent there, and no answer told whether it arrived, by number: it may stand there, or come to, until the number is read, gone, or
-        #: has been used after all. It holds back what it names (I3), and is not deleted: it may be somebody else's that stands there (I5).
+        #: Sent there, and no answer told whether it arrived, by number: it may stand there, or come to, until the number is read, gone,
+        #: or has been used after all, or is damaged for good. It holds back what it names (I3), and is not deleted: it may be somebody
+        #: else's that stands there (I5).
         self._sent: dict[int, Kept] = {}
         #: The numbers of all superblocks there, whoever's they are, as far as is known.
         self._listed: set[int] = set()
@@ -151,16 +156,33 @@ class HostSide:
         lineage = self._lineage()
         self.newest = next(iter(opened.values()), None)
         self.foreign = self.newest if self.newest is not None and not self._known(lineage, self.newest.block) else None
-        self.kept = [
-            Kept(slot, found.block.generation, found.block.sequence, found.block.digest, None, lineage.contains(point_of(found.block)))
-            for slot, found in opened.items()
-        ]
+        # What was read there once counts as what was put there: it need not be given each time.
+        known = {kept.slot: kept for kept in self.kept if kept.ours} | self._put
         self._put = {slot: kept for slot, kept in self._put.items() if slot in slots.numbers}
-        self._sent = {slot: sent for slot, sent in self._sent.items() if slot not in opened and (slot in slots.numbers or slot > slots.top)}
-        self.kept += [replace(kept, readable=False) for slot, kept in self._put.items() if slot not in opened]
+        self.kept = [replace(kept, readable=False) for slot, kept in known.items() if slot in slots.numbers and slot not in opened]
+        for slot, found in opened.items():
+            ours = lineage.contains(point_of(found.block))
+            before = known.get(slot) or self._sent.get(slot)
+            # Of what was sent to one number several times: what all of them name.
+            names = before.names if ours and before is not None and (slot in self._sent or before.digest == found.block.digest) else None
+            self.kept.append(Kept(slot, found.block.generation, found.block.sequence, found.block.digest, names, ours))
         self.kept.sort(key=lambda kept: -kept.slot)
+        self._settle(slots, opened)
         self.examined = True
         self.trouble, self.failed = "", False
+
+    def _settle(self, slots: Slots, opened: dict[int, Found]) -> None:
+        """Which of those that were sent may stand there unread still."""
+        left = {}
+        for slot, sent in self._sent.items():
+            if slot in opened or (slot not in slots.numbers and slot <= slots.top):
+                continue
+            # Where the host gives all that came after it, and never this one, it is damaged for good, as others are that are not used.
+            passed = slot in slots.blocks and sum(kept.ours and kept.readable for kept in self.kept if kept.slot > slot) >= GENERATIONS
+            sent.unread += passed
+            if sent.unread < UNREAD:
+                left[slot] = sent
+        self._sent = left
 
     async def look_again(self) -> None:
         """Which metadata objects are there now: what a host acknowledged it need not have. Unavailable."""
@@ -230,18 +252,22 @@ class HostSide:
         if slot >= MAX_SLOT:
             raise Corrupt(f"host {host.url}: a superblock is called {self.top}, and none can stand above it: remove it, it is no volume's")
         name = superblock_name(self._volume_id, slot)
-        self._sends(slot, block, refs)
         self._hit("history.superblock.before_put")
         await self._registry.uplink.take(len(block.raw), urgent=True)
         with self._request(host, sent=len(block.raw), requests=2):
             if not self._registry.record(self.number).capabilities.conditional_put:
                 if await top_slot(host, self._volume_id) >= slot:
                     return await self._same(host, slot, block) and self._has(slot, block, refs)
+                self._sends(slot, block, refs)
                 await host.put(name, block.raw)
             else:
+                before = self._sends(slot, block, refs)
                 try:
                     await host.put_if(name, block.raw, None)
                 except Busy:
+                    if before is None:
+                        # What stands there is somebody else's, or was sent by an earlier process.
+                        del self._sent[slot]
                     # Ours after all, if an earlier attempt got through and its answer did not.
                     if not await self._same(host, slot, block):
                         return False
@@ -256,13 +282,14 @@ class HostSide:
         self.examined = there == self._listed and not self._sent
         return has
 
-    def _sends(self, slot: int, block: Superblock, refs: Sequence[Ref]) -> None:
-        """From now on this one may stand there, or one that was sent to the same number before it."""
+    def _sends(self, slot: int, block: Superblock, refs: Sequence[Ref]) -> Kept | None:
+        """From now on this one may stand there, or one that was sent to the same number before it, which is returned."""
         names, sequence = frozenset(ref.name for ref in refs), block.sequence
         if (earlier := self._sent.get(slot)) is not None:
             names |= earlier.names or frozenset()
             sequence = min(sequence, earlier.sequence)
         self._sent[slot] = Kept(slot, block.generation, sequence, block.digest, names, True, readable=False)
+        return earlier
 
     def _has(self, slot: int, block: Superblock, refs: Sequence[Ref]) -> bool:
         names = frozenset(ref.name for ref in refs)

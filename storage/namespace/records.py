@@ -1,6 +1,7 @@
 """Codecs of what the namespace keeps in the metadata store.
 
-Every value is one version byte (1) and a MessagePack array. Anything that does not decode, or says what cannot be, raises Corrupt.
+Every value is one version byte (1) and a MessagePack array. Anything that does not decode, or says what cannot be, raises Corrupt; but a
+listing of regular files looks at the first thirteen fields of their records only.
 
 Inode record, `i` + inode u64 (about 70 bytes and the name):
 
@@ -132,9 +133,9 @@ class StraightRecord(msgspec.Struct, array_like=True, gc=False, frozen=True):
     rdev: U63
     value: Annotated[int, msgspec.Meta(ge=1, le=MAX_OFFSET)]
     map: Annotated[int, msgspec.Meta(ge=0, le=0)]
-    size: int
-    map_bound: int
-    counted: int
+    size: U63
+    map_bound: U63
+    counted: U63
     atime: I64
     mtime: I64
     ctime: I64
@@ -199,7 +200,7 @@ def _decode_together(decoder: msgspec.msgpack.Decoder[list[int | S]], kind: type
     """What `_decode` says of each; None: not all of them are records."""
     try:
         found = decoder.decode(as_array(raws, 2))
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # the last: where much is to be passed over
         return None
     records = cast("list[S]", found[1::2])
     if found[::2].count(VERSION) != len(raws) or not {kind}.issuperset(map(type, records)):
