@@ -305,6 +305,9 @@ async def test_a_superblock_that_was_read_once_holds_back_what_it_names_while_it
     opener = FaultyOpener()
     async with opened(tmp_path / "v", opener) as volume:
         publisher, faults = publisher_of(volume), opener.faults[urls[0]]
+        for i in range(FAN - 2):
+            await write(volume, f"before{i}", noise(100))
+            await publisher.publish()
         faults.only, faults.lose_answer_next = (lambda _operation, name: "/superblock." in name), 1
         await write(volume, "sent", b"x")
         await publisher.publish()
@@ -323,6 +326,7 @@ async def test_a_superblock_that_was_read_once_holds_back_what_it_names_while_it
             await publisher.publish()
             await volume.deleter.drain()
             assert sent not in superblocks(urls[0]) or names <= held(urls[0], volume)
+        assert sent not in superblocks(urls[0])
 
 
 @pytest.mark.parametrize("what", ["garbage", "torn"])
