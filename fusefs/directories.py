@@ -15,7 +15,7 @@ from operator import length_hint
 import pyfuse3
 
 from fusefs.base import HandlerBase, check_name, negative_entry
-from fusefs.entries import entry_of, shown
+from fusefs.entries import entry_of
 from fusefs.guard import guarded
 from fusefs.listings import FETCH_MOST
 from storage.errors import NotFound, NotPermitted
@@ -159,7 +159,7 @@ class DirectoryHandlers(HandlerBase):
         while page.names:
             cookies = iter([cookie + DOT_COOKIES for cookie in page.cookies])
             # Until one does not fit. Without a loop of Python's: with one, this takes twice as long.
-            fitted = all(map(pyfuse3.readdir_reply, repeat(token), page.names, shown(page), cookies))
+            fitted = all(map(pyfuse3.readdir_reply, repeat(token), page.names, page.entries, cookies))
             count = len(page.names) - length_hint(cookies) - (not fitted)
             sent += page.inos[:count]
             if count:

@@ -8,7 +8,7 @@ import pyfuse3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusefs.entries import CACHE_SECONDS, entry_of, shown
+from fusefs.entries import CACHE_SECONDS, entries_of, entry_of, shown
 from storage import Attributes, Listed
 
 U32 = st.one_of(st.integers(0, 2), st.integers(0, 2**32 - 1))
@@ -69,4 +69,6 @@ def test_what_is_listed_is_told_as_if_each_were_asked_for(files: list[Attributes
         [file.size for file in files],
         [file.stored for file in files],
     )
-    assert [row(entry) for entry in shown(listed)] == [row(entry_of(file)) for file in files]
+    expected = [row(entry_of(file)) for file in files]
+    assert [row(entry) for entry in shown(listed)] == expected
+    assert [row(entry) for entry in entries_of(listed)] == expected

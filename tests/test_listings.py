@@ -9,12 +9,13 @@ from typing import Any
 import pyfuse3
 import pytest
 
-from fusefs.listings import FETCH_FIRST, FETCH_LEAST, FETCH_MOST, NOTHING, Listings
+from fusefs import listings as listings_module
+from fusefs.entries import entry_of
+from fusefs.listings import FETCH_FIRST, FETCH_LEAST, FETCH_MOST, NOTHING, Listings, Page
 from fusefs.operations import Operations
 from fusefs.receiver import Receiver
-from storage import Listed
 from storage.errors import Corrupt, FusefsError, NotFound
-from tests.namespace_rig import ROOT, Rig, make_rig, told
+from tests.namespace_rig import ROOT, Rig, make_rig
 
 
 class Watched:
@@ -32,20 +33,26 @@ class Watched:
         return self._inner.listing(ino, after, limit)
 
 
-def shown(page: Listed) -> list[tuple[object, ...]]:
-    """What a page says."""
-    return list(zip(page.cookies, page.names, told(page), strict=True))
+def row(cookie: int, name: bytes, e: pyfuse3.EntryAttributes) -> tuple[object, ...]:
+    """What the kernel is told."""
+    return (
+        *(cookie, name, e.st_ino, e.st_mode, e.st_nlink, e.st_uid, e.st_gid, e.st_size, e.st_blocks),
+        *(e.st_atime_ns, e.st_mtime_ns, e.st_ctime_ns),
+    )
+
+
+def shown(page: Page) -> list[tuple[object, ...]]:
+    """What a page says, which it does once."""
+    return [row(cookie, name, e) for cookie, name, e in zip(page.cookies, page.names, page.entries, strict=True)]
 
 
 def listed(rig: Rig, ino: int, after: int, count: int) -> list[tuple[object, ...]]:
     """What a page should say."""
     found = rig.ns.listing(ino, after, count)
-    return [(cookie, name, rig.ns.attributes(number)) for name, number, cookie in zip(found.names, found.inos, found.cookies, strict=True)]
-
-
-def part(page: Listed, start: int, stop: int | None = None) -> Listed:
-    """Some of its entries."""
-    return Listed(*(column[start:stop] for column in page))
+    return [
+        row(cookie, name, entry_of(rig.ns.attributes(number)))
+        for name, number, cookie in zip(found.names, found.inos, found.cookies, strict=True)
+    ]
 
 
 def ahead(rig: Rig) -> tuple[Listings, Watched]:
@@ -67,13 +74,35 @@ async def test_where_a_reply_was_full_the_next_page_is_there_when_it_is_asked_fo
     page = listings.first(ROOT, 0)
     assert list(page.names) == [b"%03d" % number for number in range(100)]
     listings.go_on(ROOT, page.cookies[39], 40)
+    whole = shown(page)
     # As many as fitted, the dots of a first reply, and the one that shows that it is full.
     assert watched.asked == [(ROOT, 0, FETCH_FIRST), (ROOT, page.cookies[39], 43)]
-    assert shown(listings.first(ROOT, page.cookies[39])) == shown(part(page, 40, 83))
+    assert shown(listings.first(ROOT, page.cookies[39])) == whole[40:83]
     assert len(watched.asked) == 2
     # It is sent once.
-    assert shown(listings.first(ROOT, page.cookies[39])) == shown(part(page, 40, 83))
+    assert shown(listings.first(ROOT, page.cookies[39])) == whole[40:83]
     assert len(watched.asked) == 3
+
+
+@pytest.mark.parametrize("beside", [True, False])
+async def test_what_is_fetched_ahead_is_made_ready_where_the_program_is_at_work_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, beside: bool
+) -> None:
+    """Else the request fills it in, which is quicker. It says the same."""
+    # The next request comes right away, or only after what a reply takes.
+    monkeypatch.setattr(listings_module, "BESIDE", 1000.0 if beside else 0.0)
+    rig = filled(200)
+    listings, _ = ahead(rig)
+    page = listings.first(ROOT, 0)
+    whole = shown(page)
+    at = 39
+    for _ in range(3):
+        listings.go_on(ROOT, page.cookies[at], 40)
+        following = listings.first(ROOT, page.cookies[at])
+        ready = isinstance(following.entries, list)
+        assert shown(following) == whole[at + 1 : at + 44]
+        at += 40
+    assert ready is beside
 
 
 @pytest.mark.parametrize("change", ["write", "chmod", "create", "unlink", "rename", "truncate", "link"])
@@ -84,7 +113,7 @@ async def test_what_was_fetched_ahead_is_not_sent_once_anything_has_changed(chan
     listings, watched = ahead(rig)
     page = listings.first(ROOT, 0)
     at = page.cookies[39]
-    before = shown(part(page, 40, 83))
+    before = shown(page)[40:83]
     listings.go_on(ROOT, at, 40)
     if change == "write":
         await rig.ns.write(ino, 0, b"more")
@@ -129,6 +158,7 @@ async def test_what_cannot_be_listed_is_said_when_it_is_asked_for_and_ends_nothi
     rig = filled(60)
     listings, watched = ahead(rig)
     page = listings.first(ROOT, 0)
+    whole = shown(page)
     with monkeypatch.context() as context:
 
         def broken(ino: int, after: int, limit: int) -> Any:
@@ -138,7 +168,7 @@ async def test_what_cannot_be_listed_is_said_when_it_is_asked_for_and_ends_nothi
         listings.go_on(ROOT, page.cookies[39], 40)
         with pytest.raises(ZeroDivisionError):
             listings.first(ROOT, page.cookies[39])
-    assert shown(listings.first(ROOT, page.cookies[39])) == shown(part(page, 40))
+    assert shown(listings.first(ROOT, page.cookies[39])) == whole[40:]
 
 
 async def test_the_end_is_known_when_it_is_reached_and_what_comes_after_it_is_seen() -> None:
@@ -147,7 +177,7 @@ async def test_the_end_is_known_when_it_is_reached_and_what_comes_after_it_is_se
     page = listings.first(ROOT, 0)
     assert listings.ended
     listings.done(ROOT, page.cookies[-1])
-    assert listings.first(ROOT, page.cookies[-1]) == NOTHING
+    assert listings.first(ROOT, page.cookies[-1]) is NOTHING
     assert len(watched.asked) == 1
     listings.done(ROOT, page.cookies[-1])
     rig.file(b"later")
@@ -166,13 +196,14 @@ async def test_of_two_that_list_the_later_has_its_page_and_the_other_loses_nothi
     rig = filled(100)
     listings, watched = ahead(rig)
     page = listings.first(ROOT, 0)
+    whole = shown(page)
     listings.go_on(ROOT, page.cookies[9], 30)
     listings.go_on(ROOT, page.cookies[49], 30)
     asked = len(watched.asked)
-    assert shown(listings.first(ROOT, page.cookies[49])) == shown(part(page, 50, 83))
+    assert shown(listings.first(ROOT, page.cookies[49])) == whole[50:83]
     assert len(watched.asked) == asked
     assert not listings.ended
-    assert shown(listings.first(ROOT, page.cookies[9])) == shown(part(page, 10, 43))
+    assert shown(listings.first(ROOT, page.cookies[9])) == whole[10:43]
     assert not listings.ended
 
 
@@ -262,7 +293,7 @@ async def test_entries_of_a_reply_that_ends_in_an_error_are_pinned_if_they_are_s
     rig = filled(300)
     operations = handlers(rig)
 
-    def broken(ino: int, after: int) -> Listed:
+    def broken(ino: int, after: int) -> Page:
         raise error
 
     # The reply takes more than was fetched at first.
