@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -29,8 +29,6 @@ from storage.status import ReplicationStatus
 from storage.wording import counted
 
 Buffer = bytes | bytearray | memoryview
-
-T = TypeVar("T")
 
 
 # --------------------------------------------------------------------------------------------------------------------

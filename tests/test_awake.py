@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import trio
 from trio.testing import MockClock
 
 from fusefs import awake as module
+from fusefs import base
 from fusefs.awake import ANY, AT_ONCE, GAP, ROW, WATCH, Awake
 from fusefs.handles import HandleTable
 from fusefs.operations import Operations
@@ -158,7 +160,18 @@ async def test_an_fsync_is_what_is_asked_for(tmp_path: Path, time: Time) -> None
         assert awake.held
 
 
-def test_mounts_may_do_without() -> None:
+@pytest.mark.parametrize("option", ["awake", "noawake"])
+def test_mounts_may_do_without(tmp_path: Path, time: Time, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    _, device = made(tmp_path)
+    monkeypatch.setattr(base, "Awake", lambda wanted: Awake(wanted, device, tmp_path / "current_driver"))
+    volume: Any = MagicMock()
+    awake = Operations(volume, MountOptions.parse([option]), MagicMock()).receiver.awake
+    with awake.opened():
+        row(awake, time)
+        assert awake.held is (option == "awake")
+
+
+def test_what_is_in_force_is_told() -> None:
     assert MountOptions().awake
     assert "awake" not in MountOptions().text()
     assert not MountOptions.parse(["noawake"]).awake

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from storage import interfaces
 from storage.errors import BadArgument, Corrupt, Exists, IsADirectory, NameTooLong, NotADirectory, NotEmpty, NotFound, TooManyLinks
@@ -48,8 +48,6 @@ _RANGE = 1024
 #: What a directory shows as its size; it has none.
 _DIRECTORY_SIZE = 4096
 _PERMISSIONS = 0o7777
-
-T = TypeVar("T")
 
 
 class Namespace:
