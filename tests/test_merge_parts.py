@@ -7,10 +7,12 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from storage.errors import FusefsError, NoSpace, NotFound
 from storage.keyfile import CHEAP
@@ -327,3 +329,25 @@ async def test_no_batch_of_a_merge_has_more_than_a_part(tmp_path: Path, monkeypa
             await volume.flush()
         await settled(volume, 1)
     assert merge.SWITCHED < largest <= 2 * merge.SWITCHED + 2
+
+
+async def test_where_nothing_comes_of_a_merge_others_have_their_time(autojump_clock: trio.testing.MockClock) -> None:
+    """What is to be reclaimed first, 50 ms later, is: reading the same sectors without end would not help."""
+    group, merged = [object()], 0
+    merger: Any = object.__new__(merge.Merger)
+    merger._lock, merger._wake, merger._set_aside_at = trio.Lock(), trio.Event(), 0.0
+    merger._sectors = SimpleNamespace(partials=SimpleNamespace(due=lambda: group, set_aside=set()))
+
+    async def nothing(_: object) -> None:
+        nonlocal merged
+        merged += 1
+        assert merged < 100
+        await trio.lowlevel.checkpoint()
+
+    merger.merge = nothing
+    merger._wake.set()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(merger.run)
+        await trio.sleep(10)
+        nursery.cancel_scope.cancel()
+    assert 2 <= merged < 20

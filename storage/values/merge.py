@@ -32,6 +32,8 @@ MANY = 32_768
 SWITCHED = 96
 #: Seconds to wait after a merge failed.
 RETRY_SECONDS = 30.0
+#: Seconds to wait where a merge changed nothing.
+FREED_SECONDS = 1.0
 #: Seconds after which sectors that could not be read are tried again.
 SET_ASIDE_SECONDS = 600.0
 
@@ -86,27 +88,32 @@ class Merger:
                 self._sectors.partials.set_aside.clear()
             try:
                 while await self._merge_due():
-                    pass
+                    pause = FREED_SECONDS
             except Fenced:
                 return
 
     async def _merge_due(self) -> bool:
-        """Merge one group; False if none is due. Waits after a failure, unless that has set a sector aside."""
+        """Merge one group; False if none is due. Waits where nothing came of it, and after a failure that has set no sector aside."""
         async with self._lock:
             group = self._sectors.partials.due()
             if group is None:
                 return False
+            pause = 0.0
             try:
                 await self.merge(group)
-                return True
+                if self._sectors.partials.due() == group:
+                    # What their records call live is of values that were freed, and is reclaimed in a moment; till then there is no
+                    # use in reading it again and again.
+                    pause = FREED_SECONDS
             except Fenced:
                 raise
             except FusefsError as error:
                 # Nothing is lost by it: the old sectors stand until the new one does.
                 log.warning("merging sectors is postponed: %s", error)
-                wait = self._sectors.partials.set_aside.isdisjoint(partial.sector_id for partial in group)
-        if wait:
-            await trio.sleep(RETRY_SECONDS)
+                if self._sectors.partials.set_aside.isdisjoint(partial.sector_id for partial in group):
+                    pause = RETRY_SECONDS
+        if pause:
+            await trio.sleep(pause)
         return True
 
     async def merge(self, group: list[Partial]) -> None:
@@ -199,7 +206,8 @@ class Merger:
                     pieces[extent.key] = _Piece(extent, piece if only is None else memoryview(bytes(piece)))
             if only is None:
                 weight += own
-                if own > self._sectors.sector_size // 2:
+                # By the same measure as `_pack`: what it closes is full then. Else the same bytes would be merged for ever.
+                if own > (self._sectors.sector_size - TABLE_BYTES) // 2:
                     batch = Batch()
                     self._sectors.partials.mark_full(batch, sector_id)
                     self._store.apply(batch)
