@@ -88,7 +88,7 @@ class Merger:
                 self._sectors.partials.set_aside.clear()
             try:
                 while await self._merge_due():
-                    pause = FREED_SECONDS
+                    pass
             except Fenced:
                 return
 
